@@ -1,0 +1,206 @@
+"""Arguments to calls. What the scripts do stands elsewhere."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from imdb_jax import config as config_lib
+from imdb_jax.config import Config, RuntimeConfig
+from imdb_jax.errors import ImdbJaxError, UsageError
+
+_TEXTS_AT_ONCE = 256
+
+
+def _exit_with(code: int, message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
+  sys.exit(code)
+
+
+def _run(command: Callable[[], None]) -> None:
+  """Runs a command; what is meant for a person becomes one line and an exit code, never a traceback."""
+  try:
+    command()
+    sys.stdout.flush()
+  except ImdbJaxError as error:
+    _exit_with(error.exit_code, f"error: {error}")
+  except KeyboardInterrupt:
+    _exit_with(130, "Interrupted; nothing was saved since the last checkpoint.")
+  except BrokenPipeError:
+    # The reader has had enough, as in `predict.py … | head`. Python would complain once more at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except OSError as error:
+    _exit_with(1, f"error: {error}")
+
+
+def _parse_config(arguments: list[str], description: str) -> Config:
+  """The preset first, then every other flag over it."""
+  chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  chooser.add_argument("--preset", default="article")
+  known, _ = chooser.parse_known_args(arguments)
+  default = config_lib.preset(known.preset)
+  return tyro.cli(Config, description=description, default=default, args=arguments)
+
+
+def train() -> None:
+  """The command `scripts/train.py`."""
+  arguments = sys.argv[1:]
+
+  def command() -> None:
+    presets = ", ".join(config_lib.PRESETS)
+    config = _parse_config(arguments, f"Train or resume a sentiment LSTM. Presets: {presets}.")
+    from imdb_jax.training.loop import fit
+    from imdb_jax.training.signals import Interrupted
+
+    try:
+      fit(config)
+    except Interrupted as stop:
+      again = shlex.join(["python", sys.argv[0], *arguments])
+      _exit_with(128 + stop.signal, f"Saved step {stop.step:,} in {config.run_dir}. Resume with:\n  {again}")
+
+  _run(command)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Restoring:
+  """What all commands on a finished run share."""
+
+  run_dir: tyro.conf.Positional[Path]
+  """Folder of the run."""
+  step: str = "best"
+  """Checkpoint: best (by validation accuracy), latest, or a step's number."""
+  platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+  """Where to compute."""
+  json: bool = False
+  """Print JSON."""
+
+  def load(self, **runtime: Any):
+    from imdb_jax.prediction import Classifier
+
+    if self.step not in ("best", "latest") and not self.step.isdecimal():
+      raise UsageError(f"--step {self.step}: must be best, latest or a step's number.")
+    step = int(self.step) if self.step.isdecimal() else self.step
+    return Classifier.load(self.run_dir, step=step, runtime=RuntimeConfig(platform=self.platform, **runtime))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Evaluate(_Restoring):
+  split: Literal["test", "validation", "train"] = "test"
+  """Which reviews."""
+  archive: Path | None = None
+  """A local aclImdb archive or folder, where the encoded reviews are not in the cache."""
+  cache_dir: Path = dataclasses.field(default_factory=config_lib.default_cache_dir)
+  """Where encoded reviews are cached."""
+
+  def __call__(self) -> None:
+    from imdb_jax import run_directory
+    from imdb_jax.data import tokens
+
+    classifier = self.load(archive=self.archive, cache_dir=self.cache_dir)
+    data = tokens.load(
+      classifier.config.dataset,
+      archive=self.archive,
+      cache_dir=self.cache_dir,
+      report=lambda line: print(line, file=sys.stderr),
+    )
+    run_directory.check_data(self.run_dir, data.digest())
+    result = dataclasses.asdict(classifier.evaluate(getattr(data, self.split)))
+    result = {"run_dir": str(self.run_dir), "step": classifier.step, "split": self.split, **result}
+    if self.json:
+      print(json.dumps(result))
+      return
+    for name, value in result.items():
+      shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+      print(f"{name.replace('_', ' '):<16} {shown}")
+
+
+def evaluate() -> None:
+  """The command `scripts/evaluate.py`."""
+  _run(lambda: tyro.cli(_Evaluate, description="Evaluate a run's checkpoint.")())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Predict(_Restoring):
+  texts: tyro.conf.Positional[tuple[str, ...]] = ()
+  """Reviews. Without any, they are read from --file."""
+  file: str = "-"
+  """A review a line; - is standard input."""
+
+  def __call__(self) -> None:
+    classifier = self.load()
+    lines = self._lines()
+    while chunk := list(itertools.islice(lines, _TEXTS_AT_ONCE)):
+      for text, probability in zip(chunk, classifier.predict(chunk), strict=True):
+        sentiment = "positive" if probability > 0.5 else "negative"
+        if self.json:
+          print(json.dumps({"text": text, "probability": float(probability), "sentiment": sentiment}))
+        else:
+          print(f"{probability:.4f}  {sentiment}  {text if len(text) <= 80 else text[:79] + '…'}")
+
+  def _lines(self) -> Iterator[str]:
+    if self.texts:
+      yield from self.texts
+    elif self.file == "-":
+      if sys.stdin.isatty():
+        print("Type reviews, one a line; end with Ctrl-D.", file=sys.stderr)
+      sys.stdin.reconfigure(errors="replace")
+      yield from (line.removesuffix("\n") for line in sys.stdin)
+    else:
+      try:
+        with Path(self.file).open(encoding="utf-8", errors="replace") as file:
+          yield from (line.removesuffix("\n") for line in file)
+      except OSError as error:
+        raise UsageError(f"--file {self.file}: {error.strerror}.") from error
+
+
+def predict() -> None:
+  """The command `scripts/predict.py`."""
+  _run(lambda: tyro.cli(_Predict, description="Tell whether reviews are positive.")())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plot:
+  run_dir: tyro.conf.Positional[Path]
+  """Folder of the run."""
+  output: Path | None = None
+  """The PNG to write; history.png in the run's folder by default."""
+
+  def __call__(self) -> None:
+    from imdb_jax import plots
+
+    output = self.output or self.run_dir / "history.png"
+    plots.plot_history(self.run_dir, output)
+    print(output)
+
+
+def plot() -> None:
+  """The command `scripts/plot.py`."""
+  _run(lambda: tyro.cli(_Plot, description="Draw accuracy and loss of a run, training against validation.")())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepare:
+  archive: Path
+  """A local aclImdb archive (.tar.gz, .tar.xz) or its unpacked folder."""
+  data_dir: Path = dataclasses.field(default_factory=config_lib.default_cache_dir)
+  """Where the record store is written; training looks there first."""
+
+  def __call__(self) -> None:
+    try:
+      from imdb_jax.data import tfds_imdb
+    except ImportError as error:
+      raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
+    print(tfds_imdb.prepare(self.data_dir.expanduser(), self.archive.expanduser()))
+
+
+def prepare() -> None:
+  """The command `scripts/prepare.py`."""
+  _run(lambda: tyro.cli(_Prepare, description="Prepare the tensorflow-datasets store from a local archive.")())

@@ -1,0 +1,279 @@
+"""Every setting of a run: frozen dataclasses, checked when they are made, and the named presets.
+
+Everything but `Config.runtime` defines the result of a run, is saved beside it, and may not change when the run
+is resumed. `Config.runtime` says only where and how the work is done.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from imdb_jax.errors import UsageError
+
+
+def _require(fulfilled: bool, config: Any, field: str, allowed: str) -> None:
+  if not fulfilled:
+    raise UsageError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be {allowed}.")
+
+
+def _require_whole(config: Any, field: str, low: int, high: int) -> None:
+  _require(low <= getattr(config, field) <= high, config, field, f"a whole number from {low:,} to {high:,}")
+
+
+def _require_rate(config: Any, field: str) -> None:
+  _require(0 <= getattr(config, field) < 1, config, field, "at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Which reviews, and how they become token ids."""
+
+  data: Literal["imdb", "sample"] = "imdb"
+  """imdb: the 50,000 labelled reviews; sample: the small corpus inside the package."""
+  limit: int | None = None
+  """Use only the first N reviews of each split (in their fixed, shuffled order)."""
+  validation: Literal["test", "split"] = "test"
+  """What is evaluated after each epoch: the test reviews, as the article did, or a part held out of training."""
+  validation_fraction: float = 0.1
+  """The held-out share of the training reviews with --validation split; no film is on both sides."""
+  vocabulary_size: int = 4000
+  """Ids run below this; id 0 is padding, so one word fewer is kept."""
+  sequence_length: int = 400
+  """A review keeps its last N known words and is padded at the front."""
+  strip_html: bool = True
+  """Remove tags such as <br /> before splitting into words."""
+
+  def __post_init__(self):
+    if self.limit is not None:
+      _require_whole(self, "limit", 1, 1_000_000)
+    _require(0 < self.validation_fraction < 1, self, "validation_fraction", "between 0 and 1")
+    _require_whole(self, "vocabulary_size", 2, 1_000_000)
+    _require_whole(self, "sequence_length", 1, 10_000)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """Embedding, LSTM, pooling, logit. The defaults are what really ran in the article."""
+
+  embedding_size: int = 128
+  """Width of a word's vector."""
+  hidden_size: int = 128
+  """Width of the LSTM's state."""
+  input_dropout_rate: float = 0.2
+  """Dropout of the LSTM's inputs; one mask a review, constant over time."""
+  recurrent_dropout_rate: float = 0.2
+  """Dropout of the LSTM's hidden state; one mask a review, constant over time."""
+  dropout_masks: Literal["shared", "per_gate"] = "shared"
+  """shared: the four gates see one mask (Keras 2.3); per_gate: each has its own (Keras 1 and 3)."""
+  gate_activation: Literal["sigmoid", "hard_sigmoid"] = "sigmoid"
+  """hard_sigmoid is Keras 1's clip(0.2 x + 0.5, 0, 1)."""
+  mask_padding: bool = False
+  """Skip padding. The article's model processes it like a word."""
+  pooling: Literal["last", "mean", "max"] = "last"
+  """How the hidden states become one vector: the last one, or their mean or maximum over the positions."""
+
+  def __post_init__(self):
+    _require_whole(self, "embedding_size", 1, 65_536)
+    _require_whole(self, "hidden_size", 1, 65_536)
+    _require_rate(self, "input_dropout_rate")
+    _require_rate(self, "recurrent_dropout_rate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """Adam, with Keras's constants."""
+
+  learning_rate: float = 1e-3
+  """Step size."""
+  b1: float = 0.9
+  """Decay of the mean of the gradients."""
+  b2: float = 0.999
+  """Decay of the mean of their squares."""
+  epsilon: float = 1e-7
+  """Added to the root of the second moment before its bias is corrected, as Keras does."""
+
+  def __post_init__(self):
+    _require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
+    _require_rate(self, "b1")
+    _require_rate(self, "b2")
+    _require(0 < self.epsilon < math.inf, self, "epsilon", "a positive number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+  """The course of training."""
+
+  epochs: int = 10
+  """Passes over the training reviews."""
+  batch_size: int = 32
+  """Reviews per step, over all devices together."""
+  seed: int = 0
+  """Initial parameters, order of the reviews and dropout all follow from it."""
+  matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
+  """Precision of matrix products where the device has a choice; a CPU always computes float32."""
+
+  def __post_init__(self):
+    _require_whole(self, "epochs", 1, 100_000)
+    _require_whole(self, "batch_size", 1, 65_536)
+    _require_whole(self, "seed", 0, 2**31 - 1)
+
+
+def default_cache_dir() -> Path:
+  """$IMDB_JAX_CACHE, else imdb_jax in the user's cache folder."""
+  base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  return Path(os.environ.get("IMDB_JAX_CACHE") or base / "imdb_jax")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+  """Where and how the work is done. None of it changes what is computed, but for rounding."""
+
+  platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+  """auto takes the best that JAX finds; a named platform that is absent is an error."""
+  num_devices: int | None = None
+  """Devices to shard the batch over; by default all of them. On a CPU it may be any number."""
+  implementation: Literal["auto", "scan"] = "auto"
+  """How the LSTM is computed; auto takes the fastest that serves the model."""
+  archive: Path | None = None
+  """A local aclImdb archive (.tar.gz, .tar.xz) or its unpacked folder; otherwise the prepared store or a download."""
+  cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
+  """Prepared reviews and encoded arrays are kept here."""
+  run_dir: Path | None = None
+  """Where the run is kept; runs/PRESET by default. The same command again resumes it."""
+  evaluation_batch_size: int = 256
+  """Reviews per evaluation step."""
+  log_every: int = 50
+  """Steps between two lines of metrics.jsonl, and of the console when it is not a terminal."""
+  distributed: bool = False
+  """Join the other processes of a cluster that JAX can detect (SLURM, Open MPI, TPU pods)."""
+  coordinator_address: str | None = None
+  """HOST:PORT of process 0, to join processes by hand."""
+  num_processes: int | None = None
+  """How many processes there are, to join them by hand."""
+  process_id: int | None = None
+  """Which of them this is, from 0."""
+
+  def __post_init__(self):
+    if self.num_devices is not None:
+      _require_whole(self, "num_devices", 1, 65_536)
+    _require_whole(self, "evaluation_batch_size", 1, 65_536)
+    _require_whole(self, "log_every", 1, 1_000_000)
+    by_hand = (self.coordinator_address, self.num_processes, self.process_id)
+    if any(value is not None for value in by_hand):
+      if any(value is None for value in by_hand):
+        raise UsageError("--coordinator-address, --num-processes and --process-id go together: give all three.")
+      _require_whole(self, "num_processes", 1, 65_536)
+      _require(0 <= self.process_id < self.num_processes, self, "process_id", f"below {self.num_processes}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """All settings of a run."""
+
+  preset: str = "article"
+  """Named settings to start from; other flags override them."""
+  dataset: tyro.conf.OmitArgPrefixes[DataConfig] = dataclasses.field(default_factory=DataConfig)
+  model: tyro.conf.OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+  optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = dataclasses.field(default_factory=OptimizerConfig)
+  training: tyro.conf.OmitArgPrefixes[TrainingConfig] = dataclasses.field(default_factory=TrainingConfig)
+  runtime: tyro.conf.OmitArgPrefixes[RuntimeConfig] = dataclasses.field(default_factory=RuntimeConfig)
+
+  @property
+  def run_dir(self) -> Path:
+    return self.runtime.run_dir or Path("runs") / self.preset
+
+  def to_dict(self) -> dict[str, Any]:
+    """All that defines the result: everything but `runtime`, as JSON types."""
+    fields = dataclasses.asdict(self)
+    del fields["runtime"]
+    return fields
+
+  @classmethod
+  def from_dict(cls, value: Any, runtime: RuntimeConfig | None = None) -> "Config":
+    """The inverse of `to_dict`.
+
+    Raises:
+      UsageError: a key is missing, unknown or has a value of the wrong type or range.
+    """
+    sections = {"dataset": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "training": TrainingConfig}
+    _require_keys(value, {"preset", *sections}, "config")
+    if not isinstance(value["preset"], str):
+      raise UsageError("config.preset: must be a text.")
+    return cls(
+      preset=value["preset"],
+      runtime=runtime or RuntimeConfig(),
+      **{name: _section_from_dict(section, value[name], name) for name, section in sections.items()},
+    )
+
+
+def _require_keys(value: Any, names: set[str], where: str) -> None:
+  if not isinstance(value, dict):
+    raise UsageError(f"{where}: must be a JSON object.")
+  for name in sorted(set(value) ^ names):
+    raise UsageError(f"{where}.{name}: {'unknown' if name in value else 'missing'}.")
+
+
+def _section_from_dict(section: type, value: Any, where: str) -> Any:
+  hints = typing.get_type_hints(section)
+  _require_keys(value, set(hints), where)
+  for name, hint in hints.items():
+    if not _has_type(value[name], hint):
+      raise UsageError(f"{where}.{name}: {json.dumps(value[name])[:80]} is not of type {hint}.")
+  return section(**value)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+  if typing.get_origin(hint) is Literal:
+    return isinstance(value, str) and value in typing.get_args(hint)
+  if typing.get_origin(hint) is types.UnionType:
+    return any(_has_type(value, option) for option in typing.get_args(hint))
+  if hint is float:
+    return type(value) in (int, float)
+  return type(value) is hint
+
+
+def differing_fields(saved: Config, wanted: Config) -> list[str]:
+  """The settings in which two configs differ, as `section.field: saved -> wanted`; `preset` and `runtime` apart."""
+  ours, theirs = saved.to_dict(), wanted.to_dict()
+  return [
+    f"{section}.{name}: {ours[section][name]} -> {theirs[section][name]}"
+    for section in ours
+    if section != "preset"
+    for name in ours[section]
+    if ours[section][name] != theirs[section][name]
+  ]
+
+
+PRESETS: dict[str, Config] = {
+  # The reference article, as it really ran under Keras 2.3. On 2 CPU cores: see README for time and accuracy.
+  "article": Config(),
+  # The corpus inside the package, learnt in seconds: for demonstrations and tests.
+  "sample": Config(
+    preset="sample",
+    dataset=DataConfig(data="sample", vocabulary_size=1000, sequence_length=64),
+    model=ModelConfig(embedding_size=64, hidden_size=64),
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+    training=TrainingConfig(epochs=12),
+  ),
+}
+
+
+def preset(name: str) -> Config:
+  """The named settings.
+
+  Raises:
+    UsageError: there is no preset of that name.
+  """
+  if name not in PRESETS:
+    nearest = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    raise UsageError(f"--preset {name}: must be one of {', '.join(PRESETS)}.{hint}")
+  return PRESETS[name]

@@ -1,0 +1,1 @@
+"""Reviews to token arrays. Nothing in this folder imports jax."""

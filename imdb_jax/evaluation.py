@@ -1,0 +1,113 @@
+"""Exact metrics over a split: every review counts once, however the last batch is padded."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import scipy.stats
+from jax.sharding import Mesh
+
+from imdb_jax import sharding
+from imdb_jax.data import batches
+from imdb_jax.data.tokens import TokenSplit
+
+PredictStep = Callable[[dict, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """How predictions compare with labels. A ratio without a denominator (no positive predicted, say) is 0."""
+
+  num_reviews: int
+  loss: float
+  accuracy: float
+  precision: float
+  recall: float
+  f1: float
+  roc_auc: float
+  true_negatives: int
+  false_positives: int
+  false_negatives: int
+  true_positives: int
+
+
+def prediction_batches(num_rows: int, *, length: int, batch_size: int) -> list[batches.Batch]:
+  """All rows in order, `batch_size` at a time."""
+  starts = range(0, num_rows, batch_size)
+  return [batches.Batch(rows=np.arange(start, min(start + batch_size, num_rows)), length=length) for start in starts]
+
+
+def predict_logits(
+  predict_step: PredictStep, params: dict, split: TokenSplit, mesh: Mesh, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields (rows, logits) batch by batch; a batch is read after the next is dispatched, so devices never wait."""
+  size = sharding.padded_batch_size(batch_size, mesh)
+  pending = None
+  for batch in prediction_batches(len(split), length=split.tokens.shape[1], batch_size=size):
+    examples = sharding.shard_reviews(split.gather(batch, size), mesh)
+    dispatched = predict_step(params, examples["tokens"], examples["lengths"])
+    if pending is not None:
+      yield pending[0], jax.device_get(pending[1])[: len(pending[0])]
+    pending = batch.rows, dispatched
+  if pending is not None:
+    yield pending[0], jax.device_get(pending[1])[: len(pending[0])]
+
+
+def evaluate(
+  predict_step: PredictStep,
+  params: dict,
+  split: TokenSplit,
+  mesh: Mesh,
+  batch_size: int,
+  on_progress: Callable[[int], None] = lambda num_reviews: None,
+) -> Evaluation:
+  """Metrics over every review of a split.
+
+  Args:
+    predict_step: from `steps.make_predict_step`.
+    params: of the model.
+    split: n reviews.
+    mesh: devices to use.
+    batch_size: reviews per step.
+    on_progress: gets the number of reviews done after each batch.
+  """
+  logits = np.zeros(len(split), np.float32)
+  for rows, values in predict_logits(predict_step, params, split, mesh, batch_size):
+    logits[rows] = values
+    on_progress(int(rows[-1]) + 1)
+  return summarize(logits, split.labels)
+
+
+def summarize(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
+  """Metrics of logits f32[n] against labels int[n]; a logit above 0 predicts a positive review."""
+  x, is_positive = logits.astype(np.float64), labels == 1
+  losses = np.logaddexp(0, x) - x * is_positive
+  predicted = x > 0
+  tp, fp = int(np.sum(predicted & is_positive)), int(np.sum(predicted & ~is_positive))
+  fn, tn = int(np.sum(~predicted & is_positive)), int(np.sum(~predicted & ~is_positive))
+  return Evaluation(
+    num_reviews=len(x),
+    loss=float(np.mean(losses)),
+    accuracy=_ratio(tp + tn, len(x)),
+    precision=_ratio(tp, tp + fp),
+    recall=_ratio(tp, tp + fn),
+    f1=_ratio(2 * tp, 2 * tp + fp + fn),
+    roc_auc=_roc_auc(x, is_positive),
+    true_negatives=tn,
+    false_positives=fp,
+    false_negatives=fn,
+    true_positives=tp,
+  )
+
+
+def _ratio(part: int, whole: int) -> float:
+  return part / whole if whole else 0.0
+
+
+def _roc_auc(scores: np.ndarray, is_positive: np.ndarray) -> float:
+  """The Mann-Whitney statistic: how often a positive review scores above a negative one, ties counted half."""
+  num_positive = int(np.sum(is_positive))
+  num_pairs = num_positive * (len(scores) - num_positive)
+  rank_sum = float(np.sum(scipy.stats.rankdata(scores)[is_positive]))
+  return (rank_sum - num_positive * (num_positive + 1) / 2) / num_pairs if num_pairs else 0.0

@@ -1,0 +1,54 @@
+"""Figures from the files of a run. Reads files only; needs no display."""
+
+import csv
+from pathlib import Path
+
+from imdb_jax.errors import UsageError
+
+_TRAIN_COLOR, _VALIDATION_COLOR = "#1f77b4", "#d62728"
+
+
+def _read_history(run_dir: Path) -> list[dict[str, float]]:
+  path = run_dir / "history.csv"
+  try:
+    with path.open(encoding="utf-8", newline="") as file:
+      rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+  except (OSError, ValueError, TypeError) as error:
+    raise UsageError(f"{path}: no readable history of a run: {error}") from error
+  if not rows or not {"epoch", "accuracy", "val_accuracy", "loss", "val_loss"} <= set(rows[0]):
+    raise UsageError(f"{path}: holds no finished epoch yet.")
+  return rows
+
+
+def plot_history(run_dir: Path, output: Path) -> None:
+  """Draws accuracy and loss by epoch, training against validation, as a PNG.
+
+  Raises:
+    UsageError: the run has no finished epoch.
+  """
+  # Imported here: it takes long, and training from a cache needs it only at the end.
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
+
+  rows = _read_history(run_dir)
+  epochs = [row["epoch"] for row in rows]
+  figure = Figure(figsize=(11, 4.5), layout="constrained")
+  for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+    for field, label, color in ((name, "training", _TRAIN_COLOR), (f"val_{name}", "validation", _VALIDATION_COLOR)):
+      axes.plot(epochs, [row[field] for row in rows], marker="o", color=color, label=label)
+    top = (max if name == "accuracy" else min)(rows, key=lambda row: row[f"val_{name}"])
+    axes.annotate(
+      f"{top[f'val_{name}']:.4f}",
+      (top["epoch"], top[f"val_{name}"]),
+      textcoords="offset points",
+      xytext=(0, 10),
+      ha="center",
+      color=_VALIDATION_COLOR,
+    )
+    axes.set(title=f"{name.capitalize()} by epoch", xlabel="epoch", ylabel=name)
+    axes.margins(x=0.08, y=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best")
+  figure.suptitle(f"{run_dir.name}: {len(rows)} epoch{'s' if len(rows) != 1 else ''}")
+  figure.savefig(output, dpi=120, format="png")

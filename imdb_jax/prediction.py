@@ -1,0 +1,88 @@
+"""New texts through a trained model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from imdb_jax import run_directory, sharding, state, steps
+from imdb_jax.checkpoint import Checkpoints
+from imdb_jax.config import Config, RuntimeConfig
+from imdb_jax.data.tokenizer import Vocabulary
+from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.errors import CheckpointError
+from imdb_jax.evaluation import Evaluation, evaluate, predict_logits
+from imdb_jax.model import SentimentLSTM
+
+
+class Classifier:
+  """A restored model with its vocabulary.
+
+  Attributes:
+    config: of the run.
+    step: the restored one.
+  """
+
+  def __init__(self, config: Config, vocabulary: Vocabulary, params: dict, mesh: Mesh, step: int):
+    self.config, self.step = config, step
+    self._vocabulary, self._params, self._mesh = vocabulary, params, mesh
+    implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
+    model = SentimentLSTM(config.model, config.dataset.vocabulary_size, implementation)
+    self._predict_step = steps.make_predict_step(model, mesh)
+
+  @classmethod
+  def load(
+    cls,
+    run_dir: str | Path,
+    *,
+    step: int | Literal["best", "latest"] = "best",
+    runtime: RuntimeConfig | None = None,
+  ) -> "Classifier":
+    """Restores a run, whatever devices it was trained on.
+
+    Args:
+      run_dir: of the run.
+      step: which checkpoint; best is the one with the highest validation accuracy.
+      runtime: where to compute.
+
+    Raises:
+      UsageError: the folder is not that of a run, or its files are damaged.
+      CheckpointError: the checkpoint is absent, damaged or does not fit config and vocabulary.
+      PlatformError: the platform is not there.
+    """
+    run_dir, runtime = Path(run_dir), runtime or RuntimeConfig()
+    config = run_directory.load_config(run_dir, runtime)
+    vocabulary = run_directory.load_vocabulary(run_dir)
+    if vocabulary.size != config.dataset.vocabulary_size:
+      raise CheckpointError(
+        f"{run_dir / 'vocab.json'}: is of size {vocabulary.size}, "
+        f"but the checkpoint has an embedding for {config.dataset.vocabulary_size} ids."
+      )
+    mesh = sharding.start(runtime)
+    jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
+    model = SentimentLSTM(config.model, config.dataset.vocabulary_size)
+    checkpoints = Checkpoints(run_dir, read_only=True)
+    found = checkpoints.find(step)
+    restored, _ = checkpoints.restore(found, state.abstract(model, state.make_optimizer(config.optimizer), mesh))
+    checkpoints.close()
+    return cls(config, vocabulary, restored.params, mesh, found)
+
+  def predict(self, texts: Sequence[str]) -> np.ndarray:
+    """The probability that each text is positive, f32[n]; a text without a known word gets an answer too."""
+    tokens, lengths = self._vocabulary.encode(texts, self.config.dataset.sequence_length)
+    split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(len(texts), np.int32))
+    # Powers of two: few shapes to compile, little waste.
+    wanted = 1 << max(len(texts) - 1, 0).bit_length()
+    batch_size = min(wanted, self.config.runtime.evaluation_batch_size)
+    logits = np.zeros(len(texts), np.float64)
+    for rows, values in predict_logits(self._predict_step, self._params, split, self._mesh, batch_size):
+      logits[rows] = values
+    return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
+
+  def evaluate(self, split: TokenSplit) -> Evaluation:
+    """Metrics over encoded reviews, see `imdb_jax.evaluation`."""
+    batch_size = self.config.runtime.evaluation_batch_size
+    return evaluate(self._predict_step, self._params, split, self._mesh, batch_size)

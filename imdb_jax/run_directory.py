@@ -1,0 +1,119 @@
+"""A run's folder: self-contained, never overwritten in silence.
+
+config.json      every setting that defines the result
+vocab.json       the words
+provenance.json  versions, devices and the digest of the data
+metrics.jsonl    a line every few steps and one an epoch
+history.csv, history.png, report.md
+checkpoints/     see `imdb_jax.checkpoint`
+"""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imdb_jax.config import Config, RuntimeConfig, differing_fields
+from imdb_jax.data.tokenizer import Vocabulary
+from imdb_jax.errors import DataError, UsageError
+
+_PACKAGES = ("imdb_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_MAX_JSON_BYTES = 2**20
+
+
+def _read_json(path: Path) -> Any:
+  try:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+      raise ValueError(f"larger than {_MAX_JSON_BYTES:,} bytes")
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise UsageError(f"{path}: not readable: {error}") from error
+
+
+def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
+  """The settings of a run.
+
+  Raises:
+    UsageError: the folder holds no run, or its config is not one of this program.
+  """
+  if not (run_dir / "config.json").is_file():
+    raise UsageError(f"{run_dir}: not the folder of a run: it has no config.json.")
+  try:
+    return Config.from_dict(_read_json(run_dir / "config.json"), runtime)
+  except UsageError as error:
+    raise UsageError(f"{run_dir / 'config.json'}: {error}") from error
+
+
+def load_vocabulary(run_dir: Path) -> Vocabulary:
+  """The words of a run.
+
+  Raises:
+    UsageError: the file is not a vocabulary.
+  """
+  return Vocabulary.load(run_dir / "vocab.json")
+
+
+def data_digest(run_dir: Path) -> str:
+  """`TokenData.digest()` of what the run was trained on."""
+  provenance = _read_json(run_dir / "provenance.json")
+  if not isinstance(provenance, dict) or not isinstance(provenance.get("data_digest"), str):
+    raise UsageError(f"{run_dir / 'provenance.json'}: has no data_digest.")
+  return provenance["data_digest"]
+
+
+def check(config: Config) -> bool:
+  """Whether `config.run_dir` holds this very run already; False for a folder that is absent or empty.
+
+  Raises:
+    UsageError: the folder holds something else, or a run of other settings.
+  """
+  run_dir = config.run_dir
+  try:
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+      return False
+  except OSError as error:
+    raise UsageError(f"--run-dir {run_dir}: cannot be read: {error}") from error
+  if not (run_dir / "config.json").is_file():
+    raise UsageError(f"--run-dir {run_dir}: holds something that is not a run; nothing was touched. Name another.")
+  differing = differing_fields(load_config(run_dir), config)
+  if differing:
+    raise UsageError(
+      f"--run-dir {run_dir}: holds a run of other settings ({'; '.join(differing)}); "
+      "nothing was touched. Repeat its settings to resume it, or name another folder."
+    )
+  return True
+
+
+def create(config: Config, vocabulary: Vocabulary, digest: str, devices: list[jax.Device]) -> None:
+  """Lays the folder of a new run; config.json last, so that a folder with it is complete.
+
+  Raises:
+    UsageError: the folder cannot be written.
+  """
+  provenance = {
+    "data_digest": digest,
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "python": platform.python_version(),
+    "devices": [device.device_kind for device in devices],
+  }
+  run_dir = config.run_dir
+  try:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "vocab.json").write_text(vocabulary.to_json(), encoding="utf-8")
+    (run_dir / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+  except OSError as error:
+    raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
+
+
+def check_data(run_dir: Path, digest: str) -> None:
+  """Refuses data other than what the run was trained on.
+
+  Raises:
+    DataError: the digests differ.
+  """
+  if data_digest(run_dir) != digest:
+    raise DataError(f"{run_dir}: the reviews differ from those that this run was trained on. See --archive.")

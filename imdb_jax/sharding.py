@@ -1,0 +1,105 @@
+"""Processes, devices and one mesh with one axis, over which the reviews of a batch are spread."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imdb_jax.config import RuntimeConfig
+from imdb_jax.errors import PlatformError
+
+AXIS = "data"
+
+_INSTALL = {
+  "gpu": "Install JAX for CUDA (pip install 'imdb_jax[gpu]') and check the driver with nvidia-smi.",
+  "tpu": "Install JAX for TPUs (pip install 'imdb_jax[tpu]') on a TPU machine.",
+}
+
+
+def start(runtime: RuntimeConfig) -> Mesh:
+  """Joins the other processes, starts the platform and lays the mesh. Must come before JAX's first computation.
+
+  Raises:
+    PlatformError: the platform or that many devices are not there, or the other processes do not answer.
+  """
+  jax.config.update("jax_compilation_cache_dir", str(runtime.cache_dir.expanduser().absolute() / "xla"))
+  # Prediction of one review and its like compile in less than the default of one second.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  if runtime.platform == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+  if runtime.num_devices is not None:
+    _request_cpu_devices(runtime.num_devices)
+  _join_processes(runtime)
+  devices = _devices(runtime)
+  return Mesh(np.array(devices), (AXIS,))
+
+
+def _request_cpu_devices(num_devices: int) -> None:
+  if jax.config.jax_num_cpu_devices == num_devices:
+    return
+  try:
+    jax.config.update("jax_num_cpu_devices", num_devices)
+  except RuntimeError:
+    # JAX has started already, as in a notebook. `_devices` says so if there are too few.
+    return
+
+
+def _join_processes(runtime: RuntimeConfig) -> None:
+  if jax.distributed.is_initialized():
+    return
+  try:
+    if runtime.coordinator_address is not None:
+      jax.distributed.initialize(
+        runtime.coordinator_address,
+        runtime.num_processes,
+        runtime.process_id,
+        initialization_timeout=60,
+        # Only the named address: the coordinator is not authenticated, and JAX would listen on every interface.
+        coordinator_bind_address=runtime.coordinator_address if runtime.process_id == 0 else None,
+      )
+    elif runtime.distributed:
+      jax.distributed.initialize(initialization_timeout=60)
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).splitlines()[0]
+    raise PlatformError(f"The other processes could not be joined: {reason}") from error
+
+
+def _devices(runtime: RuntimeConfig) -> list[jax.Device]:
+  platform = runtime.platform
+  try:
+    devices = jax.devices() if platform == "auto" else jax.devices(platform)
+  except RuntimeError as error:
+    # Never a silent run on the CPU: it is the most missed warning of the field.
+    seen = ", ".join(sorted({device.platform for device in jax.devices()}))
+    raise PlatformError(f"--platform {platform}: JAX sees only {seen}. {_INSTALL.get(platform, '')}") from error
+  wanted = runtime.num_devices
+  if wanted is None:
+    return devices
+  if wanted > len(devices):
+    raise PlatformError(f"--num-devices {wanted}: JAX sees {len(devices)} on platform {devices[0].platform}.")
+  return devices[:wanted]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def over_reviews(mesh: Mesh) -> NamedSharding:
+  """The first axis, the reviews, is spread over the devices."""
+  return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
+  """The smallest size from `batch_size` on that divides over the devices."""
+  return -(-batch_size // mesh.size) * mesh.size
+
+
+def shard_reviews(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Spreads host arrays over the devices by their first axis; every process passes the same global arrays."""
+  sharding = over_reviews(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(arrays, sharding)
+  return {
+    name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
+    for name, array in arrays.items()
+  }

@@ -1,0 +1,72 @@
+"""What training changes: a plain pytree, and how it begins."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from imdb_jax import sharding
+from imdb_jax.config import OptimizerConfig
+from imdb_jax.model import SentimentLSTM
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """Attributes:
+  step: i32[], updates made.
+  params: of the model.
+  opt_state: of the optimizer.
+  key: u32[2], the raw PRNG key from which every step's dropout masks follow.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: optax.OptState
+  key: jax.Array
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Adam in Keras's form, lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), t from 1.
+
+  optax adds its epsilon after the second moment's bias is corrected; an epsilon of epsilon / sqrt(1 - b2^t) there
+  is Keras's exactly.
+  """
+
+  def epsilon(count: jax.Array) -> jax.Array:
+    t = count.astype(jnp.float32) + 1
+    return config.epsilon / jnp.sqrt(1 - config.b2**t)
+
+  adam = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "learning_rate", "eps_root"))
+  return adam(learning_rate=config.learning_rate, b1=config.b1, b2=config.b2, eps=epsilon)
+
+
+def _initial_state(model: SentimentLSTM, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
+  params_key, dropout_key = jax.random.split(jax.random.key(seed))
+  tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+  params = model.init(params_key, tokens, lengths)["params"]
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    key=jax.random.key_data(dropout_key),
+  )
+
+
+def create(model: SentimentLSTM, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+  """The state before the first step, on every device of the mesh."""
+  init = jax.jit(_initial_state, static_argnums=(0, 1), out_shardings=sharding.replicated(mesh))
+  return init(model, optimizer, jnp.uint32(seed))
+
+
+def abstract(model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state, without computing it: what a checkpoint is restored into."""
+  shapes = jax.eval_shape(lambda seed: _initial_state(model, optimizer, seed), jnp.uint32(0))
+  place = sharding.replicated(mesh)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+
+def num_parameters(state: TrainState) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -1,0 +1,89 @@
+"""The jitted entry points: one training step, one prediction step.
+
+Both take a global batch spread over the mesh. `shard_map` gives each device its reviews, so that the gradients are
+summed across devices once a step and not once a time step.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from imdb_jax import sharding
+from imdb_jax.model import SentimentLSTM, draw_dropout_masks
+from imdb_jax.state import TrainState
+
+Examples = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+_REVIEWS, _EVERYWHERE = PartitionSpec(sharding.AXIS), PartitionSpec()
+
+
+def make_train_step(
+  model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
+  """A jitted step: state and batch -> new state and the batch's metrics. The old state's buffers are donated.
+
+  The batch holds tokens int[b, t], lengths i32[b], labels f32[b] and weights f32[b]; b must divide over the mesh.
+  A review of weight 0 changes nothing. The loss is the weighted mean of the binary cross-entropy.
+  The metrics are sums over the batch, f32[] each: loss, correct, weight. They become means by dividing by weight.
+  """
+
+  def gradients(params, examples, dropout_masks):
+    def weighted_loss(params):
+      logits = model.apply({"params": params}, examples["tokens"], examples["lengths"], dropout_masks)
+      losses = optax.sigmoid_binary_cross_entropy(logits, examples["labels"])
+      return jnp.sum(losses * examples["weights"]), logits
+
+    (loss, logits), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
+    is_correct = (logits > 0) == (examples["labels"] > 0.5)
+    metrics = {
+      "loss": loss,
+      "correct": jnp.sum(jnp.where(is_correct, examples["weights"], 0)),
+      "weight": jnp.sum(examples["weights"]),
+    }
+    return jax.lax.psum((grads, metrics), sharding.AXIS)
+
+  # check_vma would have the gradients summed over devices where the parameters are used: inside the time loop.
+  sharded_gradients = jax.shard_map(
+    gradients,
+    mesh=mesh,
+    in_specs=(_EVERYWHERE, _REVIEWS, _REVIEWS),
+    out_specs=_EVERYWHERE,
+    check_vma=False,
+  )
+
+  def train_step(state: TrainState, examples: Examples) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    # Drawn for the global batch: the result does not depend on how many devices share it.
+    dropout_masks = draw_dropout_masks(key, model.config, examples["labels"].shape[0])
+    grads, metrics = sharded_gradients(state.params, examples, dropout_masks)
+    grads = jax.tree.map(lambda grad: grad / metrics["weight"], grads)
+    # optax raises a float to an integer count, which strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
+
+  place = sharding.replicated(mesh)
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    in_shardings=(place, sharding.over_reviews(mesh)),
+    out_shardings=place,
+  )
+
+
+def make_predict_step(model: SentimentLSTM, mesh: Mesh) -> Callable[[dict, jax.Array, jax.Array], jax.Array]:
+  """A jitted step: params, tokens int[b, t] and lengths i32[b] -> logits f32[b], the same on every device."""
+
+  def logits(params, tokens, lengths):
+    return model.apply({"params": params}, tokens, lengths)
+
+  sharded_logits = jax.shard_map(
+    logits, mesh=mesh, in_specs=(_EVERYWHERE, _REVIEWS, _REVIEWS), out_specs=_REVIEWS, check_vma=False
+  )
+  place, reviews = sharding.replicated(mesh), sharding.over_reviews(mesh)
+  return jax.jit(sharded_logits, in_shardings=(place, reviews, reviews), out_shardings=place)

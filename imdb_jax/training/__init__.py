@@ -1,0 +1,1 @@
+"""What runs only while training."""

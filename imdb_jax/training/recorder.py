@@ -1,0 +1,144 @@
+"""Metrics from the device to the run directory.
+
+The metrics of a step are read after the next step is dispatched, so the device never waits for the host. Nothing
+else in the training loop reads a device value.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from imdb_jax.errors import DivergenceError
+from imdb_jax.training.console import Console
+
+EPOCH_FIELDS = (
+    "epoch", "step", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "evaluation_seconds"
+)  # fmt: skip
+
+
+class Sums:
+  """Weighted sums that become means when they are asked for."""
+
+  def __init__(self, loss: float = 0.0, correct: float = 0.0, weight: float = 0.0):
+    self.loss, self.correct, self.weight = loss, correct, weight
+
+  def add(self, metrics: dict[str, Any]) -> None:
+    self.loss += float(metrics["loss"])
+    self.correct += float(metrics["correct"])
+    self.weight += float(metrics["weight"])
+
+  def means(self) -> dict[str, float]:
+    return {"loss": self.loss / self.weight, "accuracy": self.correct / self.weight}
+
+  def to_dict(self) -> dict[str, float]:
+    return {"loss": self.loss, "correct": self.correct, "weight": self.weight}
+
+
+class Recorder:
+  """Writes `metrics.jsonl` and `history.csv` and feeds the console."""
+
+  def __init__(
+    self, run_dir: Path, console: Console, *, log_every: int, steps_per_epoch: int, step: int, is_writer: bool
+  ):
+    """Continues the files of a run after `step`: what they hold of later steps belongs to no checkpoint and goes."""
+    self._path, self._console = run_dir / "metrics.jsonl", console
+    self._log_every, self._steps_per_epoch = log_every, steps_per_epoch
+    self._is_writer = is_writer
+    kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+    self.history = [line for line in kept if line["kind"] == "epoch"]
+    self._file: TextIO | None = None
+    if is_writer:
+      rewritten = self._path.with_suffix(".jsonl.new")
+      rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+      rewritten.replace(self._path)
+      self._file = self._path.open("a", encoding="utf-8")
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._epoch = 0
+    self._seen_here = 0.0
+    self._epoch_sums, self._window_sums = Sums(), Sums()
+
+  def start_epoch(self, epoch: int, progress: dict[str, Any] | None = None) -> None:
+    """Begins an epoch, or continues one with the `progress()` that was saved within it."""
+    self._epoch, self._seen_here = epoch, 0.0
+    saved = progress or {"epoch_sums": {}, "window_sums": {}}
+    self._epoch_sums, self._window_sums = Sums(**saved["epoch_sums"]), Sums(**saved["window_sums"])
+
+  def progress(self) -> dict[str, Any]:
+    """What a checkpoint must hold to continue within an epoch. Call `flush` first."""
+    return {"epoch_sums": self._epoch_sums.to_dict(), "window_sums": self._window_sums.to_dict()}
+
+  def record_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of the step just dispatched, and reads those of the one before."""
+    previous, self._pending = self._pending, (step, metrics)
+    if previous is not None:
+      self._read(*previous)
+
+  def flush(self) -> None:
+    """Reads what is still on the device."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self._read(*pending)
+
+  def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    values = jax.device_get(metrics)
+    if not values["loss"] < float("inf"):
+      raise DivergenceError(
+        f"The loss of step {step} is {values['loss']}. Checkpoints before it are intact; "
+        "try a lower --learning-rate in a new --run-dir."
+      )
+    self._epoch_sums.add(values)
+    self._window_sums.add(values)
+    self._seen_here += float(values["weight"])
+    done = step - (self._epoch - 1) * self._steps_per_epoch
+    is_logged = step % self._log_every == 0 or done == self._steps_per_epoch
+    if is_logged:
+      self._write({"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means()})
+      self._window_sums = Sums()
+    self._console.show_step(done, self._epoch_sums.means(), int(self._seen_here), is_logged=is_logged)
+
+  def record_epoch(
+    self, step: int, *, val_loss: float, val_accuracy: float, seconds: float, evaluation_seconds: float
+  ) -> dict[str, Any]:
+    """Writes the line of a finished epoch and returns it."""
+    line = {
+      "kind": "epoch",
+      "epoch": self._epoch,
+      "step": step,
+      **self._epoch_sums.means(),
+      "val_loss": val_loss,
+      "val_accuracy": val_accuracy,
+      "seconds": round(seconds, 3),
+      "evaluation_seconds": round(evaluation_seconds, 3),
+    }
+    self.history.append(line)
+    self._write(line)
+    return line
+
+  def _write(self, line: dict[str, Any]) -> None:
+    if self._file is not None:
+      self._file.write(json.dumps(line) + "\n")
+      self._file.flush()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+  """The lines of a run's `metrics.jsonl`; a last line that was cut off by a crash is left out."""
+  path = run_dir / "metrics.jsonl"
+  if not path.exists():
+    return []
+  *lines, _ = path.read_text(encoding="utf-8").split("\n")
+  return [json.loads(line) for line in lines]
+
+
+def write_history(run_dir: Path, history: list[dict[str, Any]]) -> None:
+  """One row an epoch, for spreadsheets."""
+  with (run_dir / "history.csv").open("w", encoding="utf-8", newline="") as file:
+    writer = csv.DictWriter(file, EPOCH_FIELDS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(history)

@@ -1,0 +1,27 @@
+"""What every test runs under: four CPU devices, strict promotion, and a cache of its own."""
+
+import os
+import tempfile
+
+import absl.logging
+import jax
+import pytest
+
+# Asserts in a module that is no test file explain themselves only when asked to.
+pytest.register_assert_rewrite("lstm.contract")
+
+# Also for the commands that tests start. Must precede JAX's first computation.
+os.environ["JAX_PLATFORMS"] = "cpu"
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+def pytest_configure(config):
+  """Points the cache to a folder that is gone after the session; each worker of pytest-xdist has its own."""
+  folder = tempfile.TemporaryDirectory(prefix="imdb_jax-tests-")
+  os.environ["IMDB_JAX_CACHE"] = folder.name
+  config.add_cleanup(folder.cleanup)
