@@ -50,12 +50,9 @@ class Checkpoints:
       read_only=read_only,
       create=not read_only,
     )
+    handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
     try:
-      self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=options,
-        item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
-      )
+      self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
     except (OSError, ValueError) as error:
       raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
 

@@ -75,7 +75,7 @@ class _Restoring:
 
   run_dir: tyro.conf.Positional[Path]
   """Folder of the run."""
-  step: str = "best"
+  step: Literal["best", "latest"] | int = "best"
   """Checkpoint: best (by validation accuracy), latest, or a step's number."""
   platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
   """Where to compute."""
@@ -85,10 +85,7 @@ class _Restoring:
   def load(self, **runtime: Any):
     from imdb_jax.prediction import Classifier
 
-    if self.step not in ("best", "latest") and not self.step.isdecimal():
-      raise UsageError(f"--step {self.step}: must be best, latest or a step's number.")
-    step = int(self.step) if self.step.isdecimal() else self.step
-    return Classifier.load(self.run_dir, step=step, runtime=RuntimeConfig(platform=self.platform, **runtime))
+    return Classifier.load(self.run_dir, step=self.step, runtime=RuntimeConfig(platform=self.platform, **runtime))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,25 +137,30 @@ class _Predict(_Restoring):
     while chunk := list(itertools.islice(lines, _TEXTS_AT_ONCE)):
       for text, probability in zip(chunk, classifier.predict(chunk), strict=True):
         sentiment = "positive" if probability > 0.5 else "negative"
+        known_words = len(classifier.vocabulary.ids(text))
         if self.json:
-          print(json.dumps({"text": text, "probability": float(probability), "sentiment": sentiment}))
+          print(
+            json.dumps(
+              {"probability": float(probability), "sentiment": sentiment, "known_words": known_words, "text": text}
+            )
+          )
         else:
-          print(f"{probability:.4f}  {sentiment}  {text if len(text) <= 80 else text[:79] + '…'}")
+          shown = text if len(text) <= 80 else text[:79] + "…"
+          print(f"{probability:.4f}  {sentiment}  {shown}{'' if known_words else '  (no known word: a guess)'}")
 
   def _lines(self) -> Iterator[str]:
     if self.texts:
       yield from self.texts
-    elif self.file == "-":
-      if sys.stdin.isatty():
-        print("Type reviews, one a line; end with Ctrl-D.", file=sys.stderr)
-      sys.stdin.reconfigure(errors="replace")
-      yield from (line.removesuffix("\n") for line in sys.stdin)
-    else:
-      try:
-        with Path(self.file).open(encoding="utf-8", errors="replace") as file:
-          yield from (line.removesuffix("\n") for line in file)
-      except OSError as error:
-        raise UsageError(f"--file {self.file}: {error.strerror}.") from error
+      return
+    if self.file == "-" and sys.stdin.isatty():
+      print("Type reviews, one a line; end with Ctrl-D.", file=sys.stderr)
+    try:
+      # Standard input is a descriptor, not a path.
+      source = 0 if self.file == "-" else self.file
+      with open(source, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+        yield from (line.removesuffix("\n") for line in file)
+    except OSError as error:
+      raise UsageError(f"--file {self.file}: {error.strerror}.") from error
 
 
 def predict() -> None:

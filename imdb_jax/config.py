@@ -139,7 +139,7 @@ class RuntimeConfig:
   platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
   """auto takes the best that JAX finds; a named platform that is absent is an error."""
   num_devices: int | None = None
-  """Devices to shard the batch over; by default all of them. On a CPU it may be any number."""
+  """Devices of each process to shard the batch over; by default all. On a CPU it may be any number."""
   implementation: Literal["auto", "scan"] = "auto"
   """How the LSTM is computed; auto takes the fastest that serves the model."""
   archive: Path | None = None
@@ -171,7 +171,7 @@ class RuntimeConfig:
       if any(value is None for value in by_hand):
         raise UsageError("--coordinator-address, --num-processes and --process-id go together: give all three.")
       _require_whole(self, "num_processes", 1, 65_536)
-      _require(0 <= self.process_id < self.num_processes, self, "process_id", f"below {self.num_processes}")
+      _require_whole(self, "process_id", 0, (self.num_processes or 1) - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,13 @@ class Classifier:
 
   Attributes:
     config: of the run.
+    vocabulary: the words that it knows.
     step: the restored one.
   """
 
   def __init__(self, config: Config, vocabulary: Vocabulary, params: dict, mesh: Mesh, step: int):
-    self.config, self.step = config, step
-    self._vocabulary, self._params, self._mesh = vocabulary, params, mesh
+    self.config, self.vocabulary, self.step = config, vocabulary, step
+    self._params, self._mesh = params, mesh
     implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
     model = SentimentLSTM(config.model, config.dataset.vocabulary_size, implementation)
     self._predict_step = steps.make_predict_step(model, mesh)
@@ -72,7 +73,7 @@ class Classifier:
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
     """The probability that each text is positive, f32[n]; a text without a known word gets an answer too."""
-    tokens, lengths = self._vocabulary.encode(texts, self.config.dataset.sequence_length)
+    tokens, lengths = self.vocabulary.encode(texts, self.config.dataset.sequence_length)
     split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(len(texts), np.int32))
     # Powers of two: few shapes to compile, little waste.
     wanted = 1 << max(len(texts) - 1, 0).bit_length()

@@ -14,7 +14,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from imdb_jax.config import Config, RuntimeConfig, differing_fields
 from imdb_jax.data.tokenizer import Vocabulary
@@ -87,7 +87,7 @@ def check(config: Config) -> bool:
   return True
 
 
-def create(config: Config, vocabulary: Vocabulary, digest: str, devices: list[jax.Device]) -> None:
+def create(config: Config, vocabulary: Vocabulary, digest: str, mesh: Mesh) -> None:
   """Lays the folder of a new run; config.json last, so that a folder with it is complete.
 
   Raises:
@@ -97,7 +97,7 @@ def create(config: Config, vocabulary: Vocabulary, digest: str, devices: list[ja
     "data_digest": digest,
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     "python": platform.python_version(),
-    "devices": [device.device_kind for device in devices],
+    "devices": [device.device_kind for device in mesh.devices.flat],
   }
   run_dir = config.run_dir
   try:

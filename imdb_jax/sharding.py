@@ -34,8 +34,6 @@ def start(runtime: RuntimeConfig) -> Mesh:
 
 
 def _request_cpu_devices(num_devices: int) -> None:
-  if jax.config.jax_num_cpu_devices == num_devices:
-    return
   try:
     jax.config.update("jax_num_cpu_devices", num_devices)
   except RuntimeError:
@@ -63,7 +61,7 @@ def _join_processes(runtime: RuntimeConfig) -> None:
     raise PlatformError(f"The other processes could not be joined: {reason}") from error
 
 
-def _devices(runtime: RuntimeConfig) -> list[jax.Device]:
+def _devices(runtime: RuntimeConfig) -> list:
   platform = runtime.platform
   try:
     devices = jax.devices() if platform == "auto" else jax.devices(platform)
@@ -71,12 +69,15 @@ def _devices(runtime: RuntimeConfig) -> list[jax.Device]:
     # Never a silent run on the CPU: it is the most missed warning of the field.
     seen = ", ".join(sorted({device.platform for device in jax.devices()}))
     raise PlatformError(f"--platform {platform}: JAX sees only {seen}. {_INSTALL.get(platform, '')}") from error
-  wanted = runtime.num_devices
-  if wanted is None:
+  if runtime.num_devices is None:
     return devices
-  if wanted > len(devices):
-    raise PlatformError(f"--num-devices {wanted}: JAX sees {len(devices)} on platform {devices[0].platform}.")
-  return devices[:wanted]
+  chosen = []
+  for process in range(jax.process_count()):
+    own = [device for device in devices if device.process_index == process]
+    if runtime.num_devices > len(own):
+      raise PlatformError(f"--num-devices {runtime.num_devices}: JAX sees {len(own)} on platform {own[0].platform}.")
+    chosen += own[: runtime.num_devices]
+  return chosen
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

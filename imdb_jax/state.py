@@ -1,6 +1,7 @@
 """What training changes: a plain pytree, and how it begins."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,13 @@ from imdb_jax.model import SentimentLSTM
 class TrainState:
   """Attributes:
   step: i32[], updates made.
-  params: of the model.
+  params: of the model, a plain tree of dicts.
   opt_state: of the optimizer.
   key: u32[2], the raw PRNG key from which every step's dropout masks follow.
   """
 
   step: jax.Array
-  params: dict
+  params: Any
   opt_state: optax.OptState
   key: jax.Array
 

@@ -4,8 +4,6 @@ Both take a global batch spread over the mesh. `shard_map` gives each device its
 summed across devices once a step and not once a time step.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,9 +19,7 @@ Metrics = dict[str, jax.Array]
 _REVIEWS, _EVERYWHERE = PartitionSpec(sharding.AXIS), PartitionSpec()
 
 
-def make_train_step(
-  model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
+def make_train_step(model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
   """A jitted step: state and batch -> new state and the batch's metrics. The old state's buffers are donated.
 
   The batch holds tokens int[b, t], lengths i32[b], labels f32[b] and weights f32[b]; b must divide over the mesh.
@@ -76,7 +72,7 @@ def make_train_step(
   )
 
 
-def make_predict_step(model: SentimentLSTM, mesh: Mesh) -> Callable[[dict, jax.Array, jax.Array], jax.Array]:
+def make_predict_step(model: SentimentLSTM, mesh: Mesh) -> jax.stages.Wrapped:
   """A jitted step: params, tokens int[b, t] and lengths i32[b] -> logits f32[b], the same on every device."""
 
   def logits(params, tokens, lengths):

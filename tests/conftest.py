@@ -17,6 +17,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Starts JAX, so that no test can change the number of devices for those after it.
+assert jax.device_count() == 4
+
 absl.logging.set_verbosity(absl.logging.ERROR)
 
 

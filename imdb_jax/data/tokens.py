@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class TokenData:
     for name in _SPLITS:
       for field, array in _arrays(getattr(self, name)).items():
         digest.update(f"{name}.{field} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -174,7 +175,9 @@ def _find_official(config: DataConfig, cache_dir: Path) -> Path | None:
 def _write(data: TokenData, entry: Path, config: DataConfig, official: bool) -> None:
   """Writes beside the entry and renames, so that a reader sees a whole entry or none."""
   names = _SPLITS if config.validation == "split" else ("train", "test")
-  arrays = {f"{name}_{field}": array for name in names for field, array in _arrays(getattr(data, name)).items()}
+  arrays: dict[str, Any] = {
+    f"{name}_{field}": array for name in names for field, array in _arrays(getattr(data, name)).items()
+  }
   manifest = {
     "format": _FORMAT,
     "settings": dataclasses.asdict(config),

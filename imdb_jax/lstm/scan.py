@@ -1,5 +1,7 @@
 """The readable reference: `nn.scan` over a plain cell. Kept plain, never optimised."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -65,14 +67,14 @@ def lstm(
     Cell,
     variable_broadcast="params",
     split_rngs={"params": False},
-    in_axes=(1, 1, nn.broadcast, nn.broadcast),
+    in_axes=(1, 1, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]: flax declares only int.
     out_axes=1,
     reverse=reverse,
   )
   cell = scanned(input_size=e, hidden_size=h, gate_activation=gate_activation, parent=None)
   zeros = jnp.zeros((b, h), inputs.dtype)
   params = {"kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": bias}
-  _, hidden = cell.apply(
+  carry_and_hidden: Any = cell.apply(
     {"params": params}, (zeros, zeros), inputs, is_real, input_dropout_mask, recurrent_dropout_mask
   )
-  return hidden
+  return carry_and_hidden[1]

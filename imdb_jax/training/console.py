@@ -40,7 +40,7 @@ class Console:
     self._label, self._num_steps = f"Epoch {epoch}/{num_epochs}", num_steps
     self._started, self._done_before = time.perf_counter(), done
     if self._console.is_terminal:
-      self._progress = rich_progress.Progress(
+      progress = rich_progress.Progress(
         "{task.description}",
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
@@ -49,8 +49,9 @@ class Console:
         console=self._console,
         transient=True,
       )
-      self._progress.start()
-      self._task = self._progress.add_task(self._label, total=num_steps, completed=done, status="")
+      progress.start()
+      self._progress = progress
+      self._task = progress.add_task(self._label, total=num_steps, completed=done, status="")
 
   def show_step(self, done: int, means: Mapping[str, float], num_reviews: int, *, is_logged: bool) -> None:
     """After `done` steps of the epoch: means so far, and the reviews seen since it started here."""

@@ -56,7 +56,7 @@ def fit(config: Config) -> FitResult:
   if is_resumed:
     run_directory.check_data(config.run_dir, data.digest())
   elif jax.process_index() == 0:
-    run_directory.create(config, data.vocabulary, data.digest(), list(mesh.devices.flat))
+    run_directory.create(config, data.vocabulary, data.digest(), mesh)
   return _Trainer(config, mesh, console, data).run()
 
 

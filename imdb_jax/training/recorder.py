@@ -14,7 +14,7 @@ import jax
 from imdb_jax.errors import DivergenceError
 from imdb_jax.training.console import Console
 
-EPOCH_FIELDS = (
+EPOCH_FIELDS: tuple[str, ...] = (
     "epoch", "step", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "evaluation_seconds"
 )  # fmt: skip
 

@@ -85,7 +85,7 @@ def tolerance(case: Case, expected: np.ndarray) -> float:
   """Rounding of float32, grown with the root of the number of terms that are summed in one value."""
   shape = shapes.CONTRACT[case.shape]
   num_terms = shape.b * shape.t * (shape.e + shape.h)
-  return 8 * float(np.finfo(np.float32).eps) * np.sqrt(num_terms) * max(1.0, float(np.abs(expected).max()))
+  return 2 * float(np.finfo(np.float32).eps) * np.sqrt(num_terms) * max(1.0, float(np.abs(expected).max()))
 
 
 def check(call: Callable[..., jax.Array], case: Case) -> None:

@@ -1,0 +1,215 @@
+"""Parameters as Keras makes them, logits as float64 computes them, dropout masks as the recipe asks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lstm import reference
+
+from imdb_jax.config import ModelConfig
+from imdb_jax.model import SentimentLSTM, draw_dropout_masks
+
+SMALL = {"embedding_size": 3, "hidden_size": 5}
+VOCABULARY_SIZE = 11
+# Front-padded, from nothing but padding to none.
+LENGTHS = np.array([0, 1, 3, 7, 7, 5], np.int32)
+
+
+def init(config: ModelConfig, vocabulary_size: int, seed: int = 0) -> dict:
+  tokens, lengths = np.zeros((1, 2), np.int32), np.ones(1, np.int32)
+  model = SentimentLSTM(config, vocabulary_size)
+  return jax.device_get(jax.jit(model.init)(jax.random.key(seed), tokens, lengths)["params"])
+
+
+def make_tokens(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+  """Random ids; a review's ids do not depend on the length that it is padded to."""
+  tokens = np.zeros((len(lengths), sequence_length), np.int32)
+  for row, length in enumerate(lengths):
+    ids = np.random.default_rng(row).integers(1, VOCABULARY_SIZE, length)
+    tokens[row, sequence_length - length :] = ids
+  return tokens
+
+
+def random_params(config: ModelConfig) -> dict:
+  """Parameters far from their initial values, so that every one of them shows in the logits."""
+  params = init(config, VOCABULARY_SIZE)
+  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(1)
+  return jax.tree.unflatten(tree, [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def logits_of(config: ModelConfig, params: dict, tokens, lengths, masks=(None, None)) -> np.ndarray:
+  model = SentimentLSTM(config, VOCABULARY_SIZE)
+  return np.asarray(jax.jit(model.apply)({"params": params}, tokens, lengths, masks))
+
+
+def float64_logits(config: ModelConfig, params: dict, tokens, lengths, masks) -> np.ndarray:
+  gate_first = [mask if mask is None or mask.ndim == 2 else np.moveaxis(mask, 1, 0) for mask in masks]
+  hidden = reference.lstm(
+    params["embedding"]["embedding"].astype(np.float64)[tokens],
+    **params["lstm"],
+    input_dropout_mask=gate_first[0],
+    recurrent_dropout_mask=gate_first[1],
+    lengths=lengths if config.mask_padding else None,
+    gate_activation=config.gate_activation,
+  )
+  pooled = np.zeros((len(tokens), config.hidden_size))
+  for row, length in enumerate(lengths):
+    states = hidden[row, -length or len(hidden[row]) :] if config.mask_padding else hidden[row]
+    if len(states):
+      pooled[row] = {"last": states[-1], "mean": states.mean(0), "max": states.max(0)}[config.pooling]
+  return (pooled @ params["dense"]["kernel"].astype(np.float64) + params["dense"]["bias"])[:, 0]
+
+
+@functools.cache
+def article_params() -> dict:
+  return init(ModelConfig(), 4000)
+
+
+def test_article_has_its_643_713_parameters_under_fixed_names():
+  shapes = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(article_params())
+  }
+  assert shapes == {
+    "embedding/embedding": (4000, 128),
+    "lstm/kernel": (128, 512),
+    "lstm/recurrent_kernel": (128, 512),
+    "lstm/bias": (512,),
+    "dense/kernel": (128, 1),
+    "dense/bias": (1,),
+  }
+  assert sum(leaf.size for leaf in jax.tree.leaves(article_params())) == 643_713
+
+
+def assert_uniform(values: np.ndarray, bound: float, rtol: float) -> None:
+  assert np.abs(values).max() <= bound
+  assert np.abs(values).max() > 0.9 * bound
+  np.testing.assert_allclose(values.std(), bound / np.sqrt(3), rtol=rtol)
+  assert abs(values.mean()) < 5 * bound / np.sqrt(3 * values.size)
+
+
+def test_embedding_starts_uniform():
+  assert_uniform(article_params()["embedding"]["embedding"], 0.05, rtol=0.01)
+
+
+def test_kernel_starts_glorot_uniform_over_all_gates():
+  assert_uniform(article_params()["lstm"]["kernel"], np.sqrt(6 / (128 + 512)), rtol=0.01)
+
+
+def test_recurrent_kernel_starts_with_orthogonal_rows():
+  recurrent_kernel = article_params()["lstm"]["recurrent_kernel"].astype(np.float64)
+  np.testing.assert_allclose(recurrent_kernel @ recurrent_kernel.T, np.eye(128), atol=1e-5)
+
+
+def test_bias_starts_zero_but_one_for_the_forget_gate():
+  np.testing.assert_array_equal(article_params()["lstm"]["bias"].reshape(4, 128).T, [[0, 1, 0, 0]] * 128)
+
+
+def test_dense_layer_starts_glorot_uniform():
+  dense = article_params()["dense"]
+  assert_uniform(dense["kernel"], np.sqrt(6 / (128 + 1)), rtol=0.15)
+  assert not dense["bias"].any()
+
+
+def test_seeds_differ():
+  first, second = init(ModelConfig(**SMALL), VOCABULARY_SIZE, 0), init(ModelConfig(**SMALL), VOCABULARY_SIZE, 1)
+  assert (first["lstm"]["kernel"] != second["lstm"]["kernel"]).all()
+
+
+@pytest.mark.parametrize(
+  ("pooling", "mask_padding", "dropout_masks", "gate_activation"),
+  [
+    ("last", False, "shared", "sigmoid"),
+    ("last", True, "per_gate", "hard_sigmoid"),
+    ("mean", False, "per_gate", "sigmoid"),
+    ("mean", True, "shared", "sigmoid"),
+    ("max", False, "shared", "hard_sigmoid"),
+    ("max", True, "per_gate", "sigmoid"),
+    ("last", True, None, "sigmoid"),
+  ],
+)
+def test_logits_agree_with_float64(pooling, mask_padding, dropout_masks, gate_activation):
+  config = ModelConfig(
+    **SMALL,
+    pooling=pooling,
+    mask_padding=mask_padding,
+    dropout_masks=dropout_masks or "shared",
+    gate_activation=gate_activation,
+  )
+  params, tokens = random_params(config), make_tokens(LENGTHS, 7)
+  masks = (None, None)
+  if dropout_masks is not None:
+    masks = jax.device_get(draw_dropout_masks(jax.random.key(2), config, len(LENGTHS)))
+  expected = float64_logits(config, params, tokens, LENGTHS, masks)
+  np.testing.assert_allclose(logits_of(config, params, tokens, LENGTHS, masks), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
+def test_masked_padding_does_not_matter(pooling):
+  config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling)
+  params = random_params(config)
+  tight, wide = (logits_of(config, params, make_tokens(LENGTHS, t), LENGTHS) for t in (7, 12))
+  np.testing.assert_allclose(tight, wide, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
+def test_masked_empty_review_has_the_bias_as_logit(pooling):
+  config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling)
+  params = random_params(config)
+  logits = logits_of(config, params, make_tokens(LENGTHS, 7), LENGTHS)
+  assert logits[0] == params["dense"]["bias"][0]
+
+
+def test_processed_padding_matters():
+  """As in the article: padding is read like a word."""
+  config = ModelConfig(**SMALL)
+  params = random_params(config)
+  tight, wide = (logits_of(config, params, make_tokens(LENGTHS, t), LENGTHS) for t in (7, 12))
+  assert (np.abs(tight - wide) > 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_ids_of_the_cache_are_taken(dtype):
+  config = ModelConfig(**SMALL)
+  params, tokens = random_params(config), make_tokens(LENGTHS, 7)
+  logits = logits_of(config, params, tokens.astype(dtype), LENGTHS)
+  np.testing.assert_array_equal(logits, logits_of(config, params, tokens, LENGTHS))
+
+
+@pytest.mark.parametrize(("dropout_masks", "gates"), [("shared", ()), ("per_gate", (4,))])
+def test_masks_keep_the_right_share_and_scale_it_up(dropout_masks, gates):
+  config = ModelConfig(dropout_masks=dropout_masks, input_dropout_rate=0.2, recurrent_dropout_rate=0.5)
+  masks = jax.device_get(draw_dropout_masks(jax.random.key(0), config, 500))
+  for mask, rate, size in zip(masks, (0.2, 0.5), (128, 128), strict=True):
+    # One value a review and unit, none a position: constant over time.
+    assert mask.shape == (500, *gates, size)
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(np.unique(mask), np.array([0, 1 / (1 - rate)], np.float32))
+    # Five standard errors of the share.
+    assert abs(np.mean(mask > 0) - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / mask.size)
+    assert len(np.unique(mask.reshape(500, -1), axis=0)) == 500, "reviews share a mask"
+  if gates:
+    assert (masks[0][:, 0] != masks[0][:, 1]).any(axis=1).all(), "gates share a mask"
+
+
+def test_input_and_recurrent_masks_are_drawn_apart():
+  inputs, recurrent = draw_dropout_masks(jax.random.key(0), ModelConfig(), 8)
+  assert jnp.any(inputs != recurrent)
+
+
+@pytest.mark.parametrize(("rates", "drawn"), [((0, 0), (False, False)), ((0.2, 0), (True, False))])
+def test_no_mask_is_drawn_at_rate_0(rates, drawn):
+  config = ModelConfig(input_dropout_rate=rates[0], recurrent_dropout_rate=rates[1])
+  masks = draw_dropout_masks(jax.random.key(0), config, 2)
+  assert tuple(mask is not None for mask in masks) == drawn
+
+
+@pytest.mark.parametrize("dropout_masks", ["shared", "per_gate"])
+def test_a_padded_batch_starts_with_the_same_masks(dropout_masks):
+  """32 reviews on 3 devices are padded to 33, and must train as on 1, 2 or 4."""
+  config = ModelConfig(dropout_masks=dropout_masks)
+  for exact, padded in zip(*(draw_dropout_masks(jax.random.key(0), config, size) for size in (32, 33)), strict=True):
+    np.testing.assert_array_equal(exact, padded[:32])

@@ -1,0 +1,273 @@
+"""The commands as people type them, in processes of their own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--data", "sample", "--platform", "cpu", "--sequence-length", "24", "--embedding-size", "4")
+TINY += ("--hidden-size", "4", "--vocabulary-size", "200", "--limit", "200", "--epochs", "2")
+
+
+def start(script: str, *arguments: str | Path, **options) -> subprocess.Popen:
+  command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  return subprocess.Popen(command, **(pipes | {"stdin": subprocess.DEVNULL} | options))
+
+
+def finish(process: subprocess.Popen, stdin: bytes | None = None) -> tuple[int, str, str]:
+  stdout, stderr = process.communicate(stdin, timeout=120)
+  return process.returncode, stdout.decode(), stderr.decode()
+
+
+def run(script: str, *arguments: str | Path, stdin: bytes | None = None) -> tuple[int, str, str]:
+  options = {} if stdin is None else {"stdin": subprocess.PIPE}
+  return finish(start(script, *arguments, **options), stdin)
+
+
+def assert_one_clear_line(result: tuple[int, str, str], exit_code: int, *words: str) -> None:
+  code, _, stderr = result
+  assert code == exit_code, stderr
+  assert "Traceback" not in stderr
+  assert len(stderr.strip().splitlines()) == 1, stderr
+  for word in words:
+    assert word in stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+  run_dir = tmp_path_factory.mktemp("scripts") / "run"
+  code, stdout, stderr = run("train", *TINY, "--run-dir", run_dir)
+  assert (code, stderr) == (0, "")
+  assert "Compiled in" in stdout
+  assert "Epoch 2/2" in stdout
+  return run_dir
+
+
+def history(run_dir: Path) -> list[dict]:
+  """The lines of metrics.jsonl without their times."""
+  lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+  return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def test_a_run_directory_is_self_contained(trained):
+  names = {path.name for path in trained.iterdir()}
+  assert names == {
+    "config.json", "vocab.json", "provenance.json", "metrics.jsonl", "history.csv", "history.png", "report.md",
+    "checkpoints",
+  }  # fmt: skip
+  assert (trained / "history.png").read_bytes().startswith(b"\x89PNG")
+  assert "Last epoch" in (trained / "report.md").read_text()
+
+
+def test_evaluation_agrees_with_what_training_recorded(trained):
+  code, stdout, _ = run("evaluate", trained, "--step", "latest", "--json", "--platform", "cpu")
+  assert code == 0
+  result, last = json.loads(stdout), history(trained)[-1]
+  assert result["num_reviews"] == 200
+  assert result["accuracy"] == last["val_accuracy"]
+  assert result["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+  cells = ("true_negatives", "false_positives", "false_negatives", "true_positives")
+  assert sum(result[cell] for cell in cells) == 200
+
+
+def test_every_text_gets_an_answer(trained, tmp_path):
+  texts = ["A film I will not forget.", "", "zzzz qqqq", "good " * 200_000]
+  code, stdout, stderr = run("predict", trained, "--platform", "cpu", "--json", stdin="\n".join(texts).encode())
+  assert code == 0, stderr
+  answers = [json.loads(line) for line in stdout.splitlines()]
+  assert [answer["text"] for answer in answers] == texts
+  assert all(0 < answer["probability"] < 1 for answer in answers)
+  assert answers[1]["known_words"] == answers[2]["known_words"] == 0
+
+  (tmp_path / "reviews.txt").write_bytes(b"caf\xff\xfe\n" + texts[0].encode() + b"\n")
+  code, stdout, stderr = run("predict", trained, "--platform", "cpu", "--file", tmp_path / "reviews.txt")
+  assert code == 0, stderr
+  # The same text in another company and through another way in has the same probability.
+  assert float(stdout.splitlines()[1].split()[0]) == pytest.approx(answers[0]["probability"], abs=1e-4)
+
+
+def test_plot_draws_where_it_is_told(trained, tmp_path):
+  assert run("plot", trained, "--output", tmp_path / "curves.png")[0] == 0
+  assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_again_changes_nothing_and_other_settings_are_refused(trained):
+  before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+  code, stdout, _ = run("train", *TINY, "--run-dir", trained)
+  assert code == 0
+  assert "resumed at step 14" in stdout
+  result = run("train", *TINY, "--run-dir", trained, "--learning-rate", "0.01", "--seed", "7")
+  assert_one_clear_line(result, 2, "optimizer.learning_rate: 0.001 -> 0.01", "training.seed: 0 -> 7", "--run-dir")
+  after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+  assert set(after) == set(before)
+  assert after[trained / "metrics.jsonl"] == before[trained / "metrics.jsonl"]
+  changed = {path.name for path in before if "checkpoints" in path.parts and after[path] != before[path]}
+  assert not changed
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_resumes_to_the_same_end(tmp_path, number, exit_code):
+  arguments = (*TINY, "--epochs", "40", "--log-every", "3")
+  process = start("train", *arguments, "--run-dir", tmp_path / "stopped")
+  metrics = tmp_path / "stopped" / "metrics.jsonl"
+  deadline = time.monotonic() + 60
+  while not (metrics.exists() and metrics.read_text().count("\n") > 8):
+    assert process.poll() is None, finish(process)
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(number)
+  code, _, stderr = finish(process)
+  assert code == exit_code, stderr
+  assert "Saved step" in stderr
+  assert "--epochs 40" in stderr
+  assert run("train", *arguments, "--run-dir", tmp_path / "stopped")[0] == 0
+  assert run("train", *arguments, "--run-dir", tmp_path / "whole")[0] == 0
+  assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+
+
+def test_two_processes_train_as_one(tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  arguments = (*TINY, "--num-devices")
+  shared = ("--run-dir", tmp_path / "two", "--coordinator-address", address, "--num-processes", "2")
+  processes = [start("train", *arguments, "1", *shared, "--process-id", str(i)) for i in range(2)]
+  results = [finish(process) for process in processes]
+  assert [result[0] for result in results] == [0, 0], results
+  # Gloo, which carries JAX's messages between CPUs, writes lines of its own to standard output.
+  assert all(line.startswith("[Gloo]") for line in results[1][1].splitlines()), "only the first process writes"
+  assert run("train", *arguments, "1", "--run-dir", tmp_path / "one")[0] == 0
+  for two, one in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
+    assert two.pop("kind") == one.pop("kind")
+    assert two == pytest.approx(one, rel=1e-4)
+  code, stdout, _ = run("evaluate", tmp_path / "two", "--platform", "cpu", "--json", "--step", "latest")
+  assert code == 0
+  assert json.loads(stdout)["loss"] == pytest.approx(history(tmp_path / "one")[-1]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "plot", "prepare"])
+def test_help_answers_in_under_a_second(script):
+  started = time.perf_counter()
+  code, stdout, _ = run(script, "--help")
+  assert code == 0
+  assert "usage" in stdout
+  # Bounded generously: the point is that nothing imports JAX, which takes longer than this on a busy machine.
+  assert time.perf_counter() - started < 2
+
+
+def test_help_does_not_import_jax():
+  code = "import sys, imdb_jax.cli; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (("--epochs", "0"), ("--epochs 0", "from 1")),
+    (("--learning-rate", "-1"), ("--learning-rate", "positive")),
+    (("--input-dropout-rate", "1"), ("--input-dropout-rate", "below 1")),
+    (("--preset", "articel"), ("--preset articel", "article")),
+    (("--num-processes", "2"), ("--coordinator-address",)),
+  ],
+)
+def test_a_flag_out_of_range(arguments, words, tmp_path):
+  assert_one_clear_line(run("train", *arguments, "--run-dir", tmp_path / "run"), 2, *words)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_flag_names_the_nearest():
+  code, _, stderr = run("train", "--epoch", "3")
+  assert code == 2
+  assert "--epochs" in stderr
+  assert "Traceback" not in stderr
+
+
+def test_no_gpu_is_an_error_and_not_a_cpu_run(tmp_path):
+  result = run("train", "--data", "sample", "--platform", "tpu", "--run-dir", tmp_path / "run")
+  assert_one_clear_line(result, 6, "--platform tpu", "JAX sees only", "imdb_jax[tpu]")
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path):
+  (tmp_path / "letters").mkdir()
+  (tmp_path / "letters" / "love.txt").write_text("dear")
+  result = run("train", *TINY, "--run-dir", tmp_path / "letters")
+  assert_one_clear_line(result, 2, "letters", "nothing was touched")
+  assert [path.name for path in (tmp_path / "letters").iterdir()] == ["love.txt"]
+
+
+def test_an_unwritable_run_directory(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  assert_one_clear_line(run("train", *TINY, "--run-dir", tmp_path / "file" / "run"), 2, "--run-dir")
+
+
+def test_no_run_and_no_checkpoint(tmp_path, trained):
+  assert_one_clear_line(run("evaluate", tmp_path), 2, "not the folder of a run")
+  assert_one_clear_line(run("plot", tmp_path), 2, "history.csv")
+  assert_one_clear_line(run("evaluate", trained, "--step", "3", "--platform", "cpu"), 4, "no step 3", "14")
+
+
+def copy_of(run_dir: Path, target: Path) -> Path:
+  subprocess.run(["cp", "-r", run_dir, target], check=True)
+  return target
+
+
+def test_a_vocabulary_that_does_not_fit_the_checkpoint(trained, tmp_path):
+  copy = copy_of(trained, tmp_path / "copy")
+  config, vocabulary = json.loads((copy / "config.json").read_text()), json.loads((copy / "vocab.json").read_text())
+  vocabulary["size"] = 300
+  (copy / "vocab.json").write_text(json.dumps(vocabulary))
+  assert_one_clear_line(run("predict", copy, "good", "--platform", "cpu"), 4, "vocab.json", "300", "200")
+  config["dataset"]["vocabulary_size"] = 300
+  (copy / "config.json").write_text(json.dumps(config))
+  assert_one_clear_line(run("predict", copy, "good", "--platform", "cpu"), 4, "embedding", "(200, 4)", "(300, 4)")
+
+
+def test_a_damaged_config(trained, tmp_path):
+  copy = copy_of(trained, tmp_path / "copy")
+  config = json.loads((copy / "config.json").read_text())
+  config["model"]["hidden_size"] = "4; rm -rf /"
+  (copy / "config.json").write_text(json.dumps(config))
+  assert_one_clear_line(run("predict", copy, "good"), 2, "config.json", "model.hidden_size")
+
+
+def test_missing_and_damaged_archives(tmp_path):
+  missing = run("train", "--archive", tmp_path / "none.tar.gz", "--run-dir", tmp_path / "run")
+  assert_one_clear_line(missing, 3, "none.tar.gz", "--archive")
+  (tmp_path / "bad.tar.xz").write_bytes(b"not an archive")
+  damaged = run("train", "--archive", tmp_path / "bad.tar.xz", "--run-dir", tmp_path / "run", "--platform", "cpu")
+  assert_one_clear_line(damaged, 3, "bad.tar.xz")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_has_had_enough(trained):
+  process = start("predict", trained, "--platform", "cpu", *["good"] * 5000)
+  assert process.stdout is not None
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.stderr is not None
+  with process.stderr:
+    assert process.stderr.read() == b""
+  assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.skipif("IMDB_ARCHIVE" not in os.environ, reason="IMDB_ARCHIVE names no archive of the real reviews")
+def test_the_real_reviews(tmp_path):
+  # Its own cache, so that both the first and the second start are seen.
+  arguments = ("--platform", "cpu", "--limit", "500", "--epochs", "1", "--hidden-size", "8", "--embedding-size", "8")
+  arguments += ("--archive", os.environ["IMDB_ARCHIVE"], "--cache-dir", str(tmp_path / "cache"))
+  first = run("train", *arguments, "--run-dir", tmp_path / "first")
+  assert first[0] == 0, first[2]
+  assert "Reading the reviews" in first[1]
+  assert "not the texts" not in first[1]
+  second = run("train", *arguments, "--run-dir", tmp_path / "second")
+  assert second[0] == 0, second[2]
+  assert "Reading the reviews" not in second[1]
+  assert history(tmp_path / "first") == history(tmp_path / "second")

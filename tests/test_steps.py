@@ -1,0 +1,227 @@
+"""One training step means the same on any number of devices, for any padding, and as float64 computes Adam."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from imdb_jax import sharding, state, steps
+from imdb_jax.config import ModelConfig, OptimizerConfig
+from imdb_jax.data.batches import Batch
+from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.model import SentimentLSTM
+
+VOCABULARY_SIZE, LENGTH = 20, 6
+CONFIG = ModelConfig(embedding_size=4, hidden_size=5)
+NO_DROPOUT = dataclasses.replace(CONFIG, input_dropout_rate=0, recurrent_dropout_rate=0)
+
+
+@functools.cache
+def make_split() -> TokenSplit:
+  """Three batches of 32 reviews and a last one of 8."""
+  rng = np.random.default_rng(0)
+  num_rows = 104
+  lengths = rng.integers(0, LENGTH + 1, num_rows).astype(np.int32)
+  is_real = np.arange(LENGTH) >= LENGTH - lengths[:, None]
+  tokens = np.where(is_real, rng.integers(1, VOCABULARY_SIZE, (num_rows, LENGTH)), 0).astype(np.int16)
+  return TokenSplit(tokens=tokens, lengths=lengths, labels=rng.integers(0, 2, num_rows).astype(np.int32))
+
+
+def mesh_of(num_devices: int) -> Mesh:
+  return Mesh(np.array(jax.devices()[:num_devices]), (sharding.AXIS,))
+
+
+def gather(rows, size: int, mesh: Mesh) -> dict[str, jax.Array]:
+  return sharding.shard_reviews(make_split().gather(Batch(rows=np.asarray(rows), length=LENGTH), size), mesh)
+
+
+@functools.cache
+def trainer(num_devices: int, config: ModelConfig = CONFIG, learning_rate: float | None = None):
+  """A function that makes a fresh state, and the step; plain gradient descent if a learning rate is given."""
+  mesh = mesh_of(num_devices)
+  model = SentimentLSTM(config, VOCABULARY_SIZE)
+  optimizer = state.make_optimizer(OptimizerConfig()) if learning_rate is None else optax.sgd(learning_rate)
+  return functools.partial(state.create, model, optimizer, 0, mesh), steps.make_train_step(model, optimizer, mesh)
+
+
+@functools.cache
+def run(num_devices: int) -> tuple[np.ndarray, dict]:
+  """Two epochs of four batches, the last of 8, with dropout: the losses and the final parameters."""
+  make_state, step = trainer(num_devices)
+  mesh, current, losses = mesh_of(num_devices), make_state(), []
+  size = sharding.padded_batch_size(32, mesh)
+  for start in (0, 32, 64, 96) * 2:
+    current, metrics = step(current, gather(range(start, min(start + 32, 104)), size, mesh))
+    losses.append(metrics["loss"] / metrics["weight"])
+  assert current.step == 8
+  return np.array(jax.device_get(losses)), jax.device_get(current.params)
+
+
+def assert_close(left: dict, right: dict, atol: float) -> None:
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), left, right)
+
+
+@pytest.mark.parametrize("num_devices", [2, 3, 4])
+def test_devices_do_not_change_the_result(num_devices):
+  """To rounding: Adam moves each parameter by about 1e-3 a step, another dropout mask would show at that size."""
+  assert sharding.padded_batch_size(32, mesh_of(num_devices)) == (33 if num_devices == 3 else 32)
+  losses, params = run(num_devices)
+  expected_losses, expected_params = run(1)
+  np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
+  assert_close(params, expected_params, atol=2e-5)
+
+
+def test_training_lowers_the_loss():
+  losses, _ = run(1)
+  assert np.all(losses[4:] < losses[:4])
+
+
+def metrics_and_params(rows, size: int) -> tuple[dict, dict]:
+  """One step of plain gradient descent of rate 1 without dropout: the parameters move by minus the gradient."""
+  make_state, step = trainer(1, NO_DROPOUT, 1.0)
+  after, metrics = step(make_state(), gather(rows, size, mesh_of(1)))
+  return jax.device_get(metrics), jax.device_get(after.params)
+
+
+def test_last_batch_is_averaged_over_its_own_reviews():
+  """8 reviews in a batch of 32 move the parameters by the mean of what each moves them alone."""
+  metrics, params = metrics_and_params(range(96, 104), 32)
+  assert metrics["weight"] == 8
+  alone = [metrics_and_params([row], 32) for row in range(96, 104)]
+  assert_close(params, jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(after for _, after in alone)), 1e-6)
+  np.testing.assert_allclose(metrics["loss"], sum(metrics["loss"] for metrics, _ in alone), rtol=1e-6)
+  assert metrics["correct"] == sum(metrics["correct"] for metrics, _ in alone)
+
+
+def test_reviews_of_weight_0_change_nothing():
+  """Whatever stands in them, and with dropout too."""
+  make_state, step = trainer(1)
+  mesh = mesh_of(1)
+  clean = jax.device_get(gather(range(8), 12, mesh))
+  noisy = {name: array.copy() for name, array in clean.items()}
+  noisy["tokens"][8:], noisy["lengths"][8:], noisy["labels"][8:] = 7, LENGTH, 1
+  results = [step(make_state(), sharding.shard_reviews(examples, mesh)) for examples in (clean, noisy)]
+  (left, left_metrics), (right, right_metrics) = jax.device_get([(after.params, m) for after, m in results])
+  assert left_metrics == right_metrics
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_metrics_are_sums_over_the_batch():
+  model = SentimentLSTM(NO_DROPOUT, VOCABULARY_SIZE)
+  make_state, _ = trainer(1, NO_DROPOUT, 1.0)
+  split, rows = make_split(), slice(0, 32)
+  labels = split.labels[rows]
+  variables = {"params": jax.device_get(make_state().params)}
+  logits = np.asarray(model.apply(variables, split.tokens[rows], split.lengths[rows]), np.float64)
+  metrics, _ = metrics_and_params(range(32), 32)
+  np.testing.assert_allclose(metrics["loss"], np.sum(np.logaddexp(0, logits) - logits * labels), rtol=1e-6)
+  assert metrics["correct"] == np.sum((logits > 0) == labels)
+  assert metrics["weight"] == 32
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-7])
+def test_adam_is_that_of_keras(scale):
+  """lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): at small gradients the place of eps decides."""
+  gradients = scale * np.array([[1.0, -2.0, 0.1, 0.0], [0.5, 2.0, -0.1, 0.0], [-3.0, 1.0, 0.4, 1.0]])
+  optimizer = state.make_optimizer(OptimizerConfig())
+  opt_state = optimizer.init(np.zeros(4, np.float32))
+  m, v = np.zeros(4), np.zeros(4)
+  for t, gradient in enumerate(gradients, start=1):
+    with jax.numpy_dtype_promotion("standard"):
+      update, opt_state = optimizer.update(gradient.astype(np.float32), opt_state)
+    m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+    expected = -1e-3 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-7)
+    # optax computes 1 - b2^t in float32, of which 0.001 keeps four digits.
+    np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-12, err_msg=f"step {t}")
+
+
+def test_optimizer_settings_are_heeded():
+  default = OptimizerConfig()
+  for changed in ({"learning_rate": 1e-2}, {"b1": 0.5}, {"b2": 0.9}, {"epsilon": 0.1}):
+    updates = []
+    for config in (default, dataclasses.replace(default, **changed)):
+      optimizer = state.make_optimizer(config)
+      opt_state = optimizer.init(np.zeros(1, np.float32))
+      with jax.numpy_dtype_promotion("standard"):
+        for gradient in (1.0, 0.1):
+          update, opt_state = optimizer.update(np.full(1, gradient, np.float32), opt_state)
+      updates.append(float(update[0]))
+    assert abs(updates[0] - updates[1]) > 1e-5, changed
+
+
+def test_one_trace_a_shape():
+  """Compiling the article's step takes longer than many steps."""
+  traces = []
+
+  class Counting(SentimentLSTM):
+    def __call__(self, *args, **kwargs):
+      traces.append(args[0].shape)
+      return super().__call__(*args, **kwargs)
+
+  mesh = mesh_of(2)
+  model, optimizer = Counting(NO_DROPOUT, VOCABULARY_SIZE), state.make_optimizer(OptimizerConfig())
+  current = state.create(model, optimizer, 0, mesh)
+  step = steps.make_train_step(model, optimizer, mesh)
+  traces.clear()
+  current, _ = step(current, gather(range(8), 8, mesh))
+  once = len(traces)
+  assert once > 0
+  # A full batch, one with empty rows, and the state that a step returned: all one program.
+  for rows in (range(8, 16), range(16, 19)):
+    current, _ = step(current, gather(rows, 8, mesh))
+  assert len(traces) == once
+  step(current, gather(range(6), 6, mesh))
+  assert len(traces) > once
+
+
+def test_old_state_is_donated():
+  make_state, step = trainer(2)
+  before = make_state()
+  after, _ = step(before, gather(range(32), 32, mesh_of(2)))
+  for name in ("params", "opt_state", "step"):
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(getattr(before, name))), name
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_each_step_draws_its_own_dropout_masks():
+  """With a learning rate of 0 nothing else can change the loss; the same step repeats it exactly."""
+  make_state, step = trainer(1, CONFIG, 0.0)
+  losses = []
+  for _ in range(2):
+    current = make_state()
+    for _ in range(3):
+      current, metrics = step(current, gather(range(32), 32, mesh_of(1)))
+      losses.append(float(metrics["loss"]))
+  assert losses[:3] == losses[3:]
+  assert len(set(losses[:3])) == 3
+
+
+def test_a_step_reads_nothing_back_and_copies_nothing_in():
+  make_state, step = trainer(2)
+  mesh = mesh_of(2)
+  current = make_state()
+  examples = gather(range(32), 32, mesh)
+  current, _ = step(current, examples)  # compiles, which may copy constants
+  with jax.transfer_guard("disallow"):
+    current, metrics = step(current, examples)
+    jax.block_until_ready((current, metrics))
+  with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+    step(current, jax.device_get(examples))
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_predict_step_gives_the_logits_of_the_model(num_devices):
+  mesh = mesh_of(num_devices)
+  make_state, _ = trainer(1, CONFIG)
+  params = jax.device_get(make_state().params)
+  model = SentimentLSTM(CONFIG, VOCABULARY_SIZE)
+  examples = gather(range(9), 9, mesh)
+  placed = jax.device_put(params, sharding.replicated(mesh))
+  logits = steps.make_predict_step(model, mesh)(placed, examples["tokens"], examples["lengths"])
+  split = make_split()
+  expected = model.apply({"params": params}, split.tokens[:9], split.lengths[:9])
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
