@@ -139,8 +139,8 @@ class RuntimeConfig:
   platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
   """auto takes the best that JAX finds; a named platform that is absent is an error."""
   num_devices: int | None = None
-  """Devices of each process to shard the batch over; by default all. On a CPU it may be any number."""
-  implementation: Literal["auto", "scan"] = "auto"
+  """Devices of each process to shard the batch over; by default all, and on a CPU one for each core."""
+  implementation: Literal["auto", "chunked", "scan"] = "auto"
   """How the LSTM is computed; auto takes the fastest that serves the model."""
   archive: Path | None = None
   """A local aclImdb archive (.tar.gz, .tar.xz) or its unpacked folder; otherwise the prepared store or a download."""

@@ -13,11 +13,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from imdb_jax.lstm import scan
+from imdb_jax.lstm import chunked, scan
 
 GateActivation = Literal["sigmoid", "hard_sigmoid"]
 
-IMPLEMENTATIONS = {"scan": scan.lstm}
+IMPLEMENTATIONS = {"chunked": chunked.lstm, "scan": scan.lstm}
 
 
 def lstm(
@@ -57,7 +57,7 @@ def lstm(
   _check(inputs, kernel, recurrent_kernel, bias, input_dropout_mask, recurrent_dropout_mask, lengths)
   if gate_activation not in ("sigmoid", "hard_sigmoid"):
     raise ValueError(f"gate_activation {gate_activation!r}: must be sigmoid or hard_sigmoid")
-  name = implementation or "scan"
+  name = implementation or "chunked"
   if name not in IMPLEMENTATIONS:
     raise ValueError(f"implementation {name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
   return IMPLEMENTATIONS[name](

@@ -1,0 +1,243 @@
+"""Words and ids are Keras's, and a vocabulary file is read back or refused in one line.
+
+Run as a script this file is Keras's side of the comparison.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imdb_jax.data import archive, sample
+from imdb_jax.data.tokenizer import Vocabulary, split_words
+from imdb_jax.errors import UsageError
+
+
+def keras_side(source: Path, target: Path) -> None:
+  """Fits Keras's tokenizer on the first texts of each corpus and encodes all of them."""
+  import keras
+  from keras.src.legacy.preprocessing.text import Tokenizer
+
+  results = []
+  for corpus in json.loads(source.read_text(encoding="utf-8")):
+    tokenizer = Tokenizer(num_words=corpus["size"])
+    tokenizer.fit_on_texts(corpus["texts"][: corpus["num_fitted"]])
+    sequences = tokenizer.texts_to_sequences(corpus["texts"])
+    tokens = keras.utils.pad_sequences(sequences, maxlen=corpus["sequence_length"])
+    results.append({"index": tokenizer.word_index, "tokens": tokens.tolist()})
+  target.write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  keras_side(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+def fit(*texts: str, size: int = 100, strip_html: bool = True) -> Vocabulary:
+  return Vocabulary.fit(texts, size=size, strip_html=strip_html)
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("", []),
+    (" \t\n ", []),
+    ("!?...", []),
+    ("Don't STOP", ["don't", "stop"]),
+    ("well-made,sharp(and)fast", ["well", "made", "sharp", "and", "fast"]),
+    ('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~a', ["a"]),
+    ("one\ttwo\nthree", ["one", "two", "three"]),
+    ("10/10", ["10", "10"]),
+    # Only ASCII marks separate words: what looks like a quote, a dash or a space stays.
+    ("caf\u00e9 \u201cfine\u201d a\u2014b", ["caf\u00e9", "\u201cfine\u201d", "a\u2014b"]),
+    ("a\u00a0b\u2003c\rd", ["a\u00a0b\u2003c\rd"]),
+    ("\u00c9T\u00c9 STRASSE \u0130", ["\u00e9t\u00e9", "strasse", "i\u0307"]),
+  ],
+)
+def test_words(text, words):
+  assert split_words(text, strip_html=True) == words
+
+
+@pytest.mark.parametrize(
+  ("text", "stripped", "kept"),
+  [
+    ("good<br /><br />bad", ["good", "bad"], ["good", "br", "br", "bad"]),
+    ("<i>Alien</i>", ["alien"], ["i", "alien", "i"]),
+    ("1 < 2 and 3 > 2", ["1", "2"], ["1", "2", "and", "3", "2"]),
+    ("a <> b < c", ["a", "b", "c"], ["a", "b", "c"]),
+    ("<a\nhref='x'>b", ["b"], ["a", "href", "'x'", "b"]),
+  ],
+)
+def test_tags(text, stripped, kept):
+  assert split_words(text, strip_html=True) == stripped
+  assert split_words(text, strip_html=False) == kept
+
+
+def test_frequent_words_have_low_ids():
+  vocabulary = fit("a bad film", "A good, good film", "film!")
+  assert vocabulary.words == ("film", "a", "good", "bad")
+  assert vocabulary.ids("Good film, bad plot") == [3, 1, 4]
+
+
+def test_ties_go_to_the_word_that_comes_first():
+  """Also beyond the words that are kept, and not by the alphabet."""
+  assert fit("z y x w", "w x y z", "v").words == ("z", "y", "x", "w", "v")
+  assert fit("z y x w", "w x y z", "v", size=3).words == ("z", "y")
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6, 7])
+def test_size_counts_the_padding_id(size):
+  """Keras's num_words: ids stay below it, so one word fewer is known."""
+  vocabulary = fit("a a a a a b b b b c c c d d e", size=size)
+  assert vocabulary.words == tuple("abcde"[: size - 1])
+  tokens, _ = vocabulary.encode(["a b c d e f"], 8)
+  assert tokens.max() == min(size - 1, 5)
+
+
+def test_golden_ids():
+  vocabulary = fit("the film was good", "the film was not good", "the end", size=5)
+  assert vocabulary.words == ("the", "film", "was", "good")
+  texts = ["The end was NOT the good end.", "", "unknown words", "good", "film film the was the film"]
+  tokens, lengths = vocabulary.encode(texts, 4)
+  # Unknown words leave no gap, padding stands at the front, and of a long review the last words are kept.
+  expected = [[1, 3, 1, 4], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 4], [1, 3, 1, 2]]
+  np.testing.assert_array_equal(tokens, expected)
+  np.testing.assert_array_equal(lengths, [4, 0, 0, 1, 4])
+  assert lengths.dtype == np.int32
+
+
+def test_no_texts():
+  tokens, lengths = fit("a").encode([], 3)
+  assert tokens.shape == (0, 3)
+  assert lengths.shape == (0,)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**15, np.int16), (2**15 + 1, np.int32)])
+def test_ids_fit_their_type(size, dtype):
+  words = [f"w{i}" for i in range(2**15)]
+  vocabulary = fit(" ".join(words), size=size)
+  tokens, _ = vocabulary.encode([" ".join(words)], 2**15)
+  assert tokens.dtype == dtype
+  assert tokens.max() == size - 1
+  assert tokens.min() >= 0
+
+
+@pytest.mark.parametrize("strip_html", [False, True])
+def test_vocabulary_survives_its_file(tmp_path, strip_html):
+  vocabulary = fit("don't caf\u00e9 \u201ca\u201d \U0001f3ac \u2028 a\u00a0b <br />", size=50, strip_html=strip_html)
+  path = tmp_path / "vocab.json"
+  path.write_text(vocabulary.to_json(), encoding="utf-8")
+  assert Vocabulary.load(path) == vocabulary
+
+
+def vocabulary_json(**changes) -> str:
+  fields = json.loads(fit("a b c", size=10).to_json()) | changes
+  return json.dumps({name: value for name, value in fields.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    pytest.param("", id="empty"),
+    pytest.param("words", id="not JSON"),
+    pytest.param(vocabulary_json()[:-5], id="cut short"),
+    pytest.param("[]", id="not an object"),
+    pytest.param("[" * 100_000, id="deeply nested"),
+    pytest.param(vocabulary_json().encode().replace(b'"a"', b'"\xff"'), id="not UTF-8"),
+    pytest.param(vocabulary_json(strip_html=None), id="key missing"),
+    pytest.param(vocabulary_json(extra=1), id="key unknown"),
+    pytest.param(vocabulary_json(format="imdb_jax vocabulary 99"), id="other format"),
+    pytest.param(vocabulary_json(size="10"), id="size is a text"),
+    pytest.param(vocabulary_json(size=True), id="size is a truth value"),
+    pytest.param(vocabulary_json(strip_html=1), id="strip_html is a number"),
+    pytest.param(vocabulary_json(words={"a": 1}), id="words are no list"),
+    pytest.param(vocabulary_json(words=["a", 1]), id="a word is a number"),
+    pytest.param(vocabulary_json(words=["a", "b", "a"]), id="a word twice"),
+    pytest.param(vocabulary_json(size=3), id="more words than size"),
+    pytest.param(vocabulary_json(size=-1, words=[]), id="negative size"),
+    pytest.param(vocabulary_json().replace("10", "1" * 5000), id="huge number"),
+  ],
+)
+def test_damaged_file_is_refused_by_name(tmp_path, content):
+  path = tmp_path / "vocab.json"
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  with pytest.raises(UsageError, match=r"vocab\.json: not a usable vocabulary: .+"):
+    Vocabulary.load(path)
+
+
+def test_damages_above_start_from_a_good_file(tmp_path):
+  path = tmp_path / "vocab.json"
+  path.write_text(vocabulary_json())
+  assert Vocabulary.load(path).words == ("a", "b", "c")
+
+
+def test_huge_file_is_not_read(tmp_path):
+  path = tmp_path / "vocab.json"
+  with path.open("wb") as file:
+    file.truncate(2**34)  # sparse: reading it would take all memory
+  with pytest.raises(UsageError, match="larger than"):
+    Vocabulary.load(path)
+
+
+@pytest.mark.parametrize("name", ["absent.json", "."])
+def test_absent_file_is_named(tmp_path, name):
+  with pytest.raises(UsageError, match="not a usable vocabulary"):
+    Vocabulary.load(tmp_path / name)
+
+
+def generated_corpora() -> list[dict]:
+  """Texts that hypothesis makes of words, separators, and characters whose lower case or kind is special."""
+  words = ["a", "b", "The", "the", "don't", "'", "ab", "10", "<br />"]
+  words += ["\u0130", "\u00df", "\u1e9e", "\u03a3", "\u0391\u03a3", "caf\u00e9", "cafe\u0301", "\u201c", "\U0001f3ac"]
+  pieces = st.sampled_from([*words, *" \t\n\r\x0b\x1c.,-_<>/&|~`\u00a0\u2003\u2028"])
+  texts = st.lists(st.one_of(pieces, st.characters(exclude_categories=["Cs"])), max_size=40).map("".join)
+  corpora = []
+
+  @settings(max_examples=150, derandomize=True, database=None, deadline=None)
+  @given(st.lists(texts, min_size=1, max_size=8), st.integers(2, 12), st.integers(1, 12), st.integers(1, 8))
+  def collect(texts, size, sequence_length, num_fitted):
+    corpora.append({"texts": texts, "size": size, "sequence_length": sequence_length, "num_fitted": num_fitted})
+
+  collect()
+  return corpora
+
+
+def assert_same_as_keras(corpora: list[dict], folder: Path) -> None:
+  if importlib.util.find_spec("keras") is None:
+    pytest.skip("keras is not installed")
+  source, target = folder / "source.json", folder / "target.json"
+  source.write_text(json.dumps(corpora), encoding="utf-8")
+  path = os.pathsep.join(filter(None, sys.path))
+  environment = os.environ | {"KERAS_BACKEND": "jax", "KERAS_HOME": str(folder), "PYTHONPATH": path}
+  command = [sys.executable, __file__, str(source), str(target)]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+  assert done.returncode == 0, done.stderr[-2000:]
+  for corpus, keras in zip(corpora, json.loads(target.read_text(encoding="utf-8")), strict=True):
+    # Keras strips no tags. Its index holds all words, of which it uses those below num_words.
+    vocabulary = fit(*corpus["texts"][: corpus["num_fitted"]], size=corpus["size"], strip_html=False)
+    used = {word: i for word, i in keras["index"].items() if i < corpus["size"]}
+    assert {word: i for i, word in enumerate(vocabulary.words, start=1)} == used
+    tokens, lengths = vocabulary.encode(corpus["texts"], corpus["sequence_length"])
+    np.testing.assert_array_equal(tokens, keras["tokens"])
+    np.testing.assert_array_equal(lengths, np.count_nonzero(keras["tokens"], axis=1))
+
+
+def test_ids_are_those_of_keras(tmp_path):
+  splits = sample.load()
+  texts = [*splits["train"].texts[:400], *splits["test"].texts[:200]]
+  lengths = ((1000, 64), (100, 20))
+  corpora = [{"texts": texts, "size": size, "sequence_length": t, "num_fitted": 400} for size, t in lengths]
+  assert_same_as_keras(corpora + generated_corpora(), tmp_path)
+
+
+@pytest.mark.skipif("IMDB_ARCHIVE" not in os.environ, reason="IMDB_ARCHIVE names no archive of the real reviews")
+def test_ids_of_real_reviews_are_those_of_keras(tmp_path):
+  texts = archive.read_archive(Path(os.environ["IMDB_ARCHIVE"]))["train"].texts[:2000]
+  corpora = [{"texts": texts, "size": 4000, "sequence_length": 400, "num_fitted": 1500}]
+  assert_same_as_keras(corpora, tmp_path)

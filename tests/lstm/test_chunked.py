@@ -1,0 +1,7 @@
+"""The fast path keeps the contract."""
+
+from lstm.contract import LstmContract
+
+
+class TestChunked(LstmContract):
+  implementation = "chunked"

@@ -1,0 +1,272 @@
+"""Settings survive their file, and what is wrong is named: the field, its value, what is allowed."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from imdb_jax import config
+from imdb_jax.config import (
+  PRESETS,
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RuntimeConfig,
+  TrainingConfig,
+  differing_fields,
+)
+from imdb_jax.errors import UsageError
+
+CHANGED = Config(
+  preset="mine",
+  dataset=DataConfig(data="sample", limit=7, validation="split", validation_fraction=0.25, strip_html=False),
+  model=ModelConfig(hidden_size=3, dropout_masks="per_gate", mask_padding=True, pooling="max"),
+  optimizer=OptimizerConfig(learning_rate=1, epsilon=1e-8),
+  training=TrainingConfig(epochs=2, seed=5, matmul_precision="bfloat16"),
+)
+
+
+@pytest.mark.parametrize("wanted", [*PRESETS.values(), CHANGED], ids=lambda wanted: wanted.preset)
+def test_round_trip_through_json(wanted):
+  restored = Config.from_dict(json.loads(json.dumps(wanted.to_dict())), wanted.runtime)
+  assert restored == wanted
+
+
+def test_presets_bear_their_names():
+  assert {name: config.preset(name).preset for name in PRESETS} == {name: name for name in PRESETS}
+
+
+def test_article_is_what_ran():
+  """As the recipe tells: Keras 2.3, defaults; a change here is another experiment."""
+  article = config.preset("article")
+  assert article.dataset == DataConfig(
+    data="imdb",
+    limit=None,
+    validation="test",
+    validation_fraction=0.1,
+    vocabulary_size=4000,
+    sequence_length=400,
+    strip_html=True,
+  )
+  assert article.model == ModelConfig(
+    embedding_size=128,
+    hidden_size=128,
+    input_dropout_rate=0.2,
+    recurrent_dropout_rate=0.2,
+    dropout_masks="shared",
+    gate_activation="sigmoid",
+    mask_padding=False,
+    pooling="last",
+  )
+  assert article.optimizer == OptimizerConfig(learning_rate=1e-3, b1=0.9, b2=0.999, epsilon=1e-7)
+  assert (article.training.epochs, article.training.batch_size) == (10, 32)
+
+
+def test_where_and_how_is_not_saved():
+  assert set(CHANGED.to_dict()) == {"preset", "dataset", "model", "optimizer", "training"}
+  runtime = RuntimeConfig(num_devices=2)
+  assert Config.from_dict(CHANGED.to_dict(), runtime).runtime == runtime
+
+
+@pytest.mark.parametrize("name", ["dataset.limit", "model.pooling", "optimizer.b1", "training.seed", "preset", "model"])
+def test_missing_key_is_named(name):
+  fields = CHANGED.to_dict()
+  *section, key = name.split(".")
+  del (fields[section[0]] if section else fields)[key]
+  with pytest.raises(UsageError, match=rf"{name}: missing"):
+    Config.from_dict(fields)
+
+
+@pytest.mark.parametrize("section", ["dataset", "model", "optimizer", "training"])
+def test_unknown_key_is_named(section):
+  fields = CHANGED.to_dict()
+  fields[section]["colour"] = 1
+  with pytest.raises(UsageError, match=rf"{section}\.colour: unknown"):
+    Config.from_dict(fields)
+  with pytest.raises(UsageError, match=r"config\.runtime: unknown"):
+    Config.from_dict(CHANGED.to_dict() | {"runtime": {}})
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("dataset.limit", "7"),
+    ("dataset.limit", 7.0),
+    ("dataset.limit", True),
+    ("dataset.data", "mnist"),
+    ("dataset.data", None),
+    ("dataset.strip_html", 1),
+    ("dataset.strip_html", "true"),
+    ("dataset.vocabulary_size", None),
+    ("dataset.vocabulary_size", 4000.0),
+    ("model.pooling", ["last"]),
+    ("model.hidden_size", {}),
+    ("model.input_dropout_rate", "0.2"),
+    ("model.input_dropout_rate", False),
+    ("optimizer.learning_rate", None),
+    ("training.epochs", False),
+  ],
+)
+def test_wrong_type_is_named(name, value):
+  fields = CHANGED.to_dict()
+  section, key = name.split(".")
+  fields[section][key] = value
+  with pytest.raises(UsageError, match=rf"{section}\.{key}: "):
+    Config.from_dict(fields)
+
+
+@pytest.mark.parametrize("value", [None, [], "article", 3])
+def test_no_object_is_refused(value):
+  with pytest.raises(UsageError, match="config: must be a JSON object"):
+    Config.from_dict(value)
+  with pytest.raises(UsageError, match="model: must be a JSON object"):
+    Config.from_dict(CHANGED.to_dict() | {"model": value})
+  if value != "article":
+    with pytest.raises(UsageError, match="preset"):
+      Config.from_dict(CHANGED.to_dict() | {"preset": value})
+
+
+@pytest.mark.parametrize(
+  ("section", "name", "lowest", "highest"),
+  [
+    (DataConfig, "limit", 1, 1_000_000),
+    (DataConfig, "vocabulary_size", 2, 1_000_000),
+    (DataConfig, "sequence_length", 1, 10_000),
+    (ModelConfig, "embedding_size", 1, 65_536),
+    (ModelConfig, "hidden_size", 1, 65_536),
+    (TrainingConfig, "epochs", 1, 100_000),
+    (TrainingConfig, "batch_size", 1, 65_536),
+    (TrainingConfig, "seed", 0, 2**31 - 1),
+    (RuntimeConfig, "num_devices", 1, 65_536),
+    (RuntimeConfig, "evaluation_batch_size", 1, 65_536),
+    (RuntimeConfig, "log_every", 1, 1_000_000),
+  ],
+)
+def test_range_of_whole_numbers_is_told(section, name, lowest, highest):
+  flag = name.replace("_", "-")
+  for value in (lowest, highest):
+    assert getattr(section(**{name: value}), name) == value
+  for value in (lowest - 1, highest + 1):
+    with pytest.raises(UsageError, match=rf"^--{flag} {value}: must be .*{lowest:,} to {highest:,}"):
+      section(**{name: value})
+
+
+@pytest.mark.parametrize(
+  ("section", "name", "good", "bad", "allowed"),
+  [
+    (DataConfig, "validation_fraction", (1e-6, 0.999), (0, 1, -0.1, math.nan), "between 0 and 1"),
+    (ModelConfig, "input_dropout_rate", (0, 0.999), (-0.1, 1, math.nan), "at least 0 and below 1"),
+    (ModelConfig, "recurrent_dropout_rate", (0, 0.999), (-0.1, 1, math.nan), "at least 0 and below 1"),
+    (OptimizerConfig, "learning_rate", (1e-9, 10), (0, -1, math.inf, math.nan), "a positive number"),
+    (OptimizerConfig, "b1", (0, 0.9), (1, -0.1, math.nan), "at least 0 and below 1"),
+    (OptimizerConfig, "b2", (0, 0.9), (1, -0.1, math.nan), "at least 0 and below 1"),
+    (OptimizerConfig, "epsilon", (1e-12, 1), (0, -1, math.inf, math.nan), "a positive number"),
+  ],
+)
+def test_range_of_other_numbers_is_told(section, name, good, bad, allowed):
+  for value in good:
+    assert getattr(section(**{name: value}), name) == value
+  for value in bad:
+    with pytest.raises(UsageError, match=rf"^--{name.replace('_', '-')} {value}: must be {allowed}"):
+      section(**{name: value})
+
+
+def test_range_is_checked_in_a_file_too():
+  fields = CHANGED.to_dict()
+  fields["training"]["epochs"] = 0
+  with pytest.raises(UsageError, match="--epochs 0"):
+    Config.from_dict(fields)
+
+
+def test_joining_by_hand_needs_all_three():
+  together = {"coordinator_address": "127.0.0.1:1234", "num_processes": 2, "process_id": 1}
+  RuntimeConfig(**together)
+  for name in together:
+    with pytest.raises(UsageError, match="give all three"):
+      RuntimeConfig(**(together | {name: None}))
+  for process_id in (-1, 2):
+    with pytest.raises(UsageError, match=f"--process-id {process_id}"):
+      RuntimeConfig(**(together | {"process_id": process_id}))
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("artcle", "article"), ("samples", "sample")])
+def test_unknown_preset_suggests_the_nearest(name, nearest):
+  with pytest.raises(UsageError, match=rf"--preset {name}: .*Did you mean {nearest}\?"):
+    config.preset(name)
+
+
+def test_unknown_preset_far_from_all_lists_them():
+  with pytest.raises(UsageError, match="article") as caught:
+    config.preset("zzz")
+  assert "Did you mean" not in str(caught.value)
+  assert all(name in str(caught.value) for name in PRESETS)
+
+
+def test_differences_are_named_with_both_values():
+  other = dataclasses.replace(
+    CHANGED,
+    model=dataclasses.replace(CHANGED.model, hidden_size=4),
+    dataset=dataclasses.replace(CHANGED.dataset, limit=None),
+  )
+  differences = differing_fields(CHANGED, other)
+  assert sorted(differences) == ["dataset.limit: 7 -> None", "model.hidden_size: 3 -> 4"]
+
+
+def test_preset_name_and_runtime_are_no_differences():
+  other = dataclasses.replace(CHANGED, preset="other", runtime=RuntimeConfig(num_devices=3, log_every=1))
+  assert differing_fields(CHANGED, other) == []
+
+
+OTHER_VALUES = {
+  "dataset": {
+    "data": "sample",
+    "limit": 5,
+    "validation": "split",
+    "validation_fraction": 0.5,
+    "vocabulary_size": 5,
+    "sequence_length": 5,
+    "strip_html": False,
+  },
+  "model": {
+    "embedding_size": 5,
+    "hidden_size": 5,
+    "input_dropout_rate": 0.5,
+    "recurrent_dropout_rate": 0.5,
+    "dropout_masks": "per_gate",
+    "gate_activation": "hard_sigmoid",
+    "mask_padding": True,
+    "pooling": "max",
+  },
+  "optimizer": {"learning_rate": 0.5, "b1": 0.5, "b2": 0.5, "epsilon": 0.5},
+  "training": {"epochs": 5, "batch_size": 5, "seed": 5, "matmul_precision": "bfloat16"},
+}
+
+
+def test_every_setting_counts_as_a_difference():
+  """A new setting belongs into the table above."""
+  saved = Config().to_dict()
+  assert {section: set(values) for section, values in OTHER_VALUES.items()} == {
+    section: set(values) for section, values in saved.items() if section != "preset"
+  }
+  for section, values in OTHER_VALUES.items():
+    for name, value in values.items():
+      other = Config.from_dict(saved | {section: saved[section] | {name: value}})
+      assert differing_fields(Config(), other) == [f"{section}.{name}: {saved[section][name]} -> {value}"]
+
+
+def test_runs_are_kept_by_preset_unless_told():
+  assert CHANGED.run_dir == Path("runs/mine")
+  assert dataclasses.replace(CHANGED, runtime=RuntimeConfig(run_dir=Path("there"))).run_dir == Path("there")
+
+
+def test_cache_dir_follows_the_environment(monkeypatch):
+  monkeypatch.setenv("IMDB_JAX_CACHE", "/a")
+  monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+  assert RuntimeConfig().cache_dir == Path("/a")
+  monkeypatch.delenv("IMDB_JAX_CACHE")
+  assert RuntimeConfig().cache_dir == Path("/b/imdb_jax")
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  assert RuntimeConfig().cache_dir == Path.home() / ".cache/imdb_jax"
