@@ -105,7 +105,7 @@ class SentimentLSTM(nn.Module):
     real_lengths = lengths if self.config.mask_padding else None
     hidden = LSTM(self.config, self.implementation, name="lstm")(embedding(tokens), real_lengths, dropout_masks)
     pooled = _pool(hidden, real_lengths, self.config.pooling)
-    return nn.Dense(1, name="dense")(pooled)[:, 0]
+    return nn.Dense(1, kernel_init=nn.initializers.glorot_uniform(), name="dense")(pooled)[:, 0]
 
 
 def _pool(hidden: jax.Array, lengths: jax.Array | None, pooling: str) -> jax.Array:

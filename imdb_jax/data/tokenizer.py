@@ -102,7 +102,7 @@ class Vocabulary:
       size, strip_html, words = fields["size"], fields["strip_html"], fields["words"]
       if type(size) is not int or type(strip_html) is not bool or not isinstance(words, list):
         raise ValueError("size, strip_html or words has the wrong type")
-      if len(words) >= max(size, 1) or not all(isinstance(word, str) for word in words):
+      if len(words) >= size or not all(isinstance(word, str) for word in words):
         raise ValueError("words must be texts, and fewer than size")
       if len(set(words)) != len(words):
         raise ValueError("a word stands twice")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,8 @@ def load(
   if entry is not None and entry.is_dir():
     try:
       return _read(entry)
-    except (OSError, ValueError, KeyError, UsageError, zipfile.BadZipFile) as error:
+    # NumPy, zipfile and json have no error in common.
+    except Exception as error:
       report(f"The cached arrays in {entry} are damaged ({error}); they are made again.")
       shutil.rmtree(entry, ignore_errors=True)
 
@@ -164,7 +164,7 @@ def _find_official(config: DataConfig, cache_dir: Path) -> Path | None:
   for manifest_path in sorted((cache_dir / "tokens").glob("*/manifest.json")):
     try:
       manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
       continue
     wanted = {"format": _FORMAT, "settings": dataclasses.asdict(config), "official": True}
     if isinstance(manifest, dict) and all(manifest.get(name) == value for name, value in wanted.items()):
@@ -200,7 +200,8 @@ def _write(data: TokenData, entry: Path, config: DataConfig, official: bool) -> 
 
 def _read(entry: Path) -> TokenData:
   manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-  with np.load(entry / "arrays.npz", allow_pickle=False) as arrays:
+  # NumPy would leave open a file that it opened itself and that is no archive.
+  with (entry / "arrays.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
     splits = {
       name: TokenSplit(**{field: arrays[f"{name}_{field}"] for field in ("tokens", "lengths", "labels")})
       for name in _SPLITS

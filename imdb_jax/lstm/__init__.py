@@ -57,7 +57,7 @@ def lstm(
   _check(inputs, kernel, recurrent_kernel, bias, input_dropout_mask, recurrent_dropout_mask, lengths)
   if gate_activation not in ("sigmoid", "hard_sigmoid"):
     raise ValueError(f"gate_activation {gate_activation!r}: must be sigmoid or hard_sigmoid")
-  name = implementation or "chunked"
+  name = "chunked" if implementation is None else implementation
   if name not in IMPLEMENTATIONS:
     raise ValueError(f"implementation {name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
   return IMPLEMENTATIONS[name](
@@ -74,6 +74,8 @@ def lstm(
 
 
 def _check(inputs, kernel, recurrent_kernel, bias, input_dropout_mask, recurrent_dropout_mask, lengths) -> None:
+  if inputs.dtype != jnp.float32:
+    raise ValueError(f"inputs is {inputs.dtype}, must be float32")
   if inputs.ndim != 3 or recurrent_kernel.ndim != 2:
     raise ValueError(f"inputs {inputs.shape} must be [b, t, e], recurrent_kernel {recurrent_kernel.shape} [h, 4h]")
   (b, _, e), h = inputs.shape, recurrent_kernel.shape[0]

@@ -131,22 +131,16 @@ def _forward(x, weights: _Weights, masks: _Masks, is_real, gate_activation: str)
     projected = _project(x, masks.inputs, scaled.kernel) + scaled.bias[None, None, :]
     if is_real is not None:
       projected = jnp.where(is_real[:, :, None], projected, closed)
-    return jax.lax.scan(step, carry, projected)
+    after, stored = jax.lax.scan(step, carry, projected)
+    return after, (carry, *stored)
 
   zeros = jnp.zeros((b, h), x.dtype)
-  _, (gates, c, hidden) = jax.lax.scan(chunk, (zeros, zeros), (x, is_real))
-  return hidden, (x, weights, masks, gates, c, hidden)
+  _, (starts, gates, c, hidden) = jax.lax.scan(chunk, (zeros, zeros), (x, is_real))
+  return hidden, (x, weights, masks, starts, gates, c, hidden)
 
 
 def _backward(gate_activation: str, residuals, d_hidden):
-  x, weights, masks, gates, c, hidden = residuals
-  num_chunks, chunk_size, b, h = hidden.shape
-
-  # Of c and hidden the gradients also need what came before the first position of each chunk.
-  def before(states):
-    last = jnp.concatenate([jnp.zeros_like(states[:1, -1]), states[:-1, -1]])
-    return jnp.concatenate([last[:, None], states[:, :-1]], axis=1)
-
+  x, weights, masks, starts, gates, c, hidden = residuals
   kernel_t, recurrent_t = weights.kernel.T, weights.recurrent_kernel.T
 
   def step(carry, at):
@@ -159,7 +153,9 @@ def _backward(gate_activation: str, residuals, d_hidden):
 
   def chunk(carry, at):
     state, d_weights = carry
-    d_hidden, x, gates, c, c_before, hidden_before = at
+    d_hidden, x, (c_start, hidden_start), gates, c, hidden = at
+    c_before = jnp.concatenate([c_start[None], c[:-1]])
+    hidden_before = jnp.concatenate([hidden_start[None], hidden[:-1]])
     # All that does not depend on the gradients that come back through time, for the whole chunk at once.
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     tanh_c = jnp.tanh(c)
@@ -175,9 +171,9 @@ def _backward(gate_activation: str, residuals, d_hidden):
     )
     return (state, jax.tree.map(jnp.add, d_weights, d_chunk)), dx
 
-  zeros = jnp.zeros((b, h), x.dtype)
+  zeros = jnp.zeros_like(hidden[0, 0])
   start = (zeros, zeros), jax.tree.map(jnp.zeros_like, weights)
-  (_, d_weights), dx = jax.lax.scan(chunk, start, (d_hidden, x, gates, c, before(c), before(hidden)), reverse=True)
+  (_, d_weights), dx = jax.lax.scan(chunk, start, (d_hidden, x, starts, gates, c, hidden), reverse=True)
   return dx, d_weights, None, None
 
 
@@ -197,7 +193,7 @@ def lstm(
   reverse: bool,
 ) -> jax.Array:
   """See `imdb_jax.lstm.lstm`."""
-  (b, t, _), h = inputs.shape, recurrent_kernel.shape[0]
+  b, t, _ = inputs.shape
   num_chunks = math.ceil(t / _CHUNK)
   padding = -t % num_chunks
   is_real = None
