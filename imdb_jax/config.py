@@ -148,7 +148,7 @@ class RuntimeConfig:
   """Prepared reviews and encoded arrays are kept here."""
   run_dir: Path | None = None
   """Where the run is kept; runs/PRESET by default. The same command again resumes it."""
-  evaluation_batch_size: int = 256
+  evaluation_batch_size: int = 128
   """Reviews per evaluation step."""
   log_every: int = 50
   """Steps between two lines of metrics.jsonl, and of the console when it is not a terminal."""
