@@ -30,8 +30,8 @@ def epoch_line(line: dict[str, Any], num_epochs: int) -> str:
 
 
 def best(history: list[dict[str, Any]]) -> dict[str, Any]:
-  """The epoch with the highest validation accuracy, the first of equals."""
-  return max(history, key=lambda line: line["val_accuracy"])
+  """The epoch with the highest validation accuracy; of equals the last, which is also the best checkpoint."""
+  return max(reversed(history), key=lambda line: line["val_accuracy"])
 
 
 def _chosen_on(config: Config) -> str:

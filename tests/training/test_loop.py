@@ -1,0 +1,113 @@
+"""Training as a whole, on the embedded sample."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import imdb_jax
+from imdb_jax.config import PRESETS, Config
+from imdb_jax.data import sample
+from imdb_jax.errors import DivergenceError
+
+
+def tiny(run_dir, **training) -> Config:
+  """A run of two epochs of 4 steps, of 10 reviews each but the last of an epoch."""
+  sample = PRESETS["sample"]
+  return dataclasses.replace(
+    sample,
+    dataset=dataclasses.replace(sample.dataset, limit=32, sequence_length=16),
+    model=dataclasses.replace(sample.model, embedding_size=4, hidden_size=4),
+    training=dataclasses.replace(sample.training, **({"epochs": 2, "batch_size": 10} | training)),
+    runtime=dataclasses.replace(sample.runtime, run_dir=run_dir, platform="cpu", num_devices=1, log_every=3),
+  )
+
+
+def lines(run_dir) -> list[dict]:
+  return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_sample_is_learnt(tmp_path):
+  """A bag of words stays below 85 % on the same reviews, see `tests/data/test_sample.py`."""
+  config = PRESETS["sample"]
+  config = dataclasses.replace(
+    config, runtime=dataclasses.replace(config.runtime, run_dir=tmp_path / "run", platform="cpu", num_devices=2)
+  )
+  result = imdb_jax.fit(config)
+  assert result.history[-1]["val_accuracy"] > 0.95
+  classifier = imdb_jax.Classifier.load(result.run_dir)
+  reviews = sample.load()["test"]
+  is_right = (classifier.predict(reviews.texts) > 0.5) == (reviews.labels == 1)
+  assert np.mean(is_right) == max(line["val_accuracy"] for line in result.history)
+
+
+def test_metrics_are_means_over_all_reviews_of_the_window(tmp_path):
+  result = imdb_jax.fit(tiny(tmp_path))
+  steps = [line for line in lines(tmp_path) if line["kind"] == "step"]
+  # Every third step, and the last of an epoch.
+  assert [line["step"] for line in steps] == [3, 4, 6, 8]
+  # The windows of the first epoch hold 30 and 2 reviews.
+  expected = (30 * steps[0]["loss"] + 2 * steps[1]["loss"]) / 32
+  assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-6)
+  assert [line["step"] for line in result.history] == [4, 8]
+
+
+def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_path):
+  def losses(name, seed):
+    return [line["loss"] for line in imdb_jax.fit(tiny(tmp_path / name, seed=seed)).history]
+
+  first = losses("first", 0)
+  assert losses("second", 0) == first
+  assert losses("third", 1) != first
+
+
+def test_validation_split_leaves_the_test_reviews_alone(tmp_path):
+  config = tiny(tmp_path)
+  config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, validation="split", limit=200))
+  imdb_jax.fit(config)
+  assert "held out of training" in (tmp_path / "report.md").read_text()
+
+
+def test_two_newest_and_the_best_checkpoint_are_kept(tmp_path):
+  history = imdb_jax.fit(tiny(tmp_path, epochs=6)).history
+  # Of equals the last.
+  best = max(reversed(history), key=lambda line: line["val_accuracy"])
+  kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+  assert kept == {20, 24, best["step"]}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(tmp_path, monkeypatch):
+  imdb_jax.fit(tiny(tmp_path / "good"))
+  before = sorted((tmp_path / "good" / "checkpoints").iterdir())
+  config = tiny(tmp_path / "bad")
+  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
+  with pytest.raises(DivergenceError, match="learning-rate"):
+    imdb_jax.fit(config)
+  assert not list((tmp_path / "bad" / "checkpoints").iterdir())
+  assert sorted((tmp_path / "good" / "checkpoints").iterdir()) == before
+
+
+def test_implementations_train_alike(tmp_path):
+  def losses(implementation):
+    config = tiny(tmp_path / implementation, epochs=5)
+    config = dataclasses.replace(
+      config, runtime=dataclasses.replace(config.runtime, implementation=implementation, log_every=1)
+    )
+    imdb_jax.fit(config)
+    return [line["loss"] for line in lines(config.run_dir) if line["kind"] == "step"]
+
+  scan, chunked = losses("scan"), losses("chunked")
+  assert len(scan) == 20
+  np.testing.assert_allclose(chunked, scan, rtol=1e-5)
+
+
+def test_lines_after_the_last_checkpoint_are_dropped_and_written_again(tmp_path):
+  whole = tiny(tmp_path / "run")
+  imdb_jax.fit(whole)
+  path = tmp_path / "run" / "metrics.jsonl"
+  written = lines(tmp_path / "run")
+  later = {"kind": "step", "epoch": 3, "step": 11, "loss": 1.0, "accuracy": 0.5}
+  path.write_text("".join(json.dumps(line) + "\n" for line in [*written, later]) + '{"kind": "st')
+  imdb_jax.fit(whole)
+  assert lines(tmp_path / "run") == written
