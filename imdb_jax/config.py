@@ -92,7 +92,9 @@ class OptimizerConfig:
   """Adam, with Keras's constants."""
 
   learning_rate: float = 1e-3
-  """Step size."""
+  """Step size, or its peak."""
+  schedule: Literal["constant", "one_cycle"] = "constant"
+  """one_cycle warms up over the first 30 % of all steps and then falls to nearly nothing (Smith 2018)."""
   b1: float = 0.9
   """Decay of the mean of the gradients."""
   b2: float = 0.999
@@ -117,6 +119,8 @@ class TrainingConfig:
   """Reviews per step, over all devices together."""
   seed: int = 0
   """Initial parameters, order of the reviews and dropout all follow from it."""
+  bucket_by_length: bool = False
+  """Form batches of reviews of similar length. With --mask-padding a batch costs its own length."""
   matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
   """Precision of matrix products where the device has a choice; a CPU always computes float32."""
 

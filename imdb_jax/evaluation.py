@@ -32,24 +32,18 @@ class Evaluation:
   true_positives: int
 
 
-def prediction_batches(num_rows: int, *, length: int, batch_size: int) -> list[batches.Batch]:
-  """All rows in order, `batch_size` at a time."""
-  starts = range(0, num_rows, batch_size)
-  return [batches.Batch(rows=np.arange(start, min(start + batch_size, num_rows)), length=length) for start in starts]
-
-
 def predict_logits(
   predict_step: PredictStep, params: dict, split: TokenSplit, mesh: Mesh, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields (rows, logits) batch by batch; a batch is read after the next is dispatched, so devices never wait."""
   size = sharding.padded_batch_size(batch_size, mesh)
   pending = None
-  for batch in prediction_batches(len(split), length=split.tokens.shape[1], batch_size=size):
-    examples = sharding.shard_reviews(split.gather(batch, size), mesh)
+  for rows in batches.prediction_batches(split.lengths, batch_size=size):
+    examples = sharding.shard_reviews(split.gather(rows, size), mesh)
     dispatched = predict_step(params, examples["tokens"], examples["lengths"])
     if pending is not None:
       yield pending[0], jax.device_get(pending[1])[: len(pending[0])]
-    pending = batch.rows, dispatched
+    pending = rows, dispatched
   if pending is not None:
     yield pending[0], jax.device_get(pending[1])[: len(pending[0])]
 
@@ -73,9 +67,11 @@ def evaluate(
     on_progress: gets the number of reviews done after each batch.
   """
   logits = np.zeros(len(split), np.float32)
+  done = 0
   for rows, values in predict_logits(predict_step, params, split, mesh, batch_size):
     logits[rows] = values
-    on_progress(int(rows[-1]) + 1)
+    done += len(rows)
+    on_progress(done)
   return summarize(logits, split.labels)
 
 

@@ -67,7 +67,9 @@ class Classifier:
     model = SentimentLSTM(config.model, config.dataset.vocabulary_size)
     checkpoints = Checkpoints(run_dir, read_only=True)
     found = checkpoints.find(step)
-    restored, _ = checkpoints.restore(found, state.abstract(model, state.make_optimizer(config.optimizer), mesh))
+    restored, _ = checkpoints.restore(
+      found, state.abstract(model, state.make_optimizer(config.optimizer, num_steps=1), mesh)
+    )
     checkpoints.close()
     return cls(config, vocabulary, restored.params, mesh, found)
 

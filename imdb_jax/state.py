@@ -29,11 +29,11 @@ class TrainState:
   key: jax.Array
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
   """Adam in Keras's form, lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), t from 1.
 
   optax adds its epsilon after the second moment's bias is corrected; an epsilon of epsilon / sqrt(1 - b2^t) there
-  is Keras's exactly.
+  is Keras's exactly. A schedule runs over `num_steps`, all steps of the run.
   """
 
   def epsilon(count: jax.Array) -> jax.Array:
@@ -41,7 +41,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return config.epsilon / jnp.sqrt(1 - config.b2**t)
 
   adam = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "learning_rate", "eps_root"))
-  return adam(learning_rate=config.learning_rate, b1=config.b1, b2=config.b2, eps=epsilon)
+  learning_rate: optax.ScalarOrSchedule = config.learning_rate
+  if config.schedule == "one_cycle":
+    learning_rate = optax.schedules.cosine_onecycle_schedule(num_steps, config.learning_rate)
+  return adam(learning_rate=learning_rate, b1=config.b1, b2=config.b2, eps=epsilon)
 
 
 def _initial_state(model: SentimentLSTM, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:

@@ -90,7 +90,7 @@ def one_device() -> Mesh:
 
 def make_state(config: ModelConfig, vocabulary_size: int) -> state.TrainState:
   model = SentimentLSTM(config, vocabulary_size)
-  return state.create(model, state.make_optimizer(OptimizerConfig()), 3, one_device())
+  return state.create(model, state.make_optimizer(OptimizerConfig(), num_steps=10), 3, one_device())
 
 
 def weights_of(params: dict) -> list[np.ndarray]:
@@ -136,7 +136,7 @@ def test_losses_and_updates_are_those_of_keras(keras_results, mask_padding):
   """Adam moves a weight by up to 1e-3 a step; tolerated is a thousandth of that a step."""
   model = SentimentLSTM(dataclasses.replace(CONFIG, mask_padding=mask_padding), VOCABULARY_SIZE)
   mesh, batches = one_device(), make_batches()
-  step = steps.make_train_step(model, state.make_optimizer(OptimizerConfig()), mesh)
+  step = steps.make_train_step(model, state.make_optimizer(OptimizerConfig(), num_steps=10), mesh)
   current = make_state(CONFIG, VOCABULARY_SIZE)
   for i in range(NUM_STEPS):
     examples = {

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from imdb_jax import sharding, state, steps
 from imdb_jax.config import ModelConfig, OptimizerConfig
-from imdb_jax.data.batches import Batch
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.model import SentimentLSTM
 
@@ -36,7 +35,7 @@ def mesh_of(num_devices: int) -> Mesh:
 
 
 def gather(rows, size: int, mesh: Mesh) -> dict[str, jax.Array]:
-  return sharding.shard_reviews(make_split().gather(Batch(rows=np.asarray(rows), length=LENGTH), size), mesh)
+  return sharding.shard_reviews(make_split().gather(np.asarray(rows), size), mesh)
 
 
 @functools.cache
@@ -44,7 +43,9 @@ def trainer(num_devices: int, config: ModelConfig = CONFIG, learning_rate: float
   """A function that makes a fresh state, and the step; plain gradient descent if a learning rate is given."""
   mesh = mesh_of(num_devices)
   model = SentimentLSTM(config, VOCABULARY_SIZE)
-  optimizer = state.make_optimizer(OptimizerConfig()) if learning_rate is None else optax.sgd(learning_rate)
+  optimizer = (
+    state.make_optimizer(OptimizerConfig(), num_steps=10) if learning_rate is None else optax.sgd(learning_rate)
+  )
   return functools.partial(state.create, model, optimizer, 0, mesh), steps.make_train_step(model, optimizer, mesh)
 
 
@@ -122,7 +123,7 @@ def test_metrics_are_sums_over_the_batch():
 def test_adam_is_that_of_keras(scale):
   """lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): at small gradients the place of eps decides."""
   gradients = scale * np.array([[1.0, -2.0, 0.1, 0.0], [0.5, 2.0, -0.1, 0.0], [-3.0, 1.0, 0.4, 1.0]])
-  optimizer = state.make_optimizer(OptimizerConfig())
+  optimizer = state.make_optimizer(OptimizerConfig(), num_steps=10)
   opt_state = optimizer.init(np.zeros(4, np.float32))
   m, v = np.zeros(4), np.zeros(4)
   for t, gradient in enumerate(gradients, start=1):
@@ -139,7 +140,7 @@ def test_optimizer_settings_are_heeded():
   for changed in ({"learning_rate": 1e-2}, {"b1": 0.5}, {"b2": 0.9}, {"epsilon": 0.1}):
     updates = []
     for config in (default, dataclasses.replace(default, **changed)):
-      optimizer = state.make_optimizer(config)
+      optimizer = state.make_optimizer(config, num_steps=10)
       opt_state = optimizer.init(np.zeros(1, np.float32))
       with jax.numpy_dtype_promotion("standard"):
         for gradient in (1.0, 0.1):
@@ -158,7 +159,7 @@ def test_one_trace_a_shape():
       return super().__call__(*args, **kwargs)
 
   mesh = mesh_of(2)
-  model, optimizer = Counting(NO_DROPOUT, VOCABULARY_SIZE), state.make_optimizer(OptimizerConfig())
+  model, optimizer = Counting(NO_DROPOUT, VOCABULARY_SIZE), state.make_optimizer(OptimizerConfig(), num_steps=10)
   current = state.create(model, optimizer, 0, mesh)
   step = steps.make_train_step(model, optimizer, mesh)
   traces.clear()

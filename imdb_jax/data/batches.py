@@ -1,26 +1,18 @@
-"""Which reviews go into which batch: a pure function of (seed, epoch), so resuming needs only the step number."""
+"""Which reviews go into which batch: a pure function of (seed, epoch), so resuming needs only the step number.
 
-import dataclasses
+A batch is an int64 array of rows of a split.
+"""
+
 import math
 
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-  """The reviews of one step.
-
-  Attributes:
-    rows: int64[b], positions in the split.
-    length: positions that the step processes, counted from a review's end.
-  """
-
-  rows: np.ndarray
-  length: int
+# Batches of a window that is sorted by length: more waste fewer positions, but mix fewer lengths.
+_WINDOW = 200
 
 
 def num_batches(num_rows: int, batch_size: int) -> int:
-  """Batches of an epoch; the last may be smaller."""
+  """Batches of an epoch; one may be smaller."""
   return math.ceil(num_rows / batch_size)
 
 
@@ -34,8 +26,34 @@ def shuffled(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
   return np.argsort(bits, kind="stable")
 
 
-def epoch_batches(num_rows: int, *, sequence_length: int, batch_size: int, seed: int, epoch: int) -> list[Batch]:
-  """The batches of an epoch in their order; every row is in exactly one."""
-  order = shuffled(num_rows, seed=seed, epoch=epoch)
-  starts = range(0, num_rows, batch_size)
-  return [Batch(rows=order[start : start + batch_size], length=sequence_length) for start in starts]
+def _cut(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+  return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def epoch_batches(num_rows: int, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+  """The batches of an epoch in their order; every row is in exactly one, and the last may be smaller."""
+  return _cut(shuffled(num_rows, seed=seed, epoch=epoch), batch_size)
+
+
+def epoch_batches_by_length(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+  """The batches of an epoch, each of reviews of similar length; every row is in exactly one, and one may be smaller.
+
+  The reviews are shuffled, then sorted within windows of many batches, then the batches are shuffled: a review meets
+  others each epoch, and long batches do not follow each other.
+
+  Args:
+    lengths: int[n], real positions of each review.
+    batch_size: rows of a batch.
+    seed: of the run.
+    epoch: of the run.
+  """
+  order = shuffled(len(lengths), seed=seed, epoch=epoch)
+  made = []
+  for window in _cut(order, _WINDOW * batch_size):
+    made += _cut(window[np.argsort(lengths[window], kind="stable")], batch_size)
+  return [made[i] for i in shuffled(len(made), seed=seed, epoch=epoch)]
+
+
+def prediction_batches(lengths: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
+  """All rows once, those of similar length together."""
+  return _cut(np.argsort(lengths, kind="stable"), batch_size)

@@ -40,13 +40,13 @@ class TokenSplit:
   def __len__(self) -> int:
     return len(self.labels)
 
-  def gather(self, batch: batches.Batch, size: int) -> dict[str, np.ndarray]:
+  def gather(self, rows: np.ndarray, size: int) -> dict[str, np.ndarray]:
     """The rows of a batch as arrays of `size` rows; rows beyond the batch are empty and have weight 0."""
-    rows, num_rows = batch.rows, len(batch.rows)
-    tokens = np.zeros((size, batch.length), self.tokens.dtype)
+    num_rows = len(rows)
+    tokens = np.zeros((size, self.tokens.shape[1]), self.tokens.dtype)
     lengths = np.zeros(size, np.int32)
     labels, weights = np.zeros(size, np.float32), np.zeros(size, np.float32)
-    tokens[:num_rows] = self.tokens[rows, self.tokens.shape[1] - batch.length :]
+    tokens[:num_rows] = self.tokens[rows]
     lengths[:num_rows], labels[:num_rows], weights[:num_rows] = self.lengths[rows], self.labels[rows], 1
     return {"tokens": tokens, "lengths": lengths, "labels": labels, "weights": weights}
 

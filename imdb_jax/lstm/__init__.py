@@ -73,6 +73,11 @@ def lstm(
   )
 
 
+def num_processed(t: int, longest: int, implementation: str | None = None) -> int:
+  """Positions that a call with `lengths` computes of t, where the longest row has `longest` real ones."""
+  return t if implementation == "scan" else chunked.num_processed(t, longest)
+
+
 def _check(inputs, kernel, recurrent_kernel, bias, input_dropout_mask, recurrent_dropout_mask, lengths) -> None:
   if inputs.dtype != jnp.float32:
     raise ValueError(f"inputs is {inputs.dtype}, must be float32")

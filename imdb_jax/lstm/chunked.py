@@ -18,8 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Long enough for large products, short enough for the cache.
-_CHUNK = 25
+# Long enough for large products, short enough for the cache, and the grain at which padding costs nothing.
+_CHUNK = 20
 # Closes a gate, whatever the state adds: sigmoid and hard sigmoid are 0 there, exactly, with zero slope.
 _CLOSED = -1e4
 
@@ -105,15 +105,29 @@ def _from_chunks(x: jax.Array) -> jax.Array:
   return x.transpose(2, 0, 1, 3).reshape(b, chunks * chunk, n)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _recurrence(x, weights: _Weights, masks: _Masks, is_real, gate_activation: str):
-  """x f32[chunks, chunk, b, e] -> hidden f32[chunks, chunk, b, h]; is_real bool[chunks, chunk, b], or None."""
-  return _forward(x, weights, masks, is_real, gate_activation)[0]
+def _at(arrays, k: jax.Array):
+  """Chunk k of every array."""
+  return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, k, keepdims=False), arrays)
 
 
-def _forward(x, weights: _Weights, masks: _Masks, is_real, gate_activation: str):
+def _put(arrays, values, k: jax.Array):
+  """The arrays with chunk k set to the values."""
+  return jax.tree.map(lambda array, value: jax.lax.dynamic_update_index_in_dim(array, value, k, 0), arrays, values)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _recurrence(x, weights: _Weights, masks: _Masks, is_real, bounds, gate_activation: str):
+  """The chunks from bounds[0] up to bounds[1]; the others hold nothing real.
+
+  x f32[chunks, chunk, b, e] -> hidden f32[chunks, chunk, b, h]; is_real bool[chunks, chunk, b], or None.
+  """
+  return _forward(x, weights, masks, is_real, bounds, gate_activation)[0]
+
+
+def _forward(x, weights: _Weights, masks: _Masks, is_real, bounds, gate_activation: str):
   scaled = _scale(weights, gate_activation)
-  b, h = x.shape[2], weights.recurrent_kernel.shape[0]
+  num_chunks, chunk_size, b, _ = x.shape
+  h = weights.recurrent_kernel.shape[0]
 
   def step(carry, projected):
     c, hidden = carry
@@ -126,22 +140,28 @@ def _forward(x, weights: _Weights, masks: _Masks, is_real, gate_activation: str)
 
   closed = _per_gate((_CLOSED, 0.0, 0.0, _CLOSED), h)[None]
 
-  def chunk(carry, at):
-    x, is_real = at
-    projected = _project(x, masks.inputs, scaled.kernel) + scaled.bias[None, None, :]
+  def chunk(k, carry):
+    state, stored = carry
+    projected = _project(_at(x, k), masks.inputs, scaled.kernel) + scaled.bias[None, None, :]
     if is_real is not None:
-      projected = jnp.where(is_real[:, :, None], projected, closed)
-    after, stored = jax.lax.scan(step, carry, projected)
-    return after, (carry, *stored)
+      projected = jnp.where(_at(is_real, k)[:, :, None], projected, closed)
+    after, (gates, c, hidden) = jax.lax.scan(step, state, projected)
+    return after, _put(stored, (state, gates, c, hidden), k)
 
-  zeros = jnp.zeros((b, h), x.dtype)
-  _, (starts, gates, c, hidden) = jax.lax.scan(chunk, (zeros, zeros), (x, is_real))
-  return hidden, (x, weights, masks, starts, gates, c, hidden)
+  def buffer(*shape):
+    return jnp.zeros((num_chunks, *shape), x.dtype)
+
+  start = jnp.zeros((b, h), x.dtype), jnp.zeros((b, h), x.dtype)
+  per_chunk = buffer(b, h), buffer(b, h)
+  per_step = buffer(chunk_size, b, 4 * h), buffer(chunk_size, b, h), buffer(chunk_size, b, h)
+  _, stored = jax.lax.fori_loop(bounds[0], bounds[1], chunk, (start, (per_chunk, *per_step)))
+  return stored[-1], (x, weights, masks, bounds, stored)
 
 
 def _backward(gate_activation: str, residuals, d_hidden):
-  x, weights, masks, starts, gates, c, hidden = residuals
+  x, weights, masks, (first, end), stored = residuals
   kernel_t, recurrent_t = weights.kernel.T, weights.recurrent_kernel.T
+  slope = functools.partial(_slope, gate_activation=gate_activation)
 
   def step(carry, at):
     dc, dh = carry
@@ -151,33 +171,44 @@ def _backward(gate_activation: str, residuals, d_hidden):
     dz = jnp.concatenate([dc * to_i, dc * to_f, dc * to_g, dh * to_o], axis=1)
     return (dc * f, _unproject(dz, masks.recurrent, recurrent_t)), dz
 
-  def chunk(carry, at):
-    state, d_weights = carry
-    d_hidden, x, (c_start, hidden_start), gates, c, hidden = at
+  def chunk(count, carry):
+    state, d_weights, dx = carry
+    k = end - 1 - count
+    x_k, d_hidden_k, ((c_start, hidden_start), gates, c, hidden) = _at((x, d_hidden, stored), k)
     c_before = jnp.concatenate([c_start[None], c[:-1]])
     hidden_before = jnp.concatenate([hidden_start[None], hidden[:-1]])
     # All that does not depend on the gradients that come back through time, for the whole chunk at once.
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     tanh_c = jnp.tanh(c)
-    slope = functools.partial(_slope, gate_activation=gate_activation)
     to_gates = g * slope(i), c_before * slope(f), i * (1 - g * g), tanh_c * slope(o)
     through_tanh = o * (1 - tanh_c * tanh_c)
-    state, dz = jax.lax.scan(step, state, (d_hidden, through_tanh, f, to_gates), reverse=True)
-    dx = _unproject(dz, masks.inputs, kernel_t)
+    state, dz = jax.lax.scan(step, state, (d_hidden_k, through_tanh, f, to_gates), reverse=True)
     d_chunk = _Weights(
-      _weight_gradient(x, masks.inputs, dz),
+      _weight_gradient(x_k, masks.inputs, dz),
       _weight_gradient(hidden_before, masks.recurrent, dz),
       jnp.sum(dz, axis=(0, 1)),
     )
-    return (state, jax.tree.map(jnp.add, d_weights, d_chunk)), dx
+    return state, jax.tree.map(jnp.add, d_weights, d_chunk), _put(dx, _unproject(dz, masks.inputs, kernel_t), k)
 
-  zeros = jnp.zeros_like(hidden[0, 0])
-  start = (zeros, zeros), jax.tree.map(jnp.zeros_like, weights)
-  (_, d_weights), dx = jax.lax.scan(chunk, start, (d_hidden, x, starts, gates, c, hidden), reverse=True)
-  return dx, d_weights, None, None
+  zeros = jnp.zeros(d_hidden.shape[2:], x.dtype)
+  start = (zeros, zeros), jax.tree.map(jnp.zeros_like, weights), jnp.zeros_like(x)
+  _, d_weights, dx = jax.lax.fori_loop(0, end - first, chunk, start)
+  return dx, d_weights, None, None, None
 
 
 _recurrence.defvjp(_forward, _backward)
+
+
+def _chunks(t: int) -> tuple[int, int]:
+  """How many chunks t positions make, and of how many positions each; the first is filled up with padding."""
+  num_chunks = math.ceil(t / _CHUNK)
+  return num_chunks, math.ceil(t / num_chunks)
+
+
+def num_processed(t: int, longest: int) -> int:
+  """Positions of t that are computed where the longest row has `longest` real ones."""
+  _, chunk_size = _chunks(t)
+  return math.ceil(longest / chunk_size) * chunk_size
 
 
 def lstm(
@@ -194,13 +225,16 @@ def lstm(
 ) -> jax.Array:
   """See `imdb_jax.lstm.lstm`."""
   b, t, _ = inputs.shape
-  num_chunks = math.ceil(t / _CHUNK)
-  padding = -t % num_chunks
-  is_real = None
+  num_chunks, chunk_size = _chunks(t)
+  padding = num_chunks * chunk_size - t
+  first, end, is_real = 0, num_chunks, None
   if padding or lengths is not None:
     lengths = jnp.full((b,), t, jnp.int32) if lengths is None else lengths
     inputs = jnp.pad(inputs, ((0, 0), (padding, 0), (0, 0)))
     is_real = jnp.arange(t + padding)[:, None] >= t + padding - lengths[None, :]
+    # Whole chunks of padding cost nothing: the number of turns is known when the batch is.
+    num_real = -(-jnp.max(lengths) // chunk_size)
+    first, end = (0, num_real) if reverse else (num_chunks - num_real, num_chunks)
   if reverse:
     inputs, is_real = inputs[:, ::-1], None if is_real is None else is_real[::-1]
   hidden = _from_chunks(
@@ -208,7 +242,8 @@ def lstm(
       _in_chunks(inputs, num_chunks),
       _Weights(kernel, recurrent_kernel, bias),
       _Masks(input_dropout_mask, recurrent_dropout_mask),
-      None if is_real is None else is_real.reshape(num_chunks, -1, b),
+      None if is_real is None else is_real.reshape(num_chunks, chunk_size, b),
+      (first, end),
       gate_activation,
     )
   )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from imdb_jax import evaluation, run_directory, sharding, state, steps
+from imdb_jax import evaluation, lstm, run_directory, sharding, state, steps
 from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.config import Config
 from imdb_jax.data import batches, tokens
@@ -69,9 +69,9 @@ class _Trainer:
     self._steps_per_epoch = batches.num_batches(len(data.train), config.training.batch_size)
     self._last_step = config.training.epochs * self._steps_per_epoch
 
-    implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
-    model = SentimentLSTM(config.model, config.dataset.vocabulary_size, implementation)
-    optimizer = state.make_optimizer(config.optimizer)
+    self._implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
+    model = SentimentLSTM(config.model, config.dataset.vocabulary_size, self._implementation)
+    optimizer = state.make_optimizer(config.optimizer, self._last_step)
     self._checkpoints = Checkpoints(config.run_dir, read_only=False)
     self._progress: dict[str, Any] = {}
     if self._checkpoints.steps():
@@ -103,19 +103,30 @@ class _Trainer:
         "Parameters": f"{state.num_parameters(self._state):,}",
         "Examples": f"{len(data.train):,} train, {len(data.validation):,} validation ({config.dataset.validation})",
         "Steps": f"{self._steps_per_epoch:,} an epoch, {config.training.epochs} epochs",
+        "Positions": f"{self._wasted_share():.1%} of those processed hold no word",
         "Run": f"{config.run_dir} ({position})",
       }
     )
 
+  def _wasted_share(self) -> float:
+    """Of the positions that the first epoch processes."""
+    lengths, longest = self._data.train.lengths, self._config.dataset.sequence_length
+    masked = self._config.model.mask_padding
+    processed = sum(
+      len(rows) * (lstm.num_processed(longest, int(lengths[rows].max()), self._implementation) if masked else longest)
+      for rows in self._plan(1)
+    )
+    return 1 - int(lengths.sum()) / processed
+
   def _compile(self, model: SentimentLSTM, optimizer) -> None:
     """Compiles both steps ahead, so that no time of training or evaluation holds a compilation."""
     started = time.perf_counter()
-    first = batches.Batch(rows=np.arange(0), length=self._config.dataset.sequence_length)
-    examples = self._data.train.gather(first, self._batch_size)
+    nothing = np.arange(0)
+    examples = sharding.shard_reviews(self._data.train.gather(nothing, self._batch_size), self._mesh)
     train_step = steps.make_train_step(model, optimizer, self._mesh)
-    self._train_step = train_step.lower(self._state, sharding.shard_reviews(examples, self._mesh)).compile()
+    self._train_step = train_step.lower(self._state, examples).compile()
     size = sharding.padded_batch_size(self._config.runtime.evaluation_batch_size, self._mesh)
-    examples = sharding.shard_reviews(self._data.validation.gather(first, size), self._mesh)
+    examples = sharding.shard_reviews(self._data.validation.gather(nothing, size), self._mesh)
     predict_step = steps.make_predict_step(model, self._mesh)
     self._predict_step = predict_step.lower(self._state.params, examples["tokens"], examples["lengths"]).compile()
     self._console.line(f"Compiled in {time.perf_counter() - started:.1f} s")
@@ -137,23 +148,24 @@ class _Trainer:
     report.show(self._config, self._recorder.history, self._console)
     return FitResult(run_dir=self._config.run_dir, history=self._recorder.history)
 
+  def _plan(self, epoch: int) -> list[np.ndarray]:
+    """The batches of an epoch."""
+    training, lengths = self._config.training, self._data.train.lengths
+    if training.bucket_by_length:
+      return batches.epoch_batches_by_length(lengths, batch_size=training.batch_size, seed=training.seed, epoch=epoch)
+    return batches.epoch_batches(len(lengths), batch_size=training.batch_size, seed=training.seed, epoch=epoch)
+
   def _run_epoch(self, epoch: int, stop: StopRequest) -> None:
     training = self._config.training
-    plan = batches.epoch_batches(
-      len(self._data.train),
-      sequence_length=self._config.dataset.sequence_length,
-      batch_size=training.batch_size,
-      seed=training.seed,
-      epoch=epoch,
-    )
+    plan = self._plan(epoch)
     done = self._step - (epoch - 1) * self._steps_per_epoch
     seconds_before = self._progress["seconds"] if done else 0.0
     self._recorder.start_epoch(epoch, self._progress if done else None)
     self._console.start_epoch(epoch, training.epochs, num_steps=len(plan), done=done)
 
     started = time.perf_counter()
-    for batch in plan[done:]:
-      examples = sharding.shard_reviews(self._data.train.gather(batch, self._batch_size), self._mesh)
+    for rows in plan[done:]:
+      examples = sharding.shard_reviews(self._data.train.gather(rows, self._batch_size), self._mesh)
       with jax.transfer_guard("disallow"):
         self._state, metrics = self._train_step(self._state, examples)
       self._step += 1

@@ -7,9 +7,7 @@ from imdb_jax.data import batches
 
 
 def rows_of(num_rows: int = 100, *, batch_size: int = 32, seed: int = 0, epoch: int = 0) -> list[np.ndarray]:
-  made = batches.epoch_batches(num_rows, sequence_length=7, batch_size=batch_size, seed=seed, epoch=epoch)
-  assert all(batch.length == 7 for batch in made)
-  return [batch.rows for batch in made]
+  return batches.epoch_batches(num_rows, batch_size=batch_size, seed=seed, epoch=epoch)
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(100, 32), (96, 32), (5, 32), (1, 1), (7, 1), (25_000, 32)])
@@ -68,3 +66,45 @@ def test_order_is_the_published_one():
   """Never regenerate these numbers: saved runs resume by them, on every machine and NumPy version."""
   assert batches.shuffled(25_000, seed=0, epoch=0)[:8].tolist() == [24994, 24289, 10614, 7552, 9232, 5820, 9334, 23710]
   assert batches.shuffled(25_000, seed=7, epoch=3)[:8].tolist() == [22299, 8306, 2799, 1105, 5154, 24714, 20825, 10551]
+
+
+LENGTHS = np.minimum(np.random.default_rng(0).lognormal(5, 0.7, 20_000), 400).astype(np.int32)
+
+
+def by_length(*, seed: int = 0, epoch: int = 1) -> list[np.ndarray]:
+  return batches.epoch_batches_by_length(LENGTHS, batch_size=32, seed=seed, epoch=epoch)
+
+
+def test_by_length_has_every_review_once_and_batches_of_the_same_size():
+  made = by_length()
+  np.testing.assert_array_equal(np.sort(np.concatenate(made)), np.arange(20_000))
+  assert len(made) == batches.num_batches(20_000, 32)
+  assert all(len(rows) == 32 for rows in made)
+
+
+def test_by_length_wastes_little_where_shuffled_batches_waste_half():
+  def wasted(made):
+    return 1 - LENGTHS.sum() / sum(len(rows) * LENGTHS[rows].max() for rows in made)
+
+  assert wasted(by_length()) < 0.02
+  assert wasted(rows_of(20_000)) > 0.4
+
+
+def test_by_length_is_a_function_of_seed_and_epoch():
+  first, again = by_length(), by_length()
+  assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+  for other in (by_length(seed=1), by_length(epoch=2)):
+    together = {tuple(sorted(rows)) for rows in first} & {tuple(sorted(rows)) for rows in other}
+    assert len(together) < 10, "reviews must meet others in other epochs"
+
+
+def test_by_length_long_batches_do_not_follow_each_other():
+  longest = [int(LENGTHS[rows].max()) for rows in by_length()]
+  assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.15
+
+
+def test_prediction_has_every_review_once_and_like_lengths_together():
+  made = batches.prediction_batches(LENGTHS, batch_size=64)
+  np.testing.assert_array_equal(np.sort(np.concatenate(made)), np.arange(20_000))
+  longest = [int(LENGTHS[rows].max()) for rows in made]
+  assert longest == sorted(longest)

@@ -12,8 +12,6 @@ import pytest
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import archive, imdb, reviews, sample, tokens
-from imdb_jax.data.batches import Batch
-from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import DataError, UsageError
 
 CONFIG = DataConfig(vocabulary_size=20, sequence_length=6)
@@ -155,23 +153,13 @@ def test_empty_split_is_refused():
 
 def test_gather_pads_with_empty_rows_of_weight_0():
   split = tokens.encode(CONFIG, make_splits()).train
-  examples = split.gather(Batch(rows=np.array([5, 2]), length=6), 4)
+  examples = split.gather(np.array([5, 2]), 4)
   np.testing.assert_array_equal(examples["tokens"], [*split.tokens[[5, 2]], [0] * 6, [0] * 6])
   np.testing.assert_array_equal(examples["lengths"], [*split.lengths[[5, 2]], 0, 0])
   np.testing.assert_array_equal(examples["labels"], [*split.labels[[5, 2]], 0, 0])
   np.testing.assert_array_equal(examples["weights"], [1, 1, 0, 0])
   dtypes = {name: array.dtype for name, array in examples.items()}
   assert dtypes == {"tokens": np.int16, "lengths": np.int32, "labels": np.float32, "weights": np.float32}
-
-
-def test_gather_of_a_shorter_batch_keeps_the_end():
-  split = TokenSplit(
-    tokens=np.array([[0, 0, 1, 2], [0, 3, 4, 5]], np.int16),
-    lengths=np.array([2, 3], np.int32),
-    labels=np.array([0, 1], np.int32),
-  )
-  examples = split.gather(Batch(rows=np.array([0, 1]), length=3), 2)
-  np.testing.assert_array_equal(examples["tokens"], [[0, 1, 2], [3, 4, 5]])
 
 
 # --- load and its cache ---
