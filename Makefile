@@ -1,10 +1,15 @@
-# Everything here needs only python3 (3.11 or newer) and a package index. Nothing is installed outside .venv.
+# Everything here needs only python3 (3.11 or newer) and a package index. Nothing is installed outside .venv and
+# .venv-bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+BENCH_VENV := .venv-bench
+TORCH := torch==2.13.0
+LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --constraint requirements/constraints.txt \
+  --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test bench lint format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -28,6 +33,18 @@ demo: setup  ## Train on the embedded sample, evaluate, plot, predict
 test: setup  ## Run the tests
 	$(BIN)/python -m pytest -n auto
 
+bench: setup $(BENCH_VENV)/.ready  ## Compare a training step with Keras and PyTorch (5 minutes)
+	$(BIN)/python benchmarks/epoch_time.py --quick
+
+# PyTorch is no part of the hashed lock: its builds differ by index (for CPU only, or with gigabytes of CUDA), and any
+# of them serves. Where it cannot be installed the benchmark says that it is missing.
+$(BENCH_VENV)/.ready: requirements/bench.lock
+	@echo "Setting up $(BENCH_VENV) (a few minutes)"
+	@$(PYTHON) -m venv --clear $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.lock
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) || echo "$(TORCH) is missing: no row for it"
+	@touch $@
+
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,8 +55,8 @@ format: setup  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 lock:  ## Renew requirements/*.lock from pyproject.toml (needs uv)
-	uv pip compile pyproject.toml --universal --python-version 3.11 --extra test --constraint requirements/constraints.txt \
-	  --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --output-file requirements/test.lock
+	$(LOCK) --extra test --output-file requirements/test.lock
+	$(LOCK) --extra bench --output-file requirements/bench.lock
 
-clean:  ## Remove .venv and caches, never runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove .venv, .venv-bench and caches, never runs
+	rm -rf $(VENV) $(BENCH_VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,158 @@
+"""One system under measurement, in a process of its own: it computes only when it is told to.
+
+The protocol is a line each way. After its warm-up a worker says `Ready`, or what it lacks; after each line with a
+number of steps it runs that many and says `Window`. The end of its input ends it.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """What to measure, the same for all systems but for the name.
+
+  Attributes:
+    system: name of the system.
+    arrays: an .npz with tokens int16[n, t], lengths int32[n] and labels int32[n].
+    num_steps: of all timed windows together.
+    matmul_size: n of the [n, n] x [n, n] product that gives the machine's ceiling.
+    scratch: an empty folder; what it caches there is gone with the benchmark.
+  """
+
+  system: str
+  arrays: str
+  scratch: str
+  num_steps: int
+  batch_size: int
+  vocabulary_size: int
+  embedding_size: int
+  hidden_size: int
+  seed: int
+  platform: str
+  num_devices: int | None
+  matmul_size: int
+
+  def read_arrays(self) -> dict[str, np.ndarray]:
+    with np.load(self.arrays, allow_pickle=False) as arrays:
+      return dict(arrays)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Missing:
+  """A package that the system needs is not installed."""
+
+  missing: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ready:
+  """Attributes:
+  first_seconds: of the first step of each batch shape, summed; compilation is in it.
+  num_shapes: how many shapes that were.
+  step_seconds: of a step once all is compiled, roughly.
+  """
+
+  device: str
+  versions: dict[str, str]
+  first_seconds: float
+  num_shapes: int
+  step_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+  """Attributes:
+  seconds: from the call to the last result on the host.
+  loss: mean over the window, to see that the system learns.
+  peak_memory_mb: the highest resident memory of the process so far.
+  """
+
+  seconds: float
+  loss: float | None
+  peak_memory_mb: float
+
+
+class System(Protocol):
+  """Something that makes training steps."""
+
+  device: str
+  modules: tuple[str, ...]
+  """Packages whose versions matter."""
+
+  def epoch(self, epoch: int) -> list[Any]:
+    """The batches of an epoch, counted from 1, in their order."""
+    ...
+
+  def shape(self, batch: Any) -> Hashable:
+    """Batches of one shape share a compiled step."""
+    ...
+
+  def train(self, batches: list[Any]) -> float | None:
+    """A step a batch, all finished on return. Returns the mean loss."""
+    ...
+
+
+def serve(build: Callable[[Job], System]) -> None:
+  """Answers on standard output until standard input ends; whatever else prints goes to standard error."""
+  replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+  os.dup2(2, 1)
+
+  def reply(message: Missing | Ready | Window) -> None:
+    print(json.dumps(dataclasses.asdict(message)), file=replies, flush=True)
+
+  job = Job(**json.loads(sys.argv[1]))
+  try:
+    system = build(job)
+  except ModuleNotFoundError as error:
+    reply(Missing(missing=error.name or str(error)))
+    return
+  epochs = (system.epoch(epoch) for epoch in itertools.count(1))
+  plan = list(itertools.islice(itertools.chain.from_iterable(epochs), job.num_steps))
+  reply(_warm_up(system, plan))
+
+  position = 0
+  for line in sys.stdin:
+    window = plan[position : position + int(line)]
+    position += len(window)
+    seconds, loss = _timed(system, window)
+    reply(Window(seconds=seconds, loss=loss, peak_memory_mb=_peak_memory_mb()))
+
+
+def _warm_up(system: System, plan: list[Any]) -> Ready:
+  """Runs every shape of the plan until nothing is left to compile."""
+  examples = list({system.shape(batch): batch for batch in plan}.values())
+  first_seconds = sum(_timed(system, [batch])[0] for batch in examples)
+  _timed(system, examples)
+  step_seconds = _timed(system, examples)[0] / len(examples)
+  packages = {name: sys.modules[name].__version__ for name in system.modules}
+  return Ready(
+    device=system.device,
+    versions={"python": platform.python_version(), "numpy": np.__version__} | packages,
+    first_seconds=first_seconds,
+    num_shapes=len(examples),
+    step_seconds=step_seconds,
+  )
+
+
+def _timed(system: System, batches: list[Any]) -> tuple[float, float | None]:
+  started = time.perf_counter()
+  loss = system.train(batches)
+  return time.perf_counter() - started, loss
+
+
+def _peak_memory_mb() -> float:
+  """VmHWM, in MB. `ru_maxrss` would not do: Linux counts the parent's memory at the start of the child into it."""
+  status = Path("/proc/self/status").read_text(encoding="ascii")
+  kilobytes = next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]
+  return int(kilobytes) * 1024 / 1e6
