@@ -81,7 +81,8 @@ class Checkpoints:
     """Saves and waits until it is committed.
 
     Args:
-      step: updates made; a step that is already there is left as it is.
+      step: updates made. A step that is already there is left as it is, or, if it was saved before its evaluation,
+        replaced by one with its accuracy.
       state: on all devices.
       progress: JSON, what else resuming needs.
       val_accuracy: what the best step is chosen by; None for a step between evaluations.
@@ -90,7 +91,9 @@ class Checkpoints:
       CheckpointError: it could not be written; earlier steps are untouched.
     """
     if step in self._manager.all_steps():
-      return
+      if val_accuracy is None:
+        return
+      self._manager.delete(step)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
     metrics = None if val_accuracy is None else {_METRIC: val_accuracy}
     try:

@@ -145,7 +145,12 @@ def load(
       shutil.rmtree(entry, ignore_errors=True)
 
   report(f"Reading the reviews from {archive or 'the prepared store, or the download'} (once; then cached)")
-  reviews = imdb.load(archive, cache_dir)
+
+  def on_download(done: int, total: int) -> None:
+    if done % (10 * 2**20) == 0 or done == total:
+      report(f"Downloaded {done // 2**20} of {total // 2**20} MiB")
+
+  reviews = imdb.load(archive, cache_dir, progress=on_download)
   report("Encoding the reviews (once; then cached)")
   data = encode(config, reviews)
   official = all(content_digest(reviews[name]) == digest for name, digest in imdb.OFFICIAL_CONTENT.items())

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
 import imdb_jax
+from imdb_jax import evaluation
 from imdb_jax.config import PRESETS, Config
 from imdb_jax.data import sample
 from imdb_jax.errors import DivergenceError
+from imdb_jax.training.signals import Interrupted
 
 
 def tiny(run_dir, **training) -> Config:
@@ -111,3 +115,33 @@ def test_lines_after_the_last_checkpoint_are_dropped_and_written_again(tmp_path)
   path.write_text("".join(json.dumps(line) + "\n" for line in [*written, later]) + '{"kind": "st')
   imdb_jax.fit(whole)
   assert lines(tmp_path / "run") == written
+
+
+def without_times(run_dir) -> list[dict]:
+  return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines(run_dir)]
+
+
+def test_a_stop_during_evaluation_evaluates_again_and_keeps_the_best(tmp_path, monkeypatch):
+  imdb_jax.fit(tiny(tmp_path / "whole"))
+
+  def best(name):
+    return imdb_jax.Classifier.load(tmp_path / name, step="best").step
+
+  evaluate, calls = evaluation.evaluate, []
+
+  def interrupted(*arguments):
+    calls.append(None)
+    if 4 * len(calls) == best("whole"):
+      os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluation, "evaluate", interrupted)
+    with pytest.raises(Interrupted) as stop:
+      imdb_jax.fit(tiny(tmp_path / "stopped"))
+  assert stop.value.step == best("whole") == 4 * len(calls)
+  assert len([line for line in lines(tmp_path / "stopped") if line["kind"] == "epoch"]) == len(calls) - 1
+  imdb_jax.fit(tiny(tmp_path / "stopped"))
+  assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
+  saved = tmp_path / "stopped" / "checkpoints" / str(best("whole")) / "metrics" / "metrics"
+  assert "val_accuracy" in saved.read_text(), "without it another step would pass for the best"
