@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import worker
 
 INSTALL = "make setup"
@@ -17,16 +18,19 @@ class Ours:
   work: str
   computes: str
   implementation: Literal["chunked", "scan"] = "chunked"
-  model: dict[str, Any] = dataclasses.field(default_factory=dict)
-  """Fields of `ModelConfig` that differ."""
+  mask_padding: bool = False
+  bucket_by_length: bool = False
 
 
-_ARTICLE, _MASKED = "dropout masks shared by the gates", "padding skipped, dropout masks shared by the gates"
+_SHARED = "masks shared by the gates"
 
 SYSTEMS = {
-  "ours-chunked": Ours(work="article", computes=_ARTICLE),
-  "ours-scan": Ours(work="article", computes=_ARTICLE, implementation="scan"),
-  "ours-masked": Ours(work="masked", computes=f"{_MASKED}; full length", model={"mask_padding": True}),
+  "ours-chunked": Ours(work="article", computes=_SHARED),
+  "ours-scan": Ours(work="article", computes=_SHARED, implementation="scan"),
+  "ours-masked": Ours(work="masked", computes=f"{_SHARED}; up to the longest review of a batch", mask_padding=True),
+  "ours-bucketed": Ours(
+    work="masked", computes=f"{_SHARED}; batches by length", mask_padding=True, bucket_by_length=True
+  ),
 }
 SGEMM = "sgemm"
 
@@ -34,51 +38,51 @@ SGEMM = "sgemm"
 class _Training:
   """The step of `imdb_jax.steps` over the batches of `imdb_jax.data.batches`, as `imdb_jax.training.loop` runs it."""
 
-  modules = ("jax", "flax", "optax")
+  modules: tuple[str, ...] = ("jax", "flax", "optax")
 
   def __init__(self, job: worker.Job):
     from imdb_jax import config, sharding, state, steps
     from imdb_jax.data.tokens import TokenSplit
     from imdb_jax.model import SentimentLSTM
 
-    system = SYSTEMS[job.system]
-    self._job, self._sharding = job, sharding
+    self._job, self._system, self._sharding = job, SYSTEMS[job.system], sharding
     self._mesh = _start(job)
     self.device = _describe(self._mesh.devices.flat[0], self._mesh.size)
     self._batch_size = sharding.padded_batch_size(job.batch_size, self._mesh)
     self._split = TokenSplit(**job.read_arrays())
     article = config.preset("article")
-    sizes = {"embedding_size": job.embedding_size, "hidden_size": job.hidden_size}
-    model = SentimentLSTM(
-      dataclasses.replace(article.model, **sizes, **system.model), job.vocabulary_size, system.implementation
+    model_config = dataclasses.replace(
+      article.model,
+      embedding_size=job.embedding_size,
+      hidden_size=job.hidden_size,
+      mask_padding=self._system.mask_padding,
     )
-    optimizer = state.make_optimizer(article.optimizer)
+    model = SentimentLSTM(model_config, job.vocabulary_size, self._system.implementation)
+    optimizer = state.make_optimizer(article.optimizer, job.num_steps)
     self._state = state.create(model, optimizer, job.seed, self._mesh)
     self._step = steps.make_train_step(model, optimizer, self._mesh)
 
-  def epoch(self, epoch: int) -> list:
+  def epoch(self, epoch: int) -> list[np.ndarray]:
     from imdb_jax.data import batches
 
-    num_rows, sequence_length = self._split.tokens.shape
-    return batches.epoch_batches(
-      num_rows,
-      sequence_length=sequence_length,
-      batch_size=self._job.batch_size,
-      seed=self._job.seed,
-      epoch=epoch,
-    )
+    size, seed, lengths = self._job.batch_size, self._job.seed, self._split.lengths
+    if self._system.bucket_by_length:
+      return batches.epoch_batches_by_length(lengths, batch_size=size, seed=seed, epoch=epoch)
+    return batches.epoch_batches(len(lengths), batch_size=size, seed=seed, epoch=epoch)
 
-  def shape(self, batch) -> Hashable:
-    return batch.length
+  def shape(self, batch: np.ndarray) -> Hashable:
+    """All alike: a smaller batch is filled up with reviews of weight 0."""
+    del batch
+    return None
 
-  def train(self, batches: list) -> float:
+  def train(self, batches: list[np.ndarray]) -> float:
     import jax
 
     from imdb_jax.training.recorder import Sums
 
     sums, pending = Sums(), None
-    for batch in batches:
-      examples = self._sharding.shard_reviews(self._split.gather(batch, self._batch_size), self._mesh)
+    for rows in batches:
+      examples = self._sharding.shard_reviews(self._split.gather(rows, self._batch_size), self._mesh)
       self._state, metrics = self._step(self._state, examples)
       # As the trainer's recorder does: read after the next step is dispatched.
       if pending is not None:
@@ -93,7 +97,7 @@ class _Training:
 class _Sgemm:
   """Products of two large float32 matrices by JAX, on one device that has all cores. A step is one product."""
 
-  modules = ("jax",)
+  modules: tuple[str, ...] = ("jax",)
 
   def __init__(self, job: worker.Job):
     mesh = _start(dataclasses.replace(job, num_devices=1))
