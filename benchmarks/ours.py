@@ -132,6 +132,7 @@ def _start(job: worker.Job):
   mesh = sharding.start(
     config.RuntimeConfig(platform=platform, num_devices=job.num_devices, cache_dir=Path(job.scratch))
   )
+  sharding.keep_freed_memory(mesh)
   jax.config.update("jax_default_matmul_precision", config.preset("article").training.matmul_precision)
   return mesh
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imdb_jax.config import ModelConfig
+from imdb_jax.config import Config, ModelConfig
 from imdb_jax.lstm import lstm
 
 DropoutMasks = tuple[jax.Array | None, jax.Array | None]
@@ -86,6 +86,12 @@ class SentimentLSTM(nn.Module):
   config: ModelConfig
   vocabulary_size: int
   implementation: str | None = None
+
+  @classmethod
+  def of_run(cls, config: Config) -> "SentimentLSTM":
+    """The model that the settings of a run describe."""
+    named = config.runtime.implementation
+    return cls(config.model, config.dataset.vocabulary_size, None if named == "auto" else named)
 
   @nn.compact
   def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = (None, None)) -> jax.Array:

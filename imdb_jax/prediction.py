@@ -30,9 +30,7 @@ class Classifier:
   def __init__(self, config: Config, vocabulary: Vocabulary, params: dict, mesh: Mesh, step: int):
     self.config, self.vocabulary, self.step = config, vocabulary, step
     self._params, self._mesh = params, mesh
-    implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
-    model = SentimentLSTM(config.model, config.dataset.vocabulary_size, implementation)
-    self._predict_step = steps.make_predict_step(model, mesh)
+    self._predict_step = steps.make_predict_step(SentimentLSTM.of_run(config), mesh)
 
   @classmethod
   def load(
@@ -64,7 +62,7 @@ class Classifier:
       )
     mesh = sharding.start(runtime)
     jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
-    model = SentimentLSTM(config.model, config.dataset.vocabulary_size)
+    model = SentimentLSTM.of_run(config)
     checkpoints = Checkpoints(run_dir, read_only=True)
     found = checkpoints.find(step)
     restored, _ = checkpoints.restore(
@@ -87,5 +85,6 @@ class Classifier:
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Metrics over encoded reviews, see `imdb_jax.evaluation`."""
+    sharding.keep_freed_memory(self._mesh)
     batch_size = self.config.runtime.evaluation_batch_size
     return evaluate(self._predict_step, self._params, split, self._mesh, batch_size)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 
 import jax
 import numpy as np
@@ -33,12 +34,14 @@ def start(runtime: RuntimeConfig) -> Mesh:
   if runtime.platform == "cpu":
     jax.config.update("jax_platforms", "cpu")
   # A small product gains nothing from a second thread, a second device with half the batch does.
-  _request_cpu_devices(runtime.num_devices or len(os.sched_getaffinity(0)))
+  _request_cpu_devices(runtime.num_devices or _num_cores())
   _join_processes(runtime)
-  devices = _devices(runtime)
-  if devices[0].platform == "cpu":
-    _keep_freed_memory()
-  return Mesh(np.array(devices), (AXIS,))
+  return Mesh(np.array(_devices(runtime)), (AXIS,))
+
+
+def _num_cores() -> int:
+  # Only Linux tells which cores this process may use; a container or a scheduler often allows a few.
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _request_cpu_devices(num_devices: int) -> None:
@@ -49,12 +52,15 @@ def _request_cpu_devices(num_devices: int) -> None:
     return
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory(mesh: Mesh) -> None:
   """Has glibc keep what is freed, instead of giving it back and faulting it in again, page by page, every step.
 
-  XLA allocates the temporary arrays of a step anew each time: tens of MB, a third of a step's time. Elsewhere than
-  with glibc nothing happens.
+  XLA allocates the temporary arrays of a step anew each time: tens of MB, a third of a step's time. Nothing happens
+  where the devices are no CPUs or the memory is not glibc's. It holds for the whole process, so only work over a
+  whole split asks for it, not the prediction of a few texts within somebody's program.
   """
+  if mesh.devices.flat[0].platform != "cpu" or sys.platform != "linux":
+    return
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is not None:
     mallopt(_M_MMAP_MAX, 0)

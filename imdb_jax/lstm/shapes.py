@@ -1,4 +1,4 @@
-"""Named problem shapes, shared by tests and benchmarks."""
+"""Named problem shapes that every implementation is tested on."""
 
 import dataclasses
 
@@ -12,8 +12,6 @@ class Shape:
   e: int
   h: int
 
-
-ARTICLE = Shape(b=32, t=400, e=128, h=128)
 
 # Corner cases of the contract: single rows and steps, and sizes that no block size divides.
 CONTRACT = {

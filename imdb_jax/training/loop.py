@@ -48,6 +48,7 @@ def fit(config: Config) -> FitResult:
   """
   is_resumed = run_directory.check(config)
   mesh = sharding.start(config.runtime)
+  sharding.keep_freed_memory(mesh)
   jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
   console = Console(is_quiet=jax.process_index() != 0)
   data = tokens.load(
@@ -69,8 +70,7 @@ class _Trainer:
     self._steps_per_epoch = batches.num_batches(len(data.train), config.training.batch_size)
     self._last_step = config.training.epochs * self._steps_per_epoch
 
-    self._implementation = None if config.runtime.implementation == "auto" else config.runtime.implementation
-    model = SentimentLSTM(config.model, config.dataset.vocabulary_size, self._implementation)
+    model = SentimentLSTM.of_run(config)
     optimizer = state.make_optimizer(config.optimizer, self._last_step)
     self._checkpoints = Checkpoints(config.run_dir, read_only=False)
     self._progress: dict[str, Any] = {}
@@ -88,10 +88,10 @@ class _Trainer:
       step=self._step,
       is_writer=jax.process_index() == 0,
     )
-    self._print_header()
+    self._print_header(model)
     self._compile(model, optimizer)
 
-  def _print_header(self) -> None:
+  def _print_header(self, model: SentimentLSTM) -> None:
     config, data = self._config, self._data
     device = self._mesh.devices.flat[0]
     position = f"resumed at step {self._step:,}" if self._step else "new"
@@ -103,19 +103,18 @@ class _Trainer:
         "Parameters": f"{state.num_parameters(self._state):,}",
         "Examples": f"{len(data.train):,} train, {len(data.validation):,} validation ({config.dataset.validation})",
         "Steps": f"{self._steps_per_epoch:,} an epoch, {config.training.epochs} epochs",
-        "Positions": f"{self._wasted_share():.1%} of those processed hold no word",
+        "Positions": f"{self._wasted_share(model):.1%} of those processed hold no word",
         "Run": f"{config.run_dir} ({position})",
       }
     )
 
-  def _wasted_share(self) -> float:
+  def _wasted_share(self, model: SentimentLSTM) -> float:
     """Of the positions that the first epoch processes."""
-    lengths, longest = self._data.train.lengths, self._config.dataset.sequence_length
-    masked = self._config.model.mask_padding
-    processed = sum(
-      len(rows) * (lstm.num_processed(longest, int(lengths[rows].max()), self._implementation) if masked else longest)
-      for rows in self._plan(1)
-    )
+    lengths, t = self._data.train.lengths, self._config.dataset.sequence_length
+    processed = 0
+    for rows in self._plan(1):
+      longest = int(lengths[rows].max()) if model.config.mask_padding else t
+      processed += len(rows) * lstm.num_processed(t, longest, model.implementation)
     return 1 - int(lengths.sum()) / processed
 
   def _compile(self, model: SentimentLSTM, optimizer) -> None:

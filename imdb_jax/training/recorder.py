@@ -46,7 +46,6 @@ class Recorder:
     """Continues the files of a run after `step`: what they hold of later steps belongs to no checkpoint and goes."""
     self._path, self._console = run_dir / "metrics.jsonl", console
     self._log_every, self._steps_per_epoch = log_every, steps_per_epoch
-    self._is_writer = is_writer
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
     self.history = [line for line in kept if line["kind"] == "epoch"]
     self._file: TextIO | None = None

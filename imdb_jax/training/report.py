@@ -63,7 +63,7 @@ def write(config: Config, history: list[dict[str, Any]]) -> None:
   table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
   top, last = best(history), history[-1]
   total = sum(line["seconds"] + line["evaluation_seconds"] for line in history)
-  differing = ", ".join(
+  settings = ", ".join(
       f"{name} {value}" for section in config.to_dict().values() if isinstance(section, dict)
       for name, value in section.items()
   )  # fmt: skip
@@ -77,6 +77,6 @@ Training and evaluation: {total:.0f} s, compilation apart.
 
 ![Accuracy and loss](history.png)
 
-Settings: {differing}. Versions, devices and the digest of the data are in `provenance.json`.
+Settings: {settings}. Versions, devices and the digest of the data are in `provenance.json`.
 """
   (config.run_dir / "report.md").write_text(text, encoding="utf-8")
