@@ -129,10 +129,9 @@ def _start(job: worker.Job):
 
   # The name was checked by the command that started this process.
   platform: Any = job.platform
-  mesh = sharding.start(
-    config.RuntimeConfig(platform=platform, num_devices=job.num_devices, cache_dir=Path(job.scratch))
-  )
-  sharding.keep_freed_memory(mesh)
+  runtime = config.RuntimeConfig(platform=platform, num_devices=job.num_devices, cache_dir=Path(job.scratch))
+  sharding.keep_freed_memory(runtime)
+  mesh = sharding.start(runtime)
   jax.config.update("jax_default_matmul_precision", config.preset("article").training.matmul_precision)
   return mesh
 

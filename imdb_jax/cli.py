@@ -82,10 +82,13 @@ class _Restoring:
   json: bool = False
   """Print JSON."""
 
-  def load(self, **runtime: Any):
+  def load(self, **settings: Any):
+    from imdb_jax import sharding
     from imdb_jax.prediction import Classifier
 
-    return Classifier.load(self.run_dir, step=self.step, runtime=RuntimeConfig(platform=self.platform, **runtime))
+    runtime = RuntimeConfig(platform=self.platform, **settings)
+    sharding.keep_freed_memory(runtime)
+    return Classifier.load(self.run_dir, step=self.step, runtime=runtime)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

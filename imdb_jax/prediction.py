@@ -85,6 +85,5 @@ class Classifier:
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Metrics over encoded reviews, see `imdb_jax.evaluation`."""
-    sharding.keep_freed_memory(self._mesh)
     batch_size = self.config.runtime.evaluation_batch_size
     return evaluate(self._predict_step, self._params, split, self._mesh, batch_size)

@@ -22,6 +22,23 @@ _INSTALL = {
 }
 
 
+def keep_freed_memory(runtime: RuntimeConfig) -> None:
+  """Has glibc keep what is freed, instead of giving it back and faulting it in again, page by page, every step.
+
+  XLA allocates the temporary arrays of a step anew each time: tens of MB, a third of a step's time. Call it before
+  `start`: a thread that has already allocated keeps an arena of its own, to which large arrays do not return. Nothing
+  happens on a GPU or TPU, or where the memory is not glibc's. It holds for the whole process, so only commands over a
+  whole split ask for it, not the prediction of a few texts within somebody's program.
+  """
+  if runtime.platform in ("gpu", "tpu") or sys.platform != "linux":
+    return
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  if mallopt is not None:
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_ARENA_MAX, 1)
+
+
 def start(runtime: RuntimeConfig) -> Mesh:
   """Joins the other processes, starts the platform and lays the mesh. Must come before JAX's first computation.
 
@@ -50,22 +67,6 @@ def _request_cpu_devices(num_devices: int) -> None:
   except RuntimeError:
     # JAX has started already, as in a notebook. `_devices` says so if there are too few.
     return
-
-
-def keep_freed_memory(mesh: Mesh) -> None:
-  """Has glibc keep what is freed, instead of giving it back and faulting it in again, page by page, every step.
-
-  XLA allocates the temporary arrays of a step anew each time: tens of MB, a third of a step's time. Nothing happens
-  where the devices are no CPUs or the memory is not glibc's. It holds for the whole process, so only work over a
-  whole split asks for it, not the prediction of a few texts within somebody's program.
-  """
-  if mesh.devices.flat[0].platform != "cpu" or sys.platform != "linux":
-    return
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt is not None:
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_ARENA_MAX, 1)
 
 
 def _join_processes(runtime: RuntimeConfig) -> None:

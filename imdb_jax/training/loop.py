@@ -47,8 +47,8 @@ def fit(config: Config) -> FitResult:
     Interrupted: after a signal, once the state is saved.
   """
   is_resumed = run_directory.check(config)
+  sharding.keep_freed_memory(config.runtime)
   mesh = sharding.start(config.runtime)
-  sharding.keep_freed_memory(mesh)
   jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
   console = Console(is_quiet=jax.process_index() != 0)
   data = tokens.load(
