@@ -51,13 +51,13 @@ def start(runtime: RuntimeConfig) -> Mesh:
   if runtime.platform == "cpu":
     jax.config.update("jax_platforms", "cpu")
   # A small product gains nothing from a second thread, a second device with half the batch does.
-  _request_cpu_devices(runtime.num_devices or _num_cores())
+  _request_cpu_devices(runtime.num_devices or num_cores())
   _join_processes(runtime)
   return Mesh(np.array(_devices(runtime)), (AXIS,))
 
 
-def _num_cores() -> int:
-  # Only Linux tells which cores this process may use; a container or a scheduler often allows a few.
+def num_cores() -> int:
+  """Cores that this process may use; a container or a scheduler often allows a few. Only Linux tells."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

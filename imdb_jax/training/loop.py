@@ -29,10 +29,12 @@ class FitResult:
   """Attributes:
   run_dir: everything about the run.
   history: a dict an epoch, see `recorder.EPOCH_FIELDS`.
+  compile_seconds: of the training and the prediction step, in none of the seconds of `history`.
   """
 
   run_dir: Path
   history: list[dict[str, Any]]
+  compile_seconds: float
 
 
 def fit(config: Config) -> FitResult:
@@ -128,7 +130,8 @@ class _Trainer:
     examples = sharding.shard_reviews(self._data.validation.gather(nothing, size), self._mesh)
     predict_step = steps.make_predict_step(model, self._mesh)
     self._predict_step = predict_step.lower(self._state.params, examples["tokens"], examples["lengths"]).compile()
-    self._console.line(f"Compiled in {time.perf_counter() - started:.1f} s")
+    self._compile_seconds = time.perf_counter() - started
+    self._console.line(f"Compiled in {self._compile_seconds:.1f} s")
 
   def run(self) -> FitResult:
     try:
@@ -145,7 +148,9 @@ class _Trainer:
     if jax.process_index() == 0:
       report.write(self._config, self._recorder.history)
     report.show(self._config, self._recorder.history, self._console)
-    return FitResult(run_dir=self._config.run_dir, history=self._recorder.history)
+    return FitResult(
+      run_dir=self._config.run_dir, history=self._recorder.history, compile_seconds=self._compile_seconds
+    )
 
   def _plan(self, epoch: int) -> list[np.ndarray]:
     """The batches of an epoch."""

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 
 import imdb_jax
-from imdb_jax import evaluation
+from imdb_jax import evaluation, steps
 from imdb_jax.config import PRESETS, Config
 from imdb_jax.data import sample
 from imdb_jax.errors import DivergenceError
@@ -55,6 +56,19 @@ def test_metrics_are_means_over_all_reviews_of_the_window(tmp_path):
   expected = (30 * steps[0]["loss"] + 2 * steps[1]["loss"]) / 32
   assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-6)
   assert [line["step"] for line in result.history] == [4, 8]
+
+
+def test_seconds_of_compilation_are_told_apart(tmp_path, monkeypatch):
+  make_train_step = steps.make_train_step
+
+  def slow(*arguments):
+    time.sleep(1)
+    return make_train_step(*arguments)
+
+  monkeypatch.setattr(steps, "make_train_step", slow)
+  result = imdb_jax.fit(tiny(tmp_path))
+  assert result.compile_seconds > 1
+  assert result.history[0]["seconds"] < 1
 
 
 def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_path):
