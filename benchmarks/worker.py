@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import sys
 import time
 from collections.abc import Callable, Hashable
@@ -152,7 +153,11 @@ def _timed(system: System, batches: list[Any]) -> tuple[float, float | None]:
 
 
 def _peak_memory_mb() -> float:
-  """VmHWM, in MB. `ru_maxrss` would not do: Linux counts the parent's memory at the start of the child into it."""
-  status = Path("/proc/self/status").read_text(encoding="ascii")
-  kilobytes = next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]
-  return int(kilobytes) * 1024 / 1e6
+  """VmHWM, in MB. Linux counts the parent's memory at the start of the child into `ru_maxrss`, so that comes second."""
+  status = Path("/proc/self/status")
+  if status.exists():
+    kilobytes = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes.split()[1]) * 1024 / 1e6
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # In bytes on macOS, in kilobytes elsewhere.
+  return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

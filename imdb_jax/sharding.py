@@ -57,7 +57,7 @@ def start(runtime: RuntimeConfig) -> Mesh:
 
 
 def num_cores() -> int:
-  """Cores that this process may use; a container or a scheduler often allows a few. Only Linux tells."""
+  """Cores that this process may use, of which a container or a scheduler often allows a few. Only Linux tells."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -84,10 +84,28 @@ def test_an_unknown_system_is_one_clear_line():
   assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["ours-chunked", "ours-scan", "ours-masked", "ours-bucketed"])
-def test_a_worker_times_the_step_of_the_package(name, monkeypatch, tmp_path):
+@pytest.fixture
+def module(monkeypatch):
+  """Imports a module of the benchmarks."""
   monkeypatch.syspath_prepend(str(BENCHMARKS))
-  ours, worker = importlib.import_module("ours"), importlib.import_module("worker")
+  return importlib.import_module
+
+
+def test_machines_without_proc_are_measured_and_described_too(module, monkeypatch):
+  worker, measuring = module("worker"), module("measuring")
+  exact = worker._peak_memory_mb()
+  monkeypatch.setattr(Path, "exists", lambda path: False)
+  # Tests may have a parent larger than they are, which the fallback counts in.
+  assert 0.9 * exact < worker._peak_memory_mb() < 20 * exact
+  machine = measuring.describe_machine([{"jax": "1"}, {"jax": "2", "keras": "3"}])
+  assert machine["processor"]
+  assert machine["cores"] >= 1
+  assert machine["versions"] == {"jax": "1, 2", "keras": "3"}
+
+
+@pytest.mark.parametrize("name", ["ours-chunked", "ours-scan", "ours-masked", "ours-bucketed"])
+def test_a_worker_times_the_step_of_the_package(name, module, monkeypatch, tmp_path):
+  ours, worker = module("ours"), module("worker")
   calls = []
 
   def make_train_step(*arguments):
