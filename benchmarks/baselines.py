@@ -56,6 +56,8 @@ SYSTEMS = {
 
 # Of the LSTM's inputs, and of its hidden state.
 _DROPOUT_RATE = 0.2
+# Divides the 25,000 test reviews: one shape.
+_TEST_BATCH_SIZE = 500
 
 
 class _Training:
@@ -65,22 +67,24 @@ class _Training:
   modules: tuple[str, ...]
 
   def __init__(self, job: worker.Job):
-    arrays = job.read_arrays()
-    self._tokens, self._labels = arrays["tokens"], arrays["labels"]
-    self._job = job
+    self._job, self._arrays = job, worker.read_arrays(job.arrays)
 
   def epoch(self, epoch: int) -> list[np.ndarray]:
-    order = np.random.default_rng([self._job.seed, epoch]).permutation(len(self._labels))
-    starts = range(0, len(order), self._job.batch_size)
-    return [order[start : start + self._job.batch_size] for start in starts]
+    order = np.random.default_rng([self._job.seed, epoch]).permutation(len(self._arrays["labels"]))
+    return _split(order, self._job.batch_size)
 
   def shape(self, batch: np.ndarray) -> Hashable:
     return len(batch)
 
-  def _gather(self, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens i32[b, t] and labels f32[b, 1] of each batch."""
-    for rows in batches:
-      yield self._tokens[rows].astype(np.int32), self._labels[rows, None].astype(np.float32)
+
+def _split(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+  return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def _gather(arrays: dict[str, np.ndarray], batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields tokens i32[b, t] and labels f32[b, 1] of each batch."""
+  for rows in batches:
+    yield arrays["tokens"][rows].astype(np.int32), arrays["labels"][rows, None].astype(np.float32)
 
 
 class _KerasTraining(_Training):
@@ -110,14 +114,34 @@ class _KerasTraining(_Training):
       metrics=["accuracy"],
       jit_compile=True if system.force_xla else "auto",
     )
+    if job.test_arrays is not None:
+      self._test = worker.read_arrays(job.test_arrays)
+      self._model.build((None, self._arrays["tokens"].shape[1]))
+      self._model.optimizer.build(self._model.trainable_variables)
+      # All that training changes: the counters of the optimizer and of dropout too.
+      variables = [*self._model.variables, *self._model.optimizer.variables]
+      self._initial = [(variable, np.array(variable)) for variable in variables]
 
   def train(self, batches: list[np.ndarray]) -> float:
     self._model.reset_metrics()
     loss = 0.0
-    for tokens, labels in self._gather(batches):
+    for tokens, labels in _gather(self._arrays, batches):
       # The mean since the reset, as a number of Python: the step has finished.
       loss, _ = self._model.train_on_batch(tokens, labels)
     return float(loss)
+
+  def test_batches(self) -> list[np.ndarray]:
+    return _split(np.arange(len(self._test["labels"])), _TEST_BATCH_SIZE)
+
+  def evaluate(self, batches: list[np.ndarray]) -> float:
+    correct = 0
+    for tokens, labels in _gather(self._test, batches):
+      correct += int(np.sum((self._model.predict_on_batch(tokens) > 0.5) == (labels > 0.5)))
+    return correct / sum(map(len, batches))
+
+  def forget(self) -> None:
+    for variable, value in self._initial:
+      variable.assign(value)
 
 
 class _TorchTraining(_Training):
@@ -143,7 +167,7 @@ class _TorchTraining(_Training):
   def train(self, batches: list[np.ndarray]) -> float:
     torch, (embedding, lstm, dense) = self._torch, self._layers
     losses = []
-    for tokens, labels in self._gather(batches):
+    for tokens, labels in _gather(self._arrays, batches):
       embedded = embedding(torch.from_numpy(tokens))
       mask = torch.nn.functional.dropout(torch.ones_like(embedded[:, :1]), _DROPOUT_RATE)
       hidden, _ = lstm(embedded * mask)

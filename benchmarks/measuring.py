@@ -156,14 +156,26 @@ class Measurement:
     if self._process is not None:
       self._process.stop()
 
-  def run_window(self, num_steps: int) -> None:
-    """Adds a window, unless the system has none to give."""
+  def _ask(self, line: str) -> dict[str, Any] | None:
+    """The worker's answer; None where the system has none to give."""
     if self._process is None or self.problem:
-      return
+      return None
     try:
-      self.windows.append((num_steps, worker.Window(**self._process.ask(str(num_steps)))))
+      return self._process.ask(line)
     except WorkerError as error:
       self.problem = str(error)
+      return None
+
+  def run_window(self, num_steps: int) -> None:
+    """Adds a window, unless the system has none to give."""
+    answer = self._ask(str(num_steps))
+    if answer is not None:
+      self.windows.append((num_steps, worker.Window(**answer)))
+
+  def evaluate(self) -> worker.Evaluation | None:
+    """Of all test reviews; None where the system has none to give."""
+    answer = self._ask("evaluate")
+    return None if answer is None else worker.Evaluation(**answer)
 
   def steps_within(self, seconds: float) -> int:
     """How many steps take about so long; at least 1."""
@@ -175,10 +187,10 @@ class Measurement:
 
   @property
   def compile_seconds(self) -> float:
-    """What the first steps took longer than others do. Asks for a window."""
+    """What the first steps took longer than others do, and the first evaluation. Asks for a window."""
     assert self.ready is not None
     median = statistics.median(self.seconds_per_step)
-    return max(0.0, self.ready.first_seconds - self.ready.num_shapes * median)
+    return max(0.0, self.ready.first_seconds - self.ready.num_shapes * median) + self.ready.evaluation_compile_seconds
 
 
 def sgemm_gflops(ceiling: Measurement, matmul_size: int) -> float | None:

@@ -49,7 +49,7 @@ class _Training:
     self._mesh = _start(job)
     self.device = _describe(self._mesh.devices.flat[0], self._mesh.size)
     self._batch_size = sharding.padded_batch_size(job.batch_size, self._mesh)
-    self._split = TokenSplit(**job.read_arrays())
+    self._split = TokenSplit(**worker.read_arrays(job.arrays))
     article = config.preset("article")
     model_config = dataclasses.replace(
       article.model,

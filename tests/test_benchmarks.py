@@ -1,7 +1,9 @@
-"""The benchmark on tiny shapes: what it writes, what it says of a system that is missing, and whose step it times."""
+"""The benchmarks on tiny shapes: what they write, what they say of a missing system, and whose step they time."""
 
+import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 
 from imdb_jax import steps
+from imdb_jax.config import preset
+from imdb_jax.data import imdb, reviews, tokens
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = ("--quick", "--windows", "2", "--num-reviews", "40", "--batch-size", "8", "--sequence-length", "12")
@@ -17,8 +21,8 @@ TINY += ("--embedding-size", "4", "--hidden-size", "4", "--vocabulary-size", "30
 FIGURES = {"ms_per_step", "seconds_per_epoch", "compile_seconds", "peak_memory_mb"}
 
 
-def epoch_time(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-  command = [sys.executable, str(BENCHMARKS / "epoch_time.py"), *map(str, arguments)]
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
   return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
@@ -26,7 +30,8 @@ def epoch_time(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def measured(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dict, bytes]:
   """What was printed, the JSON and the figure."""
   folder = tmp_path_factory.mktemp("benchmarks")
-  done = epoch_time(
+  done = run(
+    "epoch_time.py",
     *TINY,
     *("--platform", "cpu", "--num-devices", "2", "--bench-python", folder / "absent" / "python"),
     *("--systems", "ours-chunked", "ours-scan", "ours-bucketed", "torch"),
@@ -77,10 +82,14 @@ def test_the_figure_is_a_png(measured):
   assert measured[2].startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_an_unknown_system_is_one_clear_line():
-  done = epoch_time("--systems", "ours-chunkd")
+@pytest.mark.parametrize(
+  ("script", "name", "nearest"),
+  [("epoch_time.py", "ours-chunkd", "ours-chunked"), ("time_to_accuracy.py", "keras-jaxx", "keras-jax")],
+)
+def test_an_unknown_system_is_one_clear_line(script, name, nearest):
+  done = run(script, "--systems", name)
   assert done.returncode != 0
-  assert "Did you mean ours-chunked?" in done.stderr
+  assert f"Did you mean {nearest}?" in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -136,3 +145,184 @@ def test_a_worker_times_the_step_of_the_package(name, module, monkeypatch, tmp_p
   assert sorted(np.concatenate(batches)) == list(range(8))
   assert system.train(batches) == pytest.approx(np.log(2), abs=0.1)
   assert len(calls) == len(batches) == 2
+
+
+# --- how a system learns ---
+
+FAKE = """
+import worker
+
+class Fake:
+  device, modules, num_steps = "none", (), 0
+
+  def epoch(self, epoch): return [1, 2]
+  def shape(self, batch): return batch
+  def test_batches(self): return [3, 4, 3]
+  def evaluate(self, batches): return len(batches) / 4
+  def forget(self): self.num_steps = 0
+
+  def train(self, batches):
+    self.num_steps += len(batches)
+    return self.num_steps
+
+worker.serve(lambda job: Fake())
+"""
+
+# Trains, forgets, trains again: weights, moments and dropout of Keras must begin anew.
+FORGETS = """
+import baselines, json, sys, worker
+
+system = baselines.build(worker.Job(**json.loads(sys.argv[1])))
+losses = [system.train(system.epoch(1)) for _ in range(3)]
+system.forget()
+assert [system.train(system.epoch(1)) for _ in range(3)] == losses
+assert len(set(losses)) == 3
+"""
+
+
+def run_worker(module, code: str, folder: Path, lines: str, system: str) -> list[dict]:
+  """What a worker of that code answers to the lines."""
+  measuring = module("measuring")
+  split = measuring.random_reviews(8, 4, 9)
+  measuring.write_arrays(folder / "reviews.npz", split)
+  arrays = str(folder / "reviews.npz")
+  fields = {"arrays": arrays, "test_arrays": arrays, "num_steps": 3, "batch_size": 4}
+  job = measuring.make_job(measuring.Options(), system, folder, **fields)
+  code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{code}"
+  command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(job))]
+  environment = os.environ | {"KERAS_HOME": str(folder)}
+  done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60, env=environment)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_worker_evaluates_when_it_is_asked_and_forgets_its_warm_up(module, tmp_path):
+  ready, first, evaluation, second = run_worker(module, FAKE, tmp_path, "2\nevaluate\n1\n", "fake")
+  assert ready["num_shapes"] == 2
+  assert (first["loss"], second["loss"]) == (2, 3)
+  assert evaluation["accuracy"] == 3 / 4
+
+
+def test_keras_forgets_its_warm_up(module, tmp_path):
+  assert run_worker(module, FORGETS, tmp_path, "", "keras-jax") == []
+
+
+# --- time to accuracy ---
+
+
+def history(module, *epochs: tuple[float, float]) -> list:
+  """Epochs of so many seconds of training and such test accuracies; a second of evaluation each."""
+  make = module("time_to_accuracy").Epoch
+  return [make(training_seconds=seconds, evaluation_seconds=1.0, test_accuracy=value) for seconds, value in epochs]
+
+
+def finished(module, system: str, *histories: list) -> list:
+  """Runs that have come to their end."""
+  make = module("time_to_accuracy").Run
+  return [
+    make(system=system, seed=seed, num_epochs=len(epochs), epochs=epochs, compile_seconds=2.0)
+    for seed, epochs in enumerate(histories)
+  ]
+
+
+def test_turns_are_spread_evenly(module):
+  turns = module("time_to_accuracy").turns
+  assert turns({"keras": 4, "ours": 2}) == ["keras", "ours", "keras", "keras", "ours", "keras"]
+  assert turns({"ours": 3, "keras": 1}) == ["ours", "ours", "keras", "ours"]
+
+
+def test_the_target_is_reached_at_the_end_of_the_first_epoch_that_has_it(module):
+  epochs = history(module, (10, 0.80), (11, 0.88), (12, 0.86), (13, 0.89))
+  epochs_to = module("time_to_accuracy").epochs_to
+  assert epochs_to(0.88, epochs) == (epochs[:2], True)
+  assert epochs_to(0.90, epochs) == (epochs, False)
+
+
+def test_a_summary_is_of_seconds_to_the_target_and_of_the_last_epoch(module):
+  runs = finished(
+    module, "fast", history(module, (10, 0.90), (20, 0.87)), history(module, (10, 0.80), (20, 0.91), (30, 0.89))
+  )
+  row = module("time_to_accuracy").summarize("fast", runs, 0.9)
+  assert (row["seeds"], row["reached"]) == (2, 2)
+  # 10 and 30 seconds; their standard deviation has n - 1 in its denominator.
+  assert row["training_seconds"] == {"mean": 20, "std": pytest.approx(200**0.5), "n": 2}
+  assert row["evaluation_seconds"]["mean"] == 1.5
+  assert row["compile_seconds"] == {"mean": 2, "std": 0, "n": 2}
+  assert row["last_accuracy"]["mean"] == pytest.approx(0.88), "the last epoch's, not the best"
+
+
+def test_a_target_that_is_never_reached_counts_all_training_and_gives_no_ratio_to_it(module):
+  time_to_accuracy = module("time_to_accuracy")
+  fast = finished(module, "fast", history(module, (10, 0.90), (10, 0.91)))
+  keras = finished(module, "keras-jax", history(module, (100, 0.80), (140, 0.85)))
+  row = time_to_accuracy.summary(["fast", "keras-jax"], fast + keras, 0.9)[1]
+  assert (row["seeds"], row["reached"]) == (1, 0)
+  assert row["training_seconds"] == {"mean": 240, "std": None, "n": 1}
+  assert row["ratio_to_fast"] == 24
+  rows = time_to_accuracy.summary(["fast", "keras-jax"], fast + keras, 0.95)
+  assert [row["ratio_to_fast"] for row in rows] == [None, None], "ours has not got there"
+
+
+def test_a_run_that_was_cut_short_counts_for_what_it_had_come_to(module):
+  summarize = module("time_to_accuracy").summarize
+  runs = finished(module, "keras-jax", history(module, (100, 0.80), (100, 0.90)))
+  runs[0].num_epochs = 10
+  row = summarize("keras-jax", runs, 0.9)
+  assert (row["reached"], row["training_seconds"]["mean"], row["last_accuracy"]) == (1, 200, None)
+  row = summarize("keras-jax", runs, 0.95)
+  assert (row["seeds"], row["training_seconds"]) == (0, None)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory) -> Path:
+  """Holds 24 encoded reviews of each split, which pass for the official ones."""
+  splits = {}
+  for name in ("train", "test"):
+    texts = [f"{name} film {'good' if row % 2 else 'bad'} {row}" for row in range(24)]
+    splits[name] = reviews.canonical(texts, [row % 2 for row in range(24)], list(range(24)))
+  digests = {name: reviews.content_digest(split) for name, split in splits.items()}
+  folder = tmp_path_factory.mktemp("cache")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(imdb, "load", lambda *arguments, **options: splits)
+    patch.setattr(imdb, "OFFICIAL_CONTENT", digests)
+    tokens.load(dataclasses.replace(preset("article").dataset, limit=24, sequence_length=6), cache_dir=folder)
+  return folder
+
+
+def test_both_train_to_the_end_in_turns_on_the_same_reviews(cache_dir, tmp_path):
+  done = run(
+    "time_to_accuracy.py",
+    *("--cache-dir", cache_dir, "--limit", "24", "--sequence-length", "6", "--platform", "cpu", "--num-devices", "1"),
+    *("--seeds", "1", "--epochs", "2", "--keras-epochs", "2", "--target", "1", "--bench-python", sys.executable),
+    *("--json", tmp_path / "results.json", "--plot", tmp_path / "figure.png"),
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  progress = [line.partition(":")[0] for line in done.stderr.splitlines() if ", epoch" in line]
+  ours = [f"fast, seed 0, epoch {epoch} of 2" for epoch in (1, 2)]
+  keras = [f"keras-jax, seed 0, epoch {epoch} of 2" for epoch in (1, 2)]
+  assert progress == [keras[0], *ours, keras[1]]
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert {"flax", "keras"} <= set(results["machine"]["versions"])
+  assert "24 IMDB training reviews" in results["machine"]["data"]
+  assert {run["system"] for run in results["runs"]} == {"fast", "keras-jax"}
+  for one in results["runs"]:
+    assert one["is_finished"]
+    assert one["compile_seconds"] > 0
+    for epoch in one["epochs"]:
+      assert epoch["training_seconds"] > 0
+      assert epoch["evaluation_seconds"] > 0
+      assert round(24 * epoch["test_accuracy"], 6) % 1 == 0, "of all 24 test reviews"
+    assert one["reached"] == (max(epoch["test_accuracy"] for epoch in one["epochs"]) == 1)
+  assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_keras_without_its_environment_is_named_and_the_others_go_on(module, cache_dir, tmp_path):
+  time_to_accuracy = module("time_to_accuracy")
+  options = time_to_accuracy.Options(systems=("keras-jax", "keras-tensorflow"), bench_python=tmp_path / "absent")
+  data = tokens.load(dataclasses.replace(preset("article").dataset, limit=24, sequence_length=6), cache_dir=cache_dir)
+  runs = []
+  time_to_accuracy.measure(options, data, runs, lambda: None)
+  assert [run.system for run in runs] == ["keras-jax", "keras-tensorflow"]
+  assert all(run.problem.startswith("missing: make bench") for run in runs)
+  rows = time_to_accuracy.summary(options.systems, runs, options.target)
+  assert all(row["problem"].startswith("missing: make bench") for row in rows)
