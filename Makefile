@@ -35,6 +35,7 @@ test: setup  ## Run the tests
 
 bench: setup $(BENCH_VENV)/.ready  ## Compare a training step with Keras and PyTorch (5 minutes)
 	$(BIN)/python benchmarks/epoch_time.py --quick
+# benchmarks/time_to_accuracy.py and benchmarks/cost_curves.py run in the same environment.
 
 # PyTorch is no part of the hashed lock: its builds differ by index (for CPU only, or with gigabytes of CUDA), and any
 # of them serves. Where it cannot be installed the benchmark says that it is missing.

@@ -4,7 +4,6 @@ The systems take turns, window by window, as `measuring.py` says.
 """
 
 import dataclasses
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import measuring
 import ours
 import tyro
-import worker
 from measuring import ARTICLE, SYSTEMS, Measurement
 from rich.console import Console
 from rich.table import Table
@@ -30,16 +28,7 @@ _WORKS = {
 }
 # Seconds of a window with --quick, and of the ceiling's windows always.
 _WINDOW_SECONDS = 2.5
-_FIGURES = (
-  "ms_per_step",
-  "ms_per_step_min",
-  "ms_per_step_max",
-  "seconds_per_epoch",
-  "compile_seconds",
-  "peak_memory_mb",
-  "share_of_ceiling",
-  "ratio_to_ours",
-)
+_FIGURES = ("seconds_per_epoch", "compile_seconds", "peak_memory_mb", "share_of_ceiling", "ratio_to_ours", "loss")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,27 +67,8 @@ class Options(measuring.Options):
     measuring.check_systems(self.systems, SYSTEMS)
 
   @property
-  def flops_per_step(self) -> int:
-    return measuring.flops_per_step(
-      batch_size=self.batch_size,
-      sequence_length=self.sequence_length,
-      embedding_size=self.embedding_size,
-      hidden_size=self.hidden_size,
-    )
-
-  def job(self, system: str, arrays: Path, num_steps: int) -> worker.Job:
-    return measuring.make_job(
-      self,
-      system,
-      arrays.parent,
-      arrays=str(arrays),
-      num_steps=num_steps,
-      batch_size=self.batch_size,
-      vocabulary_size=self.vocabulary_size,
-      embedding_size=self.embedding_size,
-      hidden_size=self.hidden_size,
-      matmul_size=self.matmul_size,
-    )
+  def sizes(self) -> dict[str, int]:
+    return {name: getattr(self, name) for name in measuring.ARTICLE_SIZES}
 
 
 def _reviews(options: Options) -> tuple[tokens.TokenSplit, str]:
@@ -121,7 +91,10 @@ def _measure(options: Options, arrays: Path, steps_per_epoch: int) -> list[Measu
   measurements = []
   try:
     for name in (ours.SGEMM, *dict.fromkeys(options.systems)):
-      measurement = Measurement(options.job(name, arrays, num_steps), options.bench_python)
+      job = measuring.make_job(
+        options, name, arrays, num_steps=num_steps, sizes=options.sizes, matmul_size=options.matmul_size
+      )
+      measurement = Measurement(job, options.bench_python)
       measurements.append(measurement)
       measuring.say(f"{name}: {measurement.problem or 'ready'}")
     for window in range(options.windows):
@@ -147,28 +120,20 @@ def _row(measurement: Measurement, options: Options, steps_per_epoch: int, gflop
     "computes": system.computes,
     "problem": measurement.problem or None,
     "device": None,
+    **measurement.timings(),
     **dict.fromkeys(_FIGURES),
-    "ms_per_step_windows": [],
-    "steps_per_window": None,
-    "loss": None,
   }
-  ready, seconds = measurement.ready, measurement.seconds_per_step
-  if ready is None or measurement.problem:
+  if measurement.ready is None or measurement.problem:
     return row
-  median = statistics.median(seconds)
-  num_steps, last = measurement.windows[-1]
-  share = options.flops_per_step / median / 1e9 / gflops if gflops and system.work == "article" else None
+  seconds_per_step = row["ms_per_step"] / 1e3
+  gflops_here = measuring.flops_per_step(options.sizes) / seconds_per_step / 1e9
+  _, last = measurement.windows[-1]
   return row | {
-    "device": ready.device,
-    "ms_per_step": 1e3 * median,
-    "ms_per_step_min": 1e3 * min(seconds),
-    "ms_per_step_max": 1e3 * max(seconds),
-    "seconds_per_epoch": median * steps_per_epoch,
+    "device": measurement.ready.device,
+    "seconds_per_epoch": seconds_per_step * steps_per_epoch,
     "compile_seconds": measurement.compile_seconds,
     "peak_memory_mb": last.peak_memory_mb,
-    "share_of_ceiling": share,
-    "ms_per_step_windows": [1e3 * value for value in seconds],
-    "steps_per_window": num_steps,
+    "share_of_ceiling": gflops_here / gflops if gflops and system.work == "article" else None,
     "loss": last.loss,
   }
 
@@ -194,16 +159,10 @@ def run(options: Options) -> dict[str, Any]:
     "sgemm_gflops": gflops,
     "sgemm_problem": ceiling.problem or None,
     "data": data,
-    "sizes": {
-      "batch_size": options.batch_size,
-      "sequence_length": options.sequence_length,
-      "embedding_size": options.embedding_size,
-      "hidden_size": options.hidden_size,
-      "vocabulary_size": options.vocabulary_size,
-    },
+    "sizes": options.sizes,
     "windows": options.windows,
     "steps_per_epoch": steps_per_epoch,
-    "gflop_per_step": options.flops_per_step / 1e9,
+    "gflop_per_step": measuring.flops_per_step(options.sizes) / 1e9,
   }
   return {"machine": machine, "works": _WORKS, "rows": rows}
 

@@ -14,7 +14,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,13 @@ from imdb_jax.errors import UsageError
 _HERE = Path(__file__).resolve().parent
 SYSTEMS: dict[str, Any] = {**ours.SYSTEMS, **baselines.SYSTEMS}
 ARTICLE = config.preset("article")
+ARTICLE_SIZES = {
+  "batch_size": ARTICLE.training.batch_size,
+  "sequence_length": ARTICLE.dataset.sequence_length,
+  "embedding_size": ARTICLE.model.embedding_size,
+  "hidden_size": ARTICLE.model.hidden_size,
+  "vocabulary_size": ARTICLE.dataset.vocabulary_size,
+}
 # Of the sgemm whose speed is the machine's ceiling.
 MATMUL_SIZE = 4096
 
@@ -66,19 +73,20 @@ def check_systems(names: Iterable[str], known: Collection[str]) -> None:
       raise UsageError(f"--systems {name}: must be among {', '.join(known)}.{hint}")
 
 
-def make_job(options: Options, system: str, folder: Path, **fields: Any) -> worker.Job:
-  """The article's sizes but for `fields`; the system's scratch is below `folder`."""
-  sizes = {
-    "batch_size": ARTICLE.training.batch_size,
-    "vocabulary_size": ARTICLE.dataset.vocabulary_size,
-    "embedding_size": ARTICLE.model.embedding_size,
-    "hidden_size": ARTICLE.model.hidden_size,
-    "matmul_size": MATMUL_SIZE,
-    "platform": options.platform,
-    "num_devices": options.num_devices,
-    "seed": 0,
-  }
-  return worker.Job(system=system, scratch=str(folder / system), **(sizes | fields))
+def make_job(
+  options: Options,
+  system: str,
+  arrays: Path,
+  *,
+  num_steps: int,
+  sizes: Mapping[str, int] = ARTICLE_SIZES,
+  **fields: Any,
+) -> worker.Job:
+  """A job of these sizes; the system's scratch is beside the arrays, which have the sequence length."""
+  of_job: dict[str, Any] = {name: size for name, size in sizes.items() if name != "sequence_length"}
+  of_job |= {"matmul_size": MATMUL_SIZE, "platform": options.platform, "num_devices": options.num_devices, "seed": 0}
+  scratch = str(arrays.parent / system)
+  return worker.Job(system=system, arrays=str(arrays), scratch=scratch, num_steps=num_steps, **(of_job | fields))
 
 
 class Process:
@@ -185,6 +193,17 @@ class Measurement:
   def seconds_per_step(self) -> list[float]:
     return [window.seconds / num_steps for num_steps, window in self.windows]
 
+  def timings(self) -> dict[str, Any]:
+    """The fields of the results that the windows give; None and [] where the system has failed."""
+    times = [] if self.problem else [1e3 * seconds for seconds in self.seconds_per_step]
+    return {
+      "ms_per_step": statistics.median(times) if times else None,
+      "ms_per_step_min": min(times, default=None),
+      "ms_per_step_max": max(times, default=None),
+      "ms_per_step_windows": times,
+      "steps_per_window": self.windows[-1][0] if times else None,
+    }
+
   @property
   def compile_seconds(self) -> float:
     """What the first steps took longer than others do, and the first evaluation. Asks for a window."""
@@ -200,9 +219,11 @@ def sgemm_gflops(ceiling: Measurement, matmul_size: int) -> float | None:
   return 2 * matmul_size**3 / statistics.median(ceiling.seconds_per_step) / 1e9
 
 
-def flops_per_step(*, batch_size: int, sequence_length: int, embedding_size: int, hidden_size: int) -> int:
+def flops_per_step(sizes: Mapping[str, int]) -> int:
   """Of the matrix products of the LSTM at full length: one forward, two backward. The rest is below 1 %."""
-  return 3 * 2 * batch_size * sequence_length * (embedding_size + hidden_size) * 4 * hidden_size
+  hidden_size = sizes["hidden_size"]
+  products = sizes["batch_size"] * sizes["sequence_length"] * (sizes["embedding_size"] + hidden_size) * 4 * hidden_size
+  return 3 * 2 * products
 
 
 def random_reviews(num_reviews: int, sequence_length: int, vocabulary_size: int) -> TokenSplit:
@@ -277,6 +298,16 @@ def save_figure(figure: Any, path: Path) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=120, format="png")
   say(f"Wrote {path}")
+
+
+def is_interrupted(work: Callable[[], None]) -> bool:
+  """Does the work, and tells whether Ctrl-C ended it. The worth of hours may lie in what was measured until then."""
+  try:
+    work()
+  except KeyboardInterrupt:
+    say("Interrupted: what follows is what was measured until then.")
+    return True
+  return False
 
 
 def exit_if_failed(problems: Mapping[str, str | None]) -> None:

@@ -190,21 +190,16 @@ def _train_keras(
   options: Options, system: str, folder: Path, data: tokens.TokenData, runs: list[Run]
 ) -> Generator[None, None, None]:
   """Adds runs of Keras to `runs`, an epoch a turn; in between its process waits."""
-  arrays, test_arrays = folder / f"{system}-train.npz", folder / f"{system}-test.npz"
-  measuring.write_arrays(arrays, data.train)
-  measuring.write_arrays(test_arrays, data.test)
   steps_per_epoch = -(-len(data.train) // measuring.ARTICLE.training.batch_size)
   for seed in range(options.keras_seeds):
     run = _begin(runs, system, seed, options.keras_epochs)
-    job = measuring.make_job(
-      options,
-      system,
-      folder / f"seed-{seed}",
-      arrays=str(arrays),
-      test_arrays=str(test_arrays),
-      num_steps=options.keras_epochs * steps_per_epoch,
-      seed=seed,
-    )
+    home = folder / f"{system}-{seed}"
+    home.mkdir()
+    arrays, test_arrays = home / "train.npz", home / "test.npz"
+    measuring.write_arrays(arrays, data.train)
+    measuring.write_arrays(test_arrays, data.test)
+    num_steps = options.keras_epochs * steps_per_epoch
+    job = measuring.make_job(options, system, arrays, num_steps=num_steps, seed=seed, test_arrays=str(test_arrays))
     measurement = measuring.Measurement(job, options.bench_python)
     try:
       for _ in range(options.keras_epochs):
@@ -380,12 +375,7 @@ def main() -> None:
       if options.json is not None:
         measuring.write_json(options.json, _results(options, data, runs))
 
-    is_interrupted = False
-    try:
-      measure(options, data, runs, save)
-    except KeyboardInterrupt:
-      is_interrupted = True
-      measuring.say("Interrupted: what follows is what was measured until then.")
+    is_interrupted = measuring.is_interrupted(lambda: measure(options, data, runs, save))
     save()
     results = _results(options, data, runs)
     if options.plot is not None:

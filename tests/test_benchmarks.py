@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imdb_jax import steps
+from imdb_jax import sharding, steps
 from imdb_jax.config import preset
 from imdb_jax.data import imdb, reviews, tokens
 
@@ -84,7 +84,11 @@ def test_the_figure_is_a_png(measured):
 
 @pytest.mark.parametrize(
   ("script", "name", "nearest"),
-  [("epoch_time.py", "ours-chunkd", "ours-chunked"), ("time_to_accuracy.py", "keras-jaxx", "keras-jax")],
+  [
+    ("epoch_time.py", "ours-chunkd", "ours-chunked"),
+    ("time_to_accuracy.py", "keras-jaxx", "keras-jax"),
+    ("cost_curves.py", "our-scan", "ours-scan"),
+  ],
 )
 def test_an_unknown_system_is_one_clear_line(script, name, nearest):
   done = run(script, "--systems", name)
@@ -104,6 +108,7 @@ def test_machines_without_proc_are_measured_and_described_too(module, monkeypatc
   worker, measuring = module("worker"), module("measuring")
   exact = worker._peak_memory_mb()
   monkeypatch.setattr(Path, "exists", lambda path: False)
+  monkeypatch.delattr(Path, "read_text")
   # Tests may have a parent larger than they are, which the fallback counts in.
   assert 0.9 * exact < worker._peak_memory_mb() < 20 * exact
   machine = measuring.describe_machine([{"jax": "1"}, {"jax": "2", "keras": "3"}])
@@ -185,9 +190,9 @@ def run_worker(module, code: str, folder: Path, lines: str, system: str) -> list
   measuring = module("measuring")
   split = measuring.random_reviews(8, 4, 9)
   measuring.write_arrays(folder / "reviews.npz", split)
-  arrays = str(folder / "reviews.npz")
-  fields = {"arrays": arrays, "test_arrays": arrays, "num_steps": 3, "batch_size": 4}
-  job = measuring.make_job(measuring.Options(), system, folder, **fields)
+  arrays = folder / "reviews.npz"
+  sizes = measuring.ARTICLE_SIZES | {"batch_size": 4}
+  job = measuring.make_job(measuring.Options(), system, arrays, num_steps=3, sizes=sizes, test_arrays=str(arrays))
   code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{code}"
   command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(job))]
   environment = os.environ | {"KERAS_HOME": str(folder)}
@@ -313,6 +318,7 @@ def test_both_train_to_the_end_in_turns_on_the_same_reviews(cache_dir, tmp_path)
       assert epoch["evaluation_seconds"] > 0
       assert round(24 * epoch["test_accuracy"], 6) % 1 == 0, "of all 24 test reviews"
     assert one["reached"] == (max(epoch["test_accuracy"] for epoch in one["epochs"]) == 1)
+  assert ("not reached" in done.stdout) == any(not one["reached"] for one in results["runs"])
   assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -326,3 +332,65 @@ def test_keras_without_its_environment_is_named_and_the_others_go_on(module, cac
   assert all(run.problem.startswith("missing: make bench") for run in runs)
   rows = time_to_accuracy.summary(options.systems, runs, options.target)
   assert all(row["problem"].startswith("missing: make bench") for row in rows)
+
+
+# --- cost curves ---
+
+
+def test_points_of_the_curves_hold_the_sizes_that_were_asked_for(tmp_path):
+  done = run(
+    "cost_curves.py",
+    *("--axes", "length", "hidden_size", "devices", "--length", "3", "--hidden-size", "4", "--devices", "2"),
+    *("--windows", "3", "--window-seconds", "0.02", "--platform", "cpu", "--num-devices", "1", "--matmul-size", "64"),
+    *("--systems", "ours-chunked", "keras-jax", "--bench-python", tmp_path / "absent"),
+    *("--json", tmp_path / "results.json", "--plot-dir", tmp_path / "figures"),
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  results = json.loads((tmp_path / "results.json").read_text())
+  points = {(point["axis"], point["value"], point["system"]): point for point in results["points"]}
+  ours = [("length", 3), ("hidden_size", 4), ("devices", 2)]
+  assert [key for key in points if key[2] == "ours-chunked"] == [(*key, "ours-chunked") for key in ours]
+  assert [key for key in points if key[2] == "keras-jax"] == [(*key, "keras-jax") for key in ours[:-1]]
+  article = {"batch_size": 32, "sequence_length": 400, "embedding_size": 128, "hidden_size": 128}
+  sizes = [article | {"sequence_length": 3}, article | {"hidden_size": 4}, article]
+  for key, expected, device in zip(ours, sizes, ("1 x cpu", "1 x cpu", "2 x cpu"), strict=True):
+    point = points[(*key, "ours-chunked")]
+    assert point["sizes"] == expected | {"vocabulary_size": 4000}
+    assert point["device"].startswith(device)
+    assert point["problem"] is None
+    assert len(point["ms_per_step_windows"]) == 3
+    assert 0 < point["ms_per_step_min"] <= point["ms_per_step"] <= point["ms_per_step_max"]
+    b, t, e, h = (expected[name] for name in article)
+    assert point["gflop_per_step"] == pytest.approx(3 * 2 * b * t * (e + h) * 4 * h / 1e9)
+    ceiling = 1e3 * point["gflop_per_step"] / results["machine"]["sgemm_gflops"]
+    assert point["ceiling_ms"] == pytest.approx(ceiling)
+  assert points["length", 3, "keras-jax"]["problem"].startswith("missing: make bench")
+  assert "missing: make bench" in done.stdout
+  figures = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+  assert set(figures) == {"length.png", "hidden_size.png", "devices.png"}
+  assert all(figure.startswith(b"\x89PNG") for figure in figures.values())
+
+
+def test_devices_of_the_curves_end_with_all_cores(module, monkeypatch):
+  options = module("cost_curves").Options(axes=("devices",))
+  for num_cores, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])):
+    monkeypatch.setattr(sharding, "num_cores", lambda num_cores=num_cores: num_cores)
+    assert options.points() == [("devices", number) for number in expected]
+
+
+def test_what_was_measured_before_an_interruption_is_kept(module, monkeypatch, tmp_path):
+  """Ctrl-C in the second point."""
+  cost_curves = module("cost_curves")
+  measure_point, saved = cost_curves._measure_point, []
+
+  def interrupted(options, axis, value, folder):
+    if value == 5:
+      raise KeyboardInterrupt
+    return measure_point(options, axis, value, folder)
+
+  monkeypatch.setattr(cost_curves, "_measure_point", interrupted)
+  options = cost_curves.Options(
+    axes=("length",), length=(3, 5), systems=("keras-jax",), bench_python=tmp_path / "absent", matmul_size=8
+  )
+  assert module("measuring").is_interrupted(lambda: cost_curves.measure(options, saved.append))
+  assert [point["value"] for point in saved[-1]["points"]] == [3]
