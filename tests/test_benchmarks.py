@@ -318,7 +318,7 @@ def test_both_train_to_the_end_in_turns_on_the_same_reviews(cache_dir, tmp_path)
       assert epoch["evaluation_seconds"] > 0
       assert round(24 * epoch["test_accuracy"], 6) % 1 == 0, "of all 24 test reviews"
     assert one["reached"] == (max(epoch["test_accuracy"] for epoch in one["epochs"]) == 1)
-  assert ("not reached" in done.stdout) == any(not one["reached"] for one in results["runs"])
+  assert ("not reached: 1" in done.stdout) == any(not one["reached"] for one in results["runs"])
   assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
