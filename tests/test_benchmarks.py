@@ -394,3 +394,16 @@ def test_what_was_measured_before_an_interruption_is_kept(module, monkeypatch, t
   )
   assert module("measuring").is_interrupted(lambda: cost_curves.measure(options, saved.append))
   assert [point["value"] for point in saved[-1]["points"]] == [3]
+
+
+def test_the_breakdown_times_every_part_in_every_window(tmp_path):
+  done = run(
+    "breakdown.py",
+    *("--platform", "cpu", "--num-devices", "2", "--batch-size", "4", "--sequence-length", "20"),
+    *("--windows", "2", "--window-seconds", "0.01", "--cache-dir", tmp_path, "--json", tmp_path / "results.json"),
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  parts = json.loads((tmp_path / "results.json").read_text())["ms"]
+  assert [name.split(" ")[0] for name in parts] == ["step", "step", "recurrence,", "recurrence,", "small", "large"]
+  assert all(len(times) == 2 and min(times) > 0 for times in parts.values())
+  assert all(name in done.stdout for name in parts)
