@@ -1,7 +1,8 @@
 """Metrics from the device to the run directory.
 
 The metrics of a step are read after the next step is dispatched, so the device never waits for the host. Nothing
-else in the training loop reads a device value.
+else in the training loop reads a device value. It also keeps at most two steps under way: jaxlib 0.10.2 stands still
+for good where several CPU devices, which meet to sum gradients, have more than 32.
 """
 
 import csv
