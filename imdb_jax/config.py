@@ -101,6 +101,8 @@ class OptimizerConfig:
   """Decay of the mean of their squares."""
   epsilon: float = 1e-7
   """Added to the root of the second moment before its bias is corrected, as Keras does."""
+  non_finite: Literal["stop", "skip"] = "stop"
+  """What happens where a loss or gradient is not finite: the run stops, or goes on without that step's update."""
 
   def __post_init__(self):
     _require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
@@ -154,6 +156,12 @@ class RuntimeConfig:
   """Where the run is kept; runs/PRESET by default. The same command again resumes it."""
   evaluation_batch_size: int = 128
   """Reviews per evaluation step."""
+  save_every_steps: int | None = None
+  """Steps between checkpoints within an epoch; each epoch's end is saved in any case."""
+  save_every_seconds: float | None = 300
+  """Seconds between checkpoints within an epoch."""
+  deterministic: bool = False
+  """Have a GPU give the same bits on each run, at some cost in speed; a CPU does so anyway."""
   log_every: int = 50
   """Steps between two lines of metrics.jsonl, and of the console when it is not a terminal."""
   distributed: bool = False
@@ -170,6 +178,10 @@ class RuntimeConfig:
       _require_whole(self, "num_devices", 1, 65_536)
     _require_whole(self, "evaluation_batch_size", 1, 65_536)
     _require_whole(self, "log_every", 1, 1_000_000)
+    if self.save_every_steps is not None:
+      _require_whole(self, "save_every_steps", 1, 1_000_000_000)
+    if self.save_every_seconds is not None:
+      _require(0 < self.save_every_seconds < math.inf, self, "save_every_seconds", "a positive number")
     by_hand = (self.coordinator_address, self.num_processes, self.process_id)
     if any(value is not None for value in by_hand):
       if any(value is None for value in by_hand):

@@ -5,12 +5,17 @@ vocab.json       the words
 provenance.json  versions, devices and the digest of the data
 metrics.jsonl    a line every few steps and one an epoch
 history.csv, history.png, report.md
-checkpoints/     see `imdb_jax.checkpoint`
+checkpoints/, manifests/, damaged/     see `imdb_jax.checkpoint`
+lock             held by the trainer that is at work
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from imdb_jax.errors import DataError, UsageError
 
 _PACKAGES = ("imdb_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _MAX_JSON_BYTES = 2**20
+_LOCK = "lock"
 
 
 def _read_json(path: Path) -> Any:
@@ -37,8 +43,15 @@ def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
   """The settings of a run.
 
   Raises:
-    UsageError: the folder holds no run, or its config is not one of this program.
+    UsageError: the folder holds no run, or its config is not one of this program, or it holds a link: through one,
+      somebody else's folder could have files outside of it read or overwritten.
   """
+  try:
+    links = [path.name for path in run_dir.iterdir() if path.is_symlink()] if run_dir.is_dir() else []
+  except OSError as error:
+    raise UsageError(f"{run_dir}: cannot be read: {error}") from error
+  if links:
+    raise UsageError(f"{run_dir}: holds links ({', '.join(sorted(links))}), which are not followed.")
   if not (run_dir / "config.json").is_file():
     raise UsageError(f"{run_dir}: not the folder of a run: it has no config.json.")
   try:
@@ -72,7 +85,7 @@ def check(config: Config) -> bool:
   """
   run_dir = config.run_dir
   try:
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    if not run_dir.exists() or (run_dir.is_dir() and all(path.name == _LOCK for path in run_dir.iterdir())):
       return False
   except OSError as error:
     raise UsageError(f"--run-dir {run_dir}: cannot be read: {error}") from error
@@ -85,6 +98,31 @@ def check(config: Config) -> bool:
       "nothing was touched. Repeat its settings to resume it, or name another folder."
     )
   return True
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+  """Keeps other trainers out of a run; the folder is made if it is absent.
+
+  The lock is the kernel's: however its owner ends, it ends with it.
+
+  Raises:
+    UsageError: another trainer is at work there, or the folder cannot be written.
+  """
+  try:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+  except OSError as error:
+    raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    os.close(descriptor)
+    raise UsageError(f"--run-dir {run_dir}: another trainer is at work there. Name another folder.") from error
+  try:
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def create(config: Config, vocabulary: Vocabulary, digest: str, mesh: Mesh) -> None:

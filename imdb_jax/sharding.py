@@ -45,6 +45,9 @@ def start(runtime: RuntimeConfig) -> Mesh:
   Raises:
     PlatformError: the platform or that many devices are not there, or the other processes do not answer.
   """
+  if runtime.deterministic:
+    # XLA reads it when the platform starts.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
   jax.config.update("jax_compilation_cache_dir", str(runtime.cache_dir.expanduser().absolute() / "xla"))
   # Prediction of one review and its like compile in less than the default of one second.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -72,6 +75,8 @@ def _request_cpu_devices(num_devices: int) -> None:
 def _join_processes(runtime: RuntimeConfig) -> None:
   if jax.distributed.is_initialized():
     return
+  # JAX would take SIGTERM for itself; the trainer's own handler has all processes save the same step.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     if runtime.coordinator_address is not None:
       jax.distributed.initialize(

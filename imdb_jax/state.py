@@ -44,7 +44,11 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
   learning_rate: optax.ScalarOrSchedule = config.learning_rate
   if config.schedule == "one_cycle":
     learning_rate = optax.schedules.cosine_onecycle_schedule(num_steps, config.learning_rate)
-  return adam(learning_rate=learning_rate, b1=config.b1, b2=config.b2, eps=epsilon)
+  optimizer = adam(learning_rate=learning_rate, b1=config.b1, b2=config.b2, eps=epsilon)
+  if config.non_finite == "skip":
+    # After so many in a row optax would apply what is not finite. The recorder stops the run long before.
+    return optax.apply_if_finite(optimizer, max_consecutive_errors=2**30)
+  return optimizer
 
 
 def _initial_state(model: SentimentLSTM, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:

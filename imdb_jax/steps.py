@@ -25,6 +25,7 @@ def make_train_step(model: SentimentLSTM, optimizer: optax.GradientTransformatio
   The batch holds tokens int[b, t], lengths i32[b], labels f32[b] and weights f32[b]; b must divide over the mesh.
   A review of weight 0 changes nothing. The loss is the weighted mean of the binary cross-entropy.
   The metrics are sums over the batch, f32[] each: loss, correct, weight. They become means by dividing by weight.
+  With them stands gradient_norm, the norm of all gradients of the mean loss.
   """
 
   def gradients(params, examples, dropout_masks):
@@ -61,6 +62,7 @@ def make_train_step(model: SentimentLSTM, optimizer: optax.GradientTransformatio
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
 
   place = sharding.replicated(mesh)

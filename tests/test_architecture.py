@@ -17,6 +17,7 @@ LEVELS = {
   "config": 0,
   "errors": 0,
   "plots": 0,
+  "manifest": 1,
   "data": 1,
   "lstm": 1,
   "model": 2,

@@ -240,7 +240,14 @@ OTHER_VALUES = {
     "mask_padding": True,
     "pooling": "max",
   },
-  "optimizer": {"learning_rate": 0.5, "b1": 0.5, "b2": 0.5, "epsilon": 0.5, "schedule": "one_cycle"},
+  "optimizer": {
+    "learning_rate": 0.5,
+    "b1": 0.5,
+    "b2": 0.5,
+    "epsilon": 0.5,
+    "schedule": "one_cycle",
+    "non_finite": "skip",
+  },
   "training": {"epochs": 5, "batch_size": 5, "seed": 5, "bucket_by_length": True, "matmul_precision": "bfloat16"},
 }
 

@@ -4,24 +4,31 @@ The order of events is a contract: step ... step -> evaluate -> write the epoch'
 checkpoint therefore never lacks its line; a line whose checkpoint was lost is dropped on resume and written again.
 """
 
+import contextlib
 import dataclasses
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imdb_jax import evaluation, lstm, run_directory, sharding, state, steps
 from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.config import Config
 from imdb_jax.data import batches, tokens
+from imdb_jax.errors import DivergenceError, PlatformError
 from imdb_jax.model import SentimentLSTM
 from imdb_jax.training import report
 from imdb_jax.training.console import Console
 from imdb_jax.training.recorder import Recorder, write_history
 from imdb_jax.training.signals import Interrupted, StopRequest
+
+# Steps, or batches of an evaluation, between two agreements of several processes, which wait for each other then.
+_POLL_EVERY = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +48,11 @@ def fit(config: Config) -> FitResult:
   """Trains, or resumes, the run that `config` describes.
 
   Raises:
-    UsageError: the run directory holds something else, or a setting does not fit the data.
+    UsageError: the run directory holds something else, or another trainer is at work there, or a setting does not
+      fit the data.
     DataError: the reviews are missing or damaged.
     CheckpointError: the run's checkpoints cannot be read or written.
-    DivergenceError: the loss is no longer finite.
+    DivergenceError: a loss or gradient is not finite.
     PlatformError: the platform or devices are not there.
     Interrupted: after a signal, once the state is saved.
   """
@@ -52,7 +60,14 @@ def fit(config: Config) -> FitResult:
   sharding.keep_freed_memory(config.runtime)
   mesh = sharding.start(config.runtime)
   jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
-  console = Console(is_quiet=jax.process_index() != 0)
+  is_first = jax.process_index() == 0
+  console = Console(is_quiet=not is_first)
+  with run_directory.locked(config.run_dir) if is_first else contextlib.nullcontext():
+    return _fit(config, is_resumed, mesh, console)
+
+
+def _fit(config: Config, is_resumed: bool, mesh: Mesh, console: Console) -> FitResult:
+  """As `fit`, where this process alone writes to the run directory."""
   data = tokens.load(
     config.dataset, archive=config.runtime.archive, cache_dir=config.runtime.cache_dir, report=console.line
   )
@@ -60,14 +75,27 @@ def fit(config: Config) -> FitResult:
     run_directory.check_data(config.run_dir, data.digest())
   elif jax.process_index() == 0:
     run_directory.create(config, data.vocabulary, data.digest(), mesh)
-  return _Trainer(config, mesh, console, data).run()
+  with StopRequest() as stop:
+    trainer = _Trainer(config, mesh, console, data, stop)
+    try:
+      return trainer.run()
+    except jax.errors.JaxRuntimeError as error:
+      # Of a device: out of memory, or a process that this one computes with has gone.
+      raise PlatformError(f"Step {trainer.step:,}: the computation failed: {str(error).splitlines()[0]}") from error
+    finally:
+      trainer.close()
 
 
 class _Trainer:
-  """One run in progress."""
+  """One run in progress.
 
-  def __init__(self, config: Config, mesh: Mesh, console: Console, data: tokens.TokenData):
+  Attributes:
+    step: updates made.
+  """
+
+  def __init__(self, config: Config, mesh: Mesh, console: Console, data: tokens.TokenData, stop: StopRequest):
     self._config, self._mesh, self._console, self._data = config, mesh, console, data
+    self._stop = stop
     self._batch_size = sharding.padded_batch_size(config.training.batch_size, mesh)
     self._steps_per_epoch = batches.num_batches(len(data.train), config.training.batch_size)
     self._last_step = config.training.epochs * self._steps_per_epoch
@@ -76,27 +104,34 @@ class _Trainer:
     optimizer = state.make_optimizer(config.optimizer, self._last_step)
     self._checkpoints = Checkpoints(config.run_dir, read_only=False)
     self._progress: dict[str, Any] = {}
-    if self._checkpoints.steps():
+    if not self._checkpoints.is_empty():
       abstract = state.abstract(model, optimizer, mesh)
       self._state, self._progress = self._checkpoints.restore(self._checkpoints.find("latest"), abstract)
     else:
       self._state = state.create(model, optimizer, config.training.seed, mesh)
-    self._step = int(self._state.step)
+    self.step = int(self._state.step)
+    self._saved_at = time.monotonic()
+    self._print_header(model)
+    self._compile(model, optimizer)
+    finished_epochs = self.step // self._steps_per_epoch
+    if self._progress and self.step % self._steps_per_epoch == 0:
+      # Saved between the last step of an epoch and its evaluation, or before the first step of all.
+      finished_epochs = max(finished_epochs - 1, 0)
     self._recorder = Recorder(
       config.run_dir,
       console,
       log_every=config.runtime.log_every,
       steps_per_epoch=self._steps_per_epoch,
-      step=self._step,
+      step=self.step,
+      finished_epochs=finished_epochs,
       is_writer=jax.process_index() == 0,
+      skips_non_finite=config.optimizer.non_finite == "skip",
     )
-    self._print_header(model)
-    self._compile(model, optimizer)
 
   def _print_header(self, model: SentimentLSTM) -> None:
     config, data = self._config, self._data
     device = self._mesh.devices.flat[0]
-    position = f"resumed at step {self._step:,}" if self._step else "new"
+    position = f"resumed at step {self.step:,}" if self.step else "new"
     self._console.header(
       {
         "Preset": config.preset,
@@ -134,23 +169,42 @@ class _Trainer:
     self._console.line(f"Compiled in {self._compile_seconds:.1f} s")
 
   def run(self) -> FitResult:
+    first_epoch = len(self._recorder.history) + 1
     try:
-      with StopRequest() as stop:
-        first_epoch = len(self._recorder.history) + 1
-        for epoch in range(first_epoch, self._config.training.epochs + 1):
-          self._run_epoch(epoch, stop)
-          if stop.signal and epoch < self._config.training.epochs:
-            raise Interrupted(stop.signal, self._step)
-    finally:
-      self._console.end_epoch()
-      self._recorder.close()
-      self._checkpoints.close()
+      for epoch in range(first_epoch, self._config.training.epochs + 1):
+        self._run_epoch(epoch)
+        number, _ = self._agree()
+        if number and epoch < self._config.training.epochs:
+          raise Interrupted(number, self.step)
+    except DivergenceError as error:
+      steps = self._checkpoints.steps()
+      saved = f"The last good checkpoint is step {steps[-1]:,}." if steps else "No checkpoint had been saved."
+      raise DivergenceError(
+        f"{error} {saved} The same settings would come here again: "
+        "try a lower --learning-rate, or --non-finite skip, in a new --run-dir."
+      ) from error
+    self._console.end_epoch()
     if jax.process_index() == 0:
       report.write(self._config, self._recorder.history)
     report.show(self._config, self._recorder.history, self._console)
     return FitResult(
       run_dir=self._config.run_dir, history=self._recorder.history, compile_seconds=self._compile_seconds
     )
+
+  def close(self) -> None:
+    self._console.end_epoch()
+    self._recorder.close()
+    self._checkpoints.close()
+
+  def _agree(self) -> tuple[signal.Signals | None, bool]:
+    """The signal that any of the processes got, and whether it is time to save. All of them must ask at once."""
+    limit = self._config.runtime.save_every_seconds
+    is_due = limit is not None and time.monotonic() - self._saved_at >= limit
+    if jax.process_count() == 1:
+      return self._stop.signal, is_due
+    mine = np.array([self._stop.signal or 0, is_due and jax.process_index() == 0], np.int32)
+    number, is_due = np.max(multihost_utils.process_allgather(mine), axis=0).tolist()
+    return signal.Signals(number) if number else None, bool(is_due)
 
   def _plan(self, epoch: int) -> list[np.ndarray]:
     """The batches of an epoch."""
@@ -159,30 +213,38 @@ class _Trainer:
       return batches.epoch_batches_by_length(lengths, batch_size=training.batch_size, seed=training.seed, epoch=epoch)
     return batches.epoch_batches(len(lengths), batch_size=training.batch_size, seed=training.seed, epoch=epoch)
 
-  def _run_epoch(self, epoch: int, stop: StopRequest) -> None:
-    training = self._config.training
+  def _run_epoch(self, epoch: int) -> None:
+    training, runtime = self._config.training, self._config.runtime
     plan = self._plan(epoch)
-    done = self._step - (epoch - 1) * self._steps_per_epoch
+    done = self.step - (epoch - 1) * self._steps_per_epoch
     seconds_before = self._progress["seconds"] if done else 0.0
     self._recorder.start_epoch(epoch, self._progress if done else None)
     self._console.start_epoch(epoch, training.epochs, num_steps=len(plan), done=done)
+    poll_every = 1 if jax.process_count() == 1 else _POLL_EVERY
 
     started = time.perf_counter()
     for rows in plan[done:]:
+      if self.step % poll_every == 0:
+        number, is_due = self._agree()
+        is_due = is_due or bool(runtime.save_every_steps and self.step % runtime.save_every_steps == 0)
+        if number or (is_due and self.step > (epoch - 1) * self._steps_per_epoch):
+          self._save_within_epoch(number, seconds_before + time.perf_counter() - started)
       examples = sharding.shard_reviews(self._data.train.gather(rows, self._batch_size), self._mesh)
       with jax.transfer_guard("disallow"):
         self._state, metrics = self._train_step(self._state, examples)
-      self._step += 1
-      self._recorder.record_step(self._step, metrics)
-      if stop.signal:
-        self._save_and_leave(stop, seconds_before + time.perf_counter() - started)
+      self.step += 1
+      self._recorder.record_step(self.step, metrics)
     self._recorder.flush()
     seconds = seconds_before + time.perf_counter() - started
 
+    num_batches = 0
+
     def on_progress(num_reviews: int) -> None:
+      nonlocal num_batches
+      num_batches += 1
       self._console.show_evaluation(num_reviews, len(self._data.validation))
-      if stop.signal:
-        self._save_and_leave(stop, seconds)
+      if num_batches % poll_every == 0 and (number := self._agree()[0]):
+        self._save_within_epoch(number, seconds)
 
     started = time.perf_counter()
     result = evaluation.evaluate(
@@ -190,11 +252,11 @@ class _Trainer:
       self._state.params,
       self._data.validation,
       self._mesh,
-      self._config.runtime.evaluation_batch_size,
+      runtime.evaluation_batch_size,
       on_progress,
     )
     line = self._recorder.record_epoch(
-      self._step,
+      self.step,
       val_loss=result.loss,
       val_accuracy=result.accuracy,
       seconds=seconds,
@@ -202,14 +264,18 @@ class _Trainer:
     )
     self._console.end_epoch()
     self._console.line(report.epoch_line(line, training.epochs))
-    self._checkpoints.save(self._step, self._state, {}, val_accuracy=result.accuracy)
+    self._checkpoints.save(self.step, self._state, {}, val_accuracy=result.accuracy)
+    self._saved_at = time.monotonic()
     if jax.process_index() == 0:
       write_history(self._config.run_dir, self._recorder.history)
 
-  def _save_and_leave(self, stop: StopRequest, seconds: float) -> None:
-    assert stop.signal is not None
+  def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:
+    """Saves what continuing within the epoch needs, and leaves if there was a signal."""
     self._recorder.flush()
-    self._console.end_epoch()
-    self._console.line(f"{stop.signal.name}: saving step {self._step:,}")
-    self._checkpoints.save(self._step, self._state, {**self._recorder.progress(), "seconds": seconds})
-    raise Interrupted(stop.signal, self._step)
+    if number:
+      self._console.end_epoch()
+      self._console.line(f"{number.name}: saving step {self.step:,}")
+    self._checkpoints.save(self.step, self._state, {**self._recorder.progress(), "seconds": seconds})
+    self._saved_at = time.monotonic()
+    if number:
+      raise Interrupted(number, self.step)

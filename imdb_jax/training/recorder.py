@@ -7,17 +7,21 @@ for good where several CPU devices, which meet to sum gradients, have more than 
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
-from imdb_jax.errors import DivergenceError
+from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
 from imdb_jax.training.console import Console
 
 EPOCH_FIELDS: tuple[str, ...] = (
     "epoch", "step", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "evaluation_seconds"
 )  # fmt: skip
+
+# Non-finite steps in a row that are skipped at most: after them nothing will mend by itself.
+_MOST_SKIPPED = 10
 
 
 class Sums:
@@ -32,7 +36,9 @@ class Sums:
     self.weight += float(metrics["weight"])
 
   def means(self) -> dict[str, float]:
-    return {"loss": self.loss / self.weight, "accuracy": self.correct / self.weight}
+    """Not a number where every step was skipped."""
+    weight = self.weight or math.nan
+    return {"loss": self.loss / weight, "accuracy": self.correct / weight}
 
   def to_dict(self) -> dict[str, float]:
     return {"loss": self.loss, "correct": self.correct, "weight": self.weight}
@@ -42,13 +48,31 @@ class Recorder:
   """Writes `metrics.jsonl` and `history.csv` and feeds the console."""
 
   def __init__(
-    self, run_dir: Path, console: Console, *, log_every: int, steps_per_epoch: int, step: int, is_writer: bool
+    self,
+    run_dir: Path,
+    console: Console,
+    *,
+    log_every: int,
+    steps_per_epoch: int,
+    step: int,
+    finished_epochs: int,
+    is_writer: bool,
+    skips_non_finite: bool,
   ):
-    """Continues the files of a run after `step`: what they hold of later steps belongs to no checkpoint and goes."""
+    """Continues the files of a run after `step`: what they hold of later steps belongs to no checkpoint and goes.
+
+    Raises:
+      CheckpointError: they do not hold the epochs before `step`.
+    """
+    self._skips_non_finite, self._num_skipped = skips_non_finite, 0
     self._path, self._console = run_dir / "metrics.jsonl", console
     self._log_every, self._steps_per_epoch = log_every, steps_per_epoch
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
     self.history = [line for line in kept if line["kind"] == "epoch"]
+    if len(self.history) != finished_epochs:
+      raise CheckpointError(
+        f"{self._path}: holds {len(self.history)} epochs of {finished_epochs} before step {step:,}."
+      )
     self._file: TextIO | None = None
     if is_writer:
       rewritten = self._path.with_suffix(".jsonl.new")
@@ -84,11 +108,11 @@ class Recorder:
 
   def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
     values = jax.device_get(metrics)
-    if not values["loss"] < float("inf"):
-      raise DivergenceError(
-        f"The loss of step {step} is {values['loss']}. Checkpoints before it are intact; "
-        "try a lower --learning-rate in a new --run-dir."
-      )
+    if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+      self._num_skipped = 0
+    else:
+      self._refuse(step, values)
+      values = {"loss": 0.0, "correct": 0.0, "weight": 0.0}
     self._epoch_sums.add(values)
     self._window_sums.add(values)
     self._seen_here += float(values["weight"])
@@ -98,6 +122,18 @@ class Recorder:
       self._write({"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means()})
       self._window_sums = Sums()
     self._console.show_step(done, self._epoch_sums.means(), int(self._seen_here), is_logged=is_logged)
+
+  def _refuse(self, step: int, values: dict[str, Any]) -> None:
+    """Raises:
+    DivergenceError: non-finite steps are not to be skipped, or there are too many in a row.
+    """
+    self._num_skipped += 1
+    what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+    if not self._skips_non_finite:
+      raise DivergenceError(f"Step {step:,} is not finite ({what}).")
+    if self._num_skipped == _MOST_SKIPPED:
+      raise DivergenceError(f"Steps {step - _MOST_SKIPPED + 1:,} to {step:,} are not finite (the last: {what}).")
+    self._console.line(f"Step {step:,} is not finite ({what}): its update was skipped")
 
   def record_epoch(
     self, step: int, *, val_loss: float, val_accuracy: float, seconds: float, evaluation_seconds: float
@@ -132,8 +168,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
   path = run_dir / "metrics.jsonl"
   if not path.exists():
     return []
-  *lines, _ = path.read_text(encoding="utf-8").split("\n")
-  return [json.loads(line) for line in lines]
+  try:
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    metrics = [json.loads(line) for line in lines]
+    if not all(line["kind"] in ("step", "epoch") and type(line["step"]) is int for line in metrics):
+      raise ValueError("a line is neither of a step nor of an epoch")
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise UsageError(f"{path}: not readable: {error}") from error
+  return metrics
 
 
 def write_history(run_dir: Path, history: list[dict[str, Any]]) -> None:

@@ -8,29 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from training.tiny import lines, tiny, without_times
 
 import imdb_jax
 from imdb_jax import evaluation, steps
-from imdb_jax.config import PRESETS, Config
+from imdb_jax.config import PRESETS
 from imdb_jax.data import sample
 from imdb_jax.errors import DivergenceError
 from imdb_jax.training.signals import Interrupted
-
-
-def tiny(run_dir, **training) -> Config:
-  """A run of two epochs of 4 steps, of 10 reviews each but the last of an epoch."""
-  sample = PRESETS["sample"]
-  return dataclasses.replace(
-    sample,
-    dataset=dataclasses.replace(sample.dataset, limit=32, sequence_length=16),
-    model=dataclasses.replace(sample.model, embedding_size=4, hidden_size=4),
-    training=dataclasses.replace(sample.training, **({"epochs": 2, "batch_size": 10} | training)),
-    runtime=dataclasses.replace(sample.runtime, run_dir=run_dir, platform="cpu", num_devices=1, log_every=3),
-  )
-
-
-def lines(run_dir) -> list[dict]:
-  return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_sample_is_learnt(tmp_path):
@@ -129,10 +114,6 @@ def test_lines_after_the_last_checkpoint_are_dropped_and_written_again(tmp_path)
   path.write_text("".join(json.dumps(line) + "\n" for line in [*written, later]) + '{"kind": "st')
   imdb_jax.fit(whole)
   assert lines(tmp_path / "run") == written
-
-
-def without_times(run_dir) -> list[dict]:
-  return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines(run_dir)]
 
 
 def test_a_stop_during_evaluation_evaluates_again_and_keeps_the_best(tmp_path, monkeypatch):

@@ -1,0 +1,249 @@
+"""A run that stops in whatever way goes on as if it had not."""
+
+import dataclasses
+import errno
+import fcntl
+import logging
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training.tiny import tiny, without_times
+
+import imdb_jax
+from imdb_jax import evaluation, manifest, state, steps
+from imdb_jax.checkpoint import Checkpoints
+from imdb_jax.config import Config
+from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
+from imdb_jax.model import SentimentLSTM
+from imdb_jax.training.recorder import Recorder
+from imdb_jax.training.signals import Interrupted
+
+
+def with_runtime(config: Config, **settings) -> Config:
+  return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **settings))
+
+
+def final_state(config: Config) -> dict[str, np.ndarray]:
+  """Every array of the newest checkpoint."""
+  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+  model = SentimentLSTM.of_run(config)
+  checkpoints = Checkpoints(config.run_dir, read_only=True)
+  abstract = state.abstract(model, state.make_optimizer(config.optimizer, 8), mesh)
+  restored, _ = checkpoints.restore(checkpoints.find("latest"), abstract)
+  checkpoints.close()
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
+
+
+def assert_same_end(one: Config, other: Config) -> None:
+  """Bit for bit, but for times."""
+  assert without_times(one.run_dir) == without_times(other.run_dir)
+  expected, found = final_state(one), final_state(other)
+  assert expected.keys() == found.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Config:
+  """A run that nothing disturbed."""
+  config = tiny(tmp_path_factory.mktemp("runs") / "whole")
+  imdb_jax.fit(config)
+  return config
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_a_signal_at_any_step(whole, step, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  if step == 0:
+    make_train_step = steps.make_train_step
+    # While it compiles.
+    monkeypatch.setattr(
+      steps, "make_train_step", lambda *args: os.kill(os.getpid(), signal.SIGINT) or make_train_step(*args)
+    )
+  else:
+    record_step = Recorder.record_step
+
+    def interrupted(recorder, number, metrics):
+      if number == step:
+        os.kill(os.getpid(), signal.SIGINT)
+      record_step(recorder, number, metrics)
+
+    monkeypatch.setattr(Recorder, "record_step", interrupted)
+  with pytest.raises(Interrupted) as stop:
+    imdb_jax.fit(config)
+  assert stop.value.signal == signal.SIGINT
+  assert stop.value.step == step
+  monkeypatch.undo()
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
+@pytest.mark.parametrize("setting", [{"save_every_steps": 1}, {"save_every_seconds": 1e-9}, {"save_every_steps": 3}])
+def test_saves_within_an_epoch_change_nothing_and_bound_what_is_lost(whole, setting, tmp_path, monkeypatch):
+  config = with_runtime(tiny(tmp_path / "run"), **setting)
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluation, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      imdb_jax.fit(config)
+  # Not the fourth step: the epoch's end saves that one, once it is evaluated.
+  assert Checkpoints(config.run_dir, read_only=True).steps()[-1] == 3
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
+def _flip(path: Path) -> None:
+  changed = bytearray(path.read_bytes())
+  changed[len(changed) // 2] ^= 1
+  path.write_bytes(changed)
+
+
+def _largest(step: Path) -> Path:
+  return max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def _link(path: Path) -> None:
+  path.rename(path.parent.parent.parent / "elsewhere")
+  path.symlink_to(path.parent.parent.parent / "elsewhere")
+
+
+DAMAGE = {
+  "flipped": lambda step: _flip(_largest(step)),
+  "truncated": lambda step: os.truncate(_largest(step), 10),
+  "removed": lambda step: _largest(step).unlink(),
+  "linked": lambda step: _link(_largest(step)),
+  "without manifest": lambda step: (step.parent.parent / "manifests" / f"{step.name}.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, damage, tmp_path, caplog):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  damage(config.run_dir / "checkpoints" / "8")
+
+  with caplog.at_level(logging.WARNING):
+    classifier = imdb_jax.Classifier.load(config.run_dir, step="latest")
+  assert classifier.step == 4
+  assert "checkpoints/8: not used" in caplog.text
+  assert (config.run_dir / "checkpoints" / "8").exists(), "a reader changes nothing"
+  if (config.run_dir / "manifests" / "8.json").exists():
+    with pytest.raises(CheckpointError, match="8: damaged"):
+      imdb_jax.Classifier.load(config.run_dir, step=8)
+
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+  assert [path.name for path in (config.run_dir / "damaged").iterdir()] == ["8-1"], "nothing is thrown away"
+
+
+def test_without_any_good_step_all_are_named_and_nothing_starts_anew(tmp_path):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  for step in (4, 8):
+    _flip(_largest(config.run_dir / "checkpoints" / str(step)))
+  before = (config.run_dir / "metrics.jsonl").read_bytes()
+  with pytest.raises(CheckpointError, match=r"(?s)step 4: .* altered.*step 8: .* altered"):
+    imdb_jax.fit(config)
+  assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_first_save_that_was_cut_short_starts_anew(whole, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  with monkeypatch.context() as patch:
+    # As a kill between the commit and the manifest.
+    patch.setattr(manifest, "write", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      imdb_jax.fit(config)
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
+def test_a_checkpoint_of_values_that_are_no_numbers_is_refused(tmp_path):
+  config = tiny(tmp_path / "run")
+  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+  model, optimizer = SentimentLSTM.of_run(config), state.make_optimizer(config.optimizer, 8)
+  made = state.create(model, optimizer, 0, mesh)
+  bias = made.params["dense"]["bias"]
+  made = dataclasses.replace(made, params=made.params | {"dense": made.params["dense"] | {"bias": bias * np.nan}})
+  checkpoints = Checkpoints(config.run_dir, read_only=False)
+  checkpoints.save(4, made, {})
+  with pytest.raises(CheckpointError, match="not finite"):
+    checkpoints.restore(4, state.abstract(model, optimizer, mesh))
+  checkpoints.close()
+
+
+def test_a_full_disk_fails_the_run_and_leaves_the_older_steps(whole, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  real = manifest.write
+
+  def full(folder, path):
+    if folder.name == "8":
+      raise OSError(errno.ENOSPC, "No space left on device")
+    real(folder, path)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(manifest, "write", full)
+    with pytest.raises(CheckpointError, match=r"Step 8 could not be saved in .*checkpoints.*No space left"):
+      imdb_jax.fit(config)
+  assert imdb_jax.Classifier.load(config.run_dir, step="latest").step == 4
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
+def test_metrics_that_lack_an_epoch_are_refused(tmp_path):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  (config.run_dir / "metrics.jsonl").write_text("")
+  with pytest.raises(CheckpointError, match="holds 0 epochs of 2 before step 8"):
+    imdb_jax.fit(config)
+
+
+@pytest.mark.parametrize(
+  "text", ["null\n", "[]\n", '{"kind": "epoch"}\n', "{" * 10**5 + "\n", '{"kind": "step", "step": "4"}\n']
+)
+def test_metrics_that_are_none_are_named(text, tmp_path):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  (config.run_dir / "metrics.jsonl").write_text(text + "\n")
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
+    imdb_jax.fit(config)
+
+
+def test_a_second_trainer_is_refused_while_the_first_is_at_work(tmp_path):
+  config = tiny(tmp_path / "run")
+  config.run_dir.mkdir()
+  with (config.run_dir / "lock").open("w") as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="another trainer is at work"):
+      imdb_jax.fit(config)
+  imdb_jax.fit(config)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl.new", "lock", "config.json", "checkpoints"])
+def test_a_run_that_holds_links_is_left_alone(name, tmp_path):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  path, outside = config.run_dir / name, tmp_path / "outside"
+  if path.exists():
+    path.rename(outside)
+  path.symlink_to(outside)
+  for use in (lambda: imdb_jax.fit(config), lambda: imdb_jax.Classifier.load(config.run_dir)):
+    with pytest.raises(UsageError, match="links"):
+      use()
+  assert outside.exists() == (name != "metrics.jsonl.new"), "nothing is written through it"
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  read = Recorder._read
+
+  def poisoned(recorder, step, metrics):
+    read(recorder, step, metrics if step != 6 else metrics | {"gradient_norm": np.float32(np.inf)})
+
+  monkeypatch.setattr(Recorder, "_read", poisoned)
+  with pytest.raises(DivergenceError, match=r"Step 6 .* gradient norm inf.*last good checkpoint is step 4.*non-finite"):
+    imdb_jax.fit(config)
+  assert Checkpoints(config.run_dir, read_only=True).steps() == [4]
