@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --constraint requirements/constraints.txt \
   --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
-.PHONY: help setup demo test bench lint format lock clean
+.PHONY: help setup demo test torture bench lint format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ demo: setup  ## Train on the embedded sample, evaluate, plot, predict
 
 test: setup  ## Run the tests
 	$(BIN)/python -m pytest -n auto
+
+torture: setup  ## Kill, stop and damage runs at random, hundreds of times (15 minutes)
+	$(BIN)/python tests/torture.py --markdown runs/torture.md
 
 bench: setup $(BENCH_VENV)/.ready  ## Compare a training step with Keras and PyTorch (5 minutes)
 	$(BIN)/python benchmarks/epoch_time.py --quick

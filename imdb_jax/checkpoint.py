@@ -43,8 +43,8 @@ class Checkpoints:
     Raises:
       CheckpointError: a reader finds no folder, or the folder cannot be used.
     """
-    # Orbax logs several lines a save at INFO.
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Orbax logs several lines a save at INFO, and at ERROR a traceback of what it raises all the same.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     self.directory = run_dir.absolute() / "checkpoints"
     self._manifests = run_dir.absolute() / "manifests"
     if read_only and not self.directory.is_dir():
@@ -165,7 +165,7 @@ class Checkpoints:
     except Exception as error:
       reason = str(error).splitlines()[0][:300]
       raise CheckpointError(
-        f"Step {step} could not be saved in {self.directory}: {reason} Earlier steps are intact."
+        f"Step {step} could not be saved in {self.directory}: {reason.rstrip('.')}. Earlier steps are intact."
       ) from error
 
   def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:

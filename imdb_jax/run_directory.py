@@ -28,6 +28,8 @@ from imdb_jax.errors import DataError, UsageError
 _PACKAGES = ("imdb_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _MAX_JSON_BYTES = 2**20
 _LOCK = "lock"
+# There while a new run's files are being written: what is beside it was cut short.
+_LAYING = ".laying"
 
 
 def _read_json(path: Path) -> Any:
@@ -39,19 +41,29 @@ def _read_json(path: Path) -> Any:
     raise UsageError(f"{path}: not readable: {error}") from error
 
 
+def _names(run_dir: Path) -> set[str]:
+  """What a folder holds; nothing where there is none. Through a link, files outside of it could be overwritten.
+
+  Raises:
+    UsageError: it cannot be read or holds a link.
+  """
+  try:
+    entries = list(run_dir.iterdir()) if run_dir.exists() else []
+  except OSError as error:
+    raise UsageError(f"{run_dir}: cannot be read: {error}") from error
+  links = sorted(path.name for path in entries if path.is_symlink())
+  if links:
+    raise UsageError(f"{run_dir}: holds links ({', '.join(links)}), which are not followed.")
+  return {path.name for path in entries}
+
+
 def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
   """The settings of a run.
 
   Raises:
-    UsageError: the folder holds no run, or its config is not one of this program, or it holds a link: through one,
-      somebody else's folder could have files outside of it read or overwritten.
+    UsageError: the folder holds no run, or its config is not one of this program, or it holds a link.
   """
-  try:
-    links = [path.name for path in run_dir.iterdir() if path.is_symlink()] if run_dir.is_dir() else []
-  except OSError as error:
-    raise UsageError(f"{run_dir}: cannot be read: {error}") from error
-  if links:
-    raise UsageError(f"{run_dir}: holds links ({', '.join(sorted(links))}), which are not followed.")
+  _names(run_dir)
   if not (run_dir / "config.json").is_file():
     raise UsageError(f"{run_dir}: not the folder of a run: it has no config.json.")
   try:
@@ -84,11 +96,9 @@ def check(config: Config) -> bool:
     UsageError: the folder holds something else, or a run of other settings.
   """
   run_dir = config.run_dir
-  try:
-    if not run_dir.exists() or (run_dir.is_dir() and all(path.name == _LOCK for path in run_dir.iterdir())):
-      return False
-  except OSError as error:
-    raise UsageError(f"--run-dir {run_dir}: cannot be read: {error}") from error
+  names = _names(run_dir)
+  if names <= {_LOCK} or _LAYING in names:
+    return False
   if not (run_dir / "config.json").is_file():
     raise UsageError(f"--run-dir {run_dir}: holds something that is not a run; nothing was touched. Name another.")
   differing = differing_fields(load_config(run_dir), config)
@@ -126,7 +136,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def create(config: Config, vocabulary: Vocabulary, digest: str, mesh: Mesh) -> None:
-  """Lays the folder of a new run; config.json last, so that a folder with it is complete.
+  """Lays the folder of a new run. One whose laying was cut short counts as empty.
 
   Raises:
     UsageError: the folder cannot be written.
@@ -138,11 +148,19 @@ def create(config: Config, vocabulary: Vocabulary, digest: str, mesh: Mesh) -> N
     "devices": [device.device_kind for device in mesh.devices.flat],
   }
   run_dir = config.run_dir
+  files = {
+    "vocab.json": vocabulary.to_json(),
+    "provenance.json": json.dumps(provenance, indent=2) + "\n",
+    "config.json": json.dumps(config.to_dict(), indent=2) + "\n",
+  }
+  laying = run_dir / _LAYING
   try:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "vocab.json").write_text(vocabulary.to_json(), encoding="utf-8")
-    (run_dir / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    laying.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+      (laying / name).write_text(text, encoding="utf-8")
+    for name in files:
+      (laying / name).replace(run_dir / name)
+    laying.rmdir()
   except OSError as error:
     raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
 

@@ -13,6 +13,9 @@ from imdb_jax.errors import PlatformError
 
 AXIS = "data"
 
+# Seconds to wait for other processes: at the start, at the end, and for a sign of life in between.
+_PATIENCE = 60
+
 # glibc, malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
@@ -83,12 +86,16 @@ def _join_processes(runtime: RuntimeConfig) -> None:
         runtime.coordinator_address,
         runtime.num_processes,
         runtime.process_id,
-        initialization_timeout=60,
+        initialization_timeout=_PATIENCE,
+        heartbeat_timeout_seconds=_PATIENCE,
+        shutdown_timeout_seconds=_PATIENCE,
         # Only the named address: the coordinator is not authenticated, and JAX would listen on every interface.
         coordinator_bind_address=runtime.coordinator_address if runtime.process_id == 0 else None,
       )
     elif runtime.distributed:
-      jax.distributed.initialize(initialization_timeout=60)
+      jax.distributed.initialize(
+        initialization_timeout=_PATIENCE, heartbeat_timeout_seconds=_PATIENCE, shutdown_timeout_seconds=_PATIENCE
+      )
   except (RuntimeError, ValueError) as error:
     reason = str(error).splitlines()[0]
     raise PlatformError(f"The other processes could not be joined: {reason}") from error

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from imdb_jax import evaluation, lstm, run_directory, sharding, state, steps
 from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.config import Config
 from imdb_jax.data import batches, tokens
-from imdb_jax.errors import DivergenceError, PlatformError
+from imdb_jax.errors import DivergenceError, PlatformError, UsageError
 from imdb_jax.model import SentimentLSTM
 from imdb_jax.training import report
 from imdb_jax.training.console import Console
@@ -75,23 +76,31 @@ def _fit(config: Config, is_resumed: bool, mesh: Mesh, console: Console) -> FitR
     run_directory.check_data(config.run_dir, data.digest())
   elif jax.process_index() == 0:
     run_directory.create(config, data.vocabulary, data.digest(), mesh)
-  with StopRequest() as stop:
-    trainer = _Trainer(config, mesh, console, data, stop)
-    try:
-      return trainer.run()
-    except jax.errors.JaxRuntimeError as error:
-      # Of a device: out of memory, or a process that this one computes with has gone.
-      raise PlatformError(f"Step {trainer.step:,}: the computation failed: {str(error).splitlines()[0]}") from error
-    finally:
-      trainer.close()
+  with (
+    StopRequest() as stop,
+    _clear_errors(config),
+    contextlib.closing(_Trainer(config, mesh, console, data, stop)) as trainer,
+  ):
+    return trainer.run()
+
+
+@contextlib.contextmanager
+def _clear_errors(config: Config) -> Iterator[None]:
+  """Says in one line that the disk is full, memory did not suffice, or another process has gone."""
+  try:
+    yield
+  except OSError as error:
+    raise UsageError(f"--run-dir {config.run_dir}: cannot be written: {error}. What was saved is intact.") from error
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).splitlines()[0][:300]
+    raise PlatformError(
+      f"The computation failed: {reason} The same command goes on from the last checkpoint; "
+      "if memory did not suffice, a smaller --batch-size in a new --run-dir needs less."
+    ) from error
 
 
 class _Trainer:
-  """One run in progress.
-
-  Attributes:
-    step: updates made.
-  """
+  """One run in progress."""
 
   def __init__(self, config: Config, mesh: Mesh, console: Console, data: tokens.TokenData, stop: StopRequest):
     self._config, self._mesh, self._console, self._data = config, mesh, console, data
@@ -109,12 +118,12 @@ class _Trainer:
       self._state, self._progress = self._checkpoints.restore(self._checkpoints.find("latest"), abstract)
     else:
       self._state = state.create(model, optimizer, config.training.seed, mesh)
-    self.step = int(self._state.step)
+    self._step = int(self._state.step)
     self._saved_at = time.monotonic()
     self._print_header(model)
     self._compile(model, optimizer)
-    finished_epochs = self.step // self._steps_per_epoch
-    if self._progress and self.step % self._steps_per_epoch == 0:
+    finished_epochs = self._step // self._steps_per_epoch
+    if self._progress and self._step % self._steps_per_epoch == 0:
       # Saved between the last step of an epoch and its evaluation, or before the first step of all.
       finished_epochs = max(finished_epochs - 1, 0)
     self._recorder = Recorder(
@@ -122,7 +131,7 @@ class _Trainer:
       console,
       log_every=config.runtime.log_every,
       steps_per_epoch=self._steps_per_epoch,
-      step=self.step,
+      step=self._step,
       finished_epochs=finished_epochs,
       is_writer=jax.process_index() == 0,
       skips_non_finite=config.optimizer.non_finite == "skip",
@@ -131,7 +140,7 @@ class _Trainer:
   def _print_header(self, model: SentimentLSTM) -> None:
     config, data = self._config, self._data
     device = self._mesh.devices.flat[0]
-    position = f"resumed at step {self.step:,}" if self.step else "new"
+    position = f"resumed at step {self._step:,}" if self._step else "new"
     self._console.header(
       {
         "Preset": config.preset,
@@ -175,7 +184,7 @@ class _Trainer:
         self._run_epoch(epoch)
         number, _ = self._agree()
         if number and epoch < self._config.training.epochs:
-          raise Interrupted(number, self.step)
+          raise Interrupted(number, self._step)
     except DivergenceError as error:
       steps = self._checkpoints.steps()
       saved = f"The last good checkpoint is step {steps[-1]:,}." if steps else "No checkpoint had been saved."
@@ -216,7 +225,7 @@ class _Trainer:
   def _run_epoch(self, epoch: int) -> None:
     training, runtime = self._config.training, self._config.runtime
     plan = self._plan(epoch)
-    done = self.step - (epoch - 1) * self._steps_per_epoch
+    done = self._step - (epoch - 1) * self._steps_per_epoch
     seconds_before = self._progress["seconds"] if done else 0.0
     self._recorder.start_epoch(epoch, self._progress if done else None)
     self._console.start_epoch(epoch, training.epochs, num_steps=len(plan), done=done)
@@ -224,16 +233,17 @@ class _Trainer:
 
     started = time.perf_counter()
     for rows in plan[done:]:
-      if self.step % poll_every == 0:
-        number, is_due = self._agree()
-        is_due = is_due or bool(runtime.save_every_steps and self.step % runtime.save_every_steps == 0)
-        if number or (is_due and self.step > (epoch - 1) * self._steps_per_epoch):
-          self._save_within_epoch(number, seconds_before + time.perf_counter() - started)
+      number, is_due = self._agree() if self._step % poll_every == 0 else (None, False)
+      if runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0:
+        is_due = True
+      # At the beginning of an epoch the end of the last one has just been saved.
+      if number or (is_due and self._step > (epoch - 1) * self._steps_per_epoch):
+        self._save_within_epoch(number, seconds_before + time.perf_counter() - started)
       examples = sharding.shard_reviews(self._data.train.gather(rows, self._batch_size), self._mesh)
       with jax.transfer_guard("disallow"):
         self._state, metrics = self._train_step(self._state, examples)
-      self.step += 1
-      self._recorder.record_step(self.step, metrics)
+      self._step += 1
+      self._recorder.record_step(self._step, metrics)
     self._recorder.flush()
     seconds = seconds_before + time.perf_counter() - started
 
@@ -256,7 +266,7 @@ class _Trainer:
       on_progress,
     )
     line = self._recorder.record_epoch(
-      self.step,
+      self._step,
       val_loss=result.loss,
       val_accuracy=result.accuracy,
       seconds=seconds,
@@ -264,7 +274,7 @@ class _Trainer:
     )
     self._console.end_epoch()
     self._console.line(report.epoch_line(line, training.epochs))
-    self._checkpoints.save(self.step, self._state, {}, val_accuracy=result.accuracy)
+    self._checkpoints.save(self._step, self._state, {}, val_accuracy=result.accuracy)
     self._saved_at = time.monotonic()
     if jax.process_index() == 0:
       write_history(self._config.run_dir, self._recorder.history)
@@ -274,8 +284,8 @@ class _Trainer:
     self._recorder.flush()
     if number:
       self._console.end_epoch()
-      self._console.line(f"{number.name}: saving step {self.step:,}")
-    self._checkpoints.save(self.step, self._state, {**self._recorder.progress(), "seconds": seconds})
+      self._console.line(f"{number.name}: saving step {self._step:,}")
+    self._checkpoints.save(self._step, self._state, {**self._recorder.progress(), "seconds": seconds})
     self._saved_at = time.monotonic()
     if number:
-      raise Interrupted(number, self.step)
+      raise Interrupted(number, self._step)

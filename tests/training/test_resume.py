@@ -222,7 +222,37 @@ def test_a_second_trainer_is_refused_while_the_first_is_at_work(tmp_path):
   imdb_jax.fit(config)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl.new", "lock", "config.json", "checkpoints"])
+@pytest.mark.parametrize("cut_after", range(3))
+def test_a_run_directory_that_was_not_laid_whole_is_laid_anew(whole, cut_after, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  replace, moves = Path.replace, []
+
+  def cut(path, target):
+    if path.parent.name == ".laying":
+      if len(moves) == cut_after:
+        raise OSError(errno.ENOSPC, "No space left on device")
+      moves.append(target)
+    return replace(path, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "replace", cut)
+    with pytest.raises(UsageError, match="No space left"):
+      imdb_jax.fit(config)
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
+def test_metrics_for_which_there_is_no_room_end_the_run_in_one_line(whole, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  with monkeypatch.context() as patch:
+    patch.setattr(Recorder, "_write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(UsageError, match=r"--run-dir .* cannot be written: .*No space left"):
+      imdb_jax.fit(config)
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl.new", ".laying", "lock", "config.json", "checkpoints"])
 def test_a_run_that_holds_links_is_left_alone(name, tmp_path):
   config = tiny(tmp_path / "run")
   imdb_jax.fit(config)
@@ -233,7 +263,7 @@ def test_a_run_that_holds_links_is_left_alone(name, tmp_path):
   for use in (lambda: imdb_jax.fit(config), lambda: imdb_jax.Classifier.load(config.run_dir)):
     with pytest.raises(UsageError, match="links"):
       use()
-  assert outside.exists() == (name != "metrics.jsonl.new"), "nothing is written through it"
+  assert outside.exists() == (name not in ("metrics.jsonl.new", ".laying")), "nothing is written through it"
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -247,3 +277,11 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkey
   with pytest.raises(DivergenceError, match=r"Step 6 .* gradient norm inf.*last good checkpoint is step 4.*non-finite"):
     imdb_jax.fit(config)
   assert Checkpoints(config.run_dir, read_only=True).steps() == [4]
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_the_same_command_gives_the_same_bits(num_devices, tmp_path):
+  first, second = (with_runtime(tiny(tmp_path / name), num_devices=num_devices) for name in ("first", "second"))
+  imdb_jax.fit(first)
+  imdb_jax.fit(second)
+  assert_same_end(first, second)
