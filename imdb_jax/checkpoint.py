@@ -1,107 +1,150 @@
 """Checkpoints of a run. The only user of orbax.
 
-Kept are the two newest steps, for resuming, and the one with the best validation accuracy, for use. Each has a
-manifest that is written once it is whole, and only a step that agrees with its manifest is ever read.
+A step exists if it has a manifest. That is written once Orbax has committed the step's folder, and removed before the
+folder is, so whatever moment a process dies at, every step is whole or counts as never saved. What has a manifest and
+does not agree with it has been damaged, and is not used.
 """
 
-import json
+import dataclasses
+import itertools
 import logging
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as managers
 
-from imdb_jax import manifest
-from imdb_jax.errors import CheckpointError
+from imdb_jax import manifest, sharding
+from imdb_jax.errors import CheckpointError, first_line
 from imdb_jax.state import TrainState
 
-_METRIC = "val_accuracy"
 _LOG = logging.getLogger(__name__)
+# The newest steps, for resuming; the best one is kept besides.
+_NUM_KEPT = 2
+# More than are ever kept: several processes compare arrays of one size.
+_MOST_STEPS = 64
 
 
-def _rank(metrics: dict[str, float]) -> float:
-  """Higher is better; a value that is not a number is worst."""
-  value = metrics[_METRIC]
-  return -math.inf if math.isnan(value) else value
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+  """Attributes:
+  step: updates made.
+  progress: JSON, what resuming needs besides the state; {} for a step at which an epoch has ended.
+  val_accuracy: None for a step that has not been evaluated: within an epoch, or at its end before the evaluation.
+  """
+
+  step: int
+  progress: dict[str, Any]
+  val_accuracy: float | None
+
+  @property
+  def rank(self) -> tuple[float, int]:
+    """Higher is better, of equals the last; an accuracy that is none or not a number is worst."""
+    is_number = self.val_accuracy is not None and not math.isnan(self.val_accuracy)
+    return (self.val_accuracy if is_number and self.val_accuracy is not None else -math.inf, self.step)
 
 
 class Checkpoints:
-  """The checkpoints below `RUN_DIR/checkpoints`, and their manifests in `RUN_DIR/manifests`."""
+  """The steps below `RUN_DIR/checkpoints`, and their manifests in `RUN_DIR/manifests`."""
 
   def __init__(self, run_dir: Path, *, read_only: bool):
     """Opens them, and warns of damaged ones.
 
-    A reader neither creates nor cleans up anything, so it may look at a live run. A writer moves damaged steps to
-    `RUN_DIR/damaged`: such a step can then be saved anew, and nothing is lost that somebody may want to look at.
+    A reader changes nothing, so it may look at a live run. A writer removes what is left of interrupted saves and, if
+    there is a step that can be used, moves damaged ones to `RUN_DIR/damaged`, so that they can be saved anew.
 
     Raises:
       CheckpointError: a reader finds no folder, or the folder cannot be used.
     """
-    # Orbax logs several lines a save at INFO, and at ERROR a traceback of what it raises all the same.
-    absl_logging.set_verbosity(absl_logging.FATAL)
     self.directory = run_dir.absolute() / "checkpoints"
     self._manifests = run_dir.absolute() / "manifests"
     if read_only and not self.directory.is_dir():
       raise CheckpointError(f"{run_dir}: there are no checkpoints. Is this the folder of a run?")
+    self._saved: dict[int, Saved] = {}
+    self._damaged: dict[int, str] = {}
     try:
-      found = _steps_in(self.directory)
-      problems = {step: manifest.problem(self.directory / str(step), self._manifest(step)) for step in found}
-      bad = {step: problem for step, problem in problems.items() if problem is not None}
-      self._steps = [step for step in found if step not in bad]
-      for step, problem in bad.items():
-        _LOG.warning("%s: not used: %s", self.directory / str(step), problem)
+      self._look()
       if not read_only:
-        self._set_aside(list(bad))
-      self._manager = None if read_only else self._make_manager()
-    except (OSError, ValueError) as error:
+        # Orbax logs several lines a save at INFO, and at ERROR a traceback of what it raises all the same.
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        # All have looked before the first changes anything.
+        with sharding.together():
+          self._agree()
+        with sharding.together():
+          if jax.process_index() == 0:
+            self._tidy()
+    except OSError as error:
       raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
-    # The newest step without a manifest is no loss: its save was interrupted, and its time is trained again.
-    self._damaged = {step: bad[step] for step in bad if step != found[-1] or self._manifest(step).exists()}
-    self._reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
-  def _make_manager(self) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-      best_fn=_rank,
-      preservation_policy=managers.AnyPreservationPolicy(
-        [
-          managers.LatestN(2),
-          managers.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False),
-        ]
-      ),
-      cleanup_tmp_directories=True,
-    )
-    handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+  def _look(self) -> None:
+    names = [path.stem for path in self._manifests.glob("*.json")]
+    for step in sorted(int(name) for name in names if name.isdecimal() and name == str(int(name))):
+      problem = manifest.problem(self.directory / str(step), self._manifest(step))
+      if problem is None:
+        facts = manifest.read(self._manifest(step))
+        progress, val_accuracy = facts.get("progress"), facts.get("val_accuracy")
+        if isinstance(progress, dict) and (val_accuracy is None or isinstance(val_accuracy, float | int)):
+          self._saved[step] = Saved(step=step, progress=progress, val_accuracy=val_accuracy)
+          continue
+        problem = "its manifest lacks progress or accuracy"
+      self._damaged[step] = problem
+      _LOG.warning("%s: damaged and not used: %s", self.directory / str(step), problem)
+
+  def _agree(self) -> None:
+    """Of several processes all go on from what the first sees."""
+    if jax.process_count() == 1:
+      return
+    steps = np.full(_MOST_STEPS, -1, np.int32)
+    newest = self.steps()[-_MOST_STEPS:]
+    steps[: len(newest)] = newest
+    first_sees = [step for step in multihost_utils.broadcast_one_to_all(steps).tolist() if step >= 0]
+    missing = [step for step in first_sees if step not in self._saved]
+    if missing:
+      raise CheckpointError(
+        f"{self.directory}: step {missing[0]} is not whole as process {jax.process_index()} sees it."
+      )
+    self._saved = {step: self._saved[step] for step in first_sees}
 
   def _manifest(self, step: int) -> Path:
     return self._manifests / f"{step}.json"
 
-  def _set_aside(self, steps: list[int]) -> None:
-    """Of several processes the first does it, once all have looked and before any looks again."""
-    _wait_for_all("all have looked for damaged steps")
-    if jax.process_index() == 0:
-      for step in steps:
-        folder = self.directory.parent / "damaged"
-        folder.mkdir(exist_ok=True)
-        number = len(list(folder.iterdir())) + 1
-        (self.directory / str(step)).rename(folder / f"{step}-{number}")
-    _wait_for_all("damaged steps are set aside")
+  def _tidy(self) -> None:
+    self.directory.mkdir(parents=True, exist_ok=True)
+    if self._saved:
+      for step in self._damaged:
+        self._set_aside(step)
+    known = {str(step) for step in (*self._saved, *self._damaged)}
+    for path in self.directory.iterdir():
+      if path.name not in known:
+        _remove(path)
+
+  def _set_aside(self, step: int) -> None:
+    """Nothing is lost that somebody may want to look at."""
+    damaged = self.directory.parent / "damaged"
+    damaged.mkdir(exist_ok=True)
+    place = next(damaged / f"{step}-{n}" for n in itertools.count(1) if not os.path.lexists(damaged / f"{step}-{n}"))
+    place.mkdir()
+    for path, name in ((self._manifest(step), "manifest.json"), (self.directory / str(step), "checkpoint")):
+      if os.path.lexists(path):
+        path.rename(place / name)
 
   def steps(self) -> list[int]:
     """Those that can be used, in order."""
-    return list(self._steps)
+    return sorted(self._saved)
 
   def is_empty(self) -> bool:
     """Nothing has been saved yet: there are not even damaged steps."""
-    return not self._steps and not self._damaged
+    return not self._saved and not self._damaged
 
-  def find(self, which: int | Literal["best", "latest"]) -> int:
+  def find(self, which: int | Literal["best", "latest"]) -> Saved:
     """The step that is meant, among those that can be used.
 
     Raises:
@@ -109,109 +152,113 @@ class Checkpoints:
     """
     if which in self._damaged:
       raise CheckpointError(f"{self.directory / str(which)}: damaged: {self._damaged[which]}.")
-    if not self._steps:
+    if not self._saved:
       reasons = "; ".join(f"step {step}: {problem}" for step, problem in self._damaged.items())
       raise CheckpointError(f"{self.directory}: no checkpoint can be used: {reasons or 'none has been saved yet'}.")
     if which == "latest":
-      return self._steps[-1]
+      return self._saved[max(self._saved)]
     if which == "best":
-      ranks = {step: rank for step in self._steps if (rank := self._saved_rank(step)) is not None}
-      return max(ranks, key=lambda step: (ranks[step], step)) if ranks else self._steps[-1]
-    if which not in self._steps:
+      return max(self._saved.values(), key=lambda saved: saved.rank)
+    if which not in self._saved:
       raise CheckpointError(
-        f"{self.directory}: there is no step {which}; there are {', '.join(map(str, self._steps))}."
+        f"{self.directory}: there is no step {which}; there are {', '.join(map(str, self.steps()))}."
       )
-    return which
-
-  def _saved_rank(self, step: int) -> float | None:
-    """None for a step that was saved between evaluations."""
-    path = self.directory / str(step) / "metrics" / "metrics"
-    try:
-      return _rank(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-    except (ValueError, KeyError, TypeError) as error:
-      raise CheckpointError(f"{path}: holds no {_METRIC}: {error!r}") from error
+    return self._saved[which]
 
   def save(self, step: int, state: TrainState, progress: dict[str, Any], val_accuracy: float | None = None) -> None:
-    """Saves, waits until it is committed, and writes its manifest.
+    """Saves, and returns when that is safe; older steps that are no longer needed go after it.
 
     Args:
-      step: updates made. A step that is already there is left as it is, or, if it was saved before its evaluation,
-        replaced by one with its accuracy.
+      step: updates made. Of a step that is already there only accuracy and progress are renewed.
       state: on all devices.
-      progress: JSON, what else resuming needs.
-      val_accuracy: what the best step is chosen by; None for a step between evaluations.
+      progress: see `Saved`.
+      val_accuracy: what the best step is chosen by; None for a step that has not been evaluated.
 
     Raises:
       CheckpointError: it could not be written; earlier steps are untouched.
     """
-    assert self._manager is not None, "opened to read only"
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-    metrics = None if val_accuracy is None else {_METRIC: val_accuracy}
     try:
-      if step in self._steps:
-        if val_accuracy is None:
-          return
-        self._manager.delete(step)
-      self._manager.save(step, args=items, metrics=metrics)
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
-      self._steps = sorted(self._manager.all_steps())
-      if jax.process_index() == 0:
-        manifest.write(self.directory / str(step), self._manifest(step))
-        for path in self._manifests.iterdir():
-          if path.stem.isdecimal() and int(path.stem) not in self._steps:
-            path.unlink()
+      if step not in self._saved:
+        self._orbax.save(self.directory / str(step), args=ocp.args.StandardSave(state))
+      with sharding.together():
+        if jax.process_index() == 0:
+          facts = {"progress": progress, "val_accuracy": val_accuracy}
+          manifest.write(self.directory / str(step), self._manifest(step), facts)
     # Orbax, tensorstore and the file system each fail with errors of their own.
     except Exception as error:
-      reason = str(error).splitlines()[0][:300]
       raise CheckpointError(
-        f"Step {step} could not be saved in {self.directory}: {reason.rstrip('.')}. Earlier steps are intact."
+        f"Step {step} could not be saved in {self.directory}: {first_line(error)}. Earlier steps are intact."
       ) from error
+    self._saved[step] = Saved(step=step, progress=progress, val_accuracy=val_accuracy)
+    kept = {*sorted(self._saved)[-_NUM_KEPT:], self.find("best").step}
+    for old in self._saved.keys() - kept:
+      del self._saved[old]
+      if jax.process_index() == 0:
+        self._manifest(old).unlink(missing_ok=True)
+        _remove(self.directory / str(old))
 
-  def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """State and progress of a step.
+  def restore_latest(self, abstract: TrainState) -> tuple[Saved, TrainState]:
+    """The newest step that can be restored; one that agrees with its manifest and cannot be read is passed over.
+
+    Raises:
+      CheckpointError: there is none, or it does not fit.
+    """
+    while True:
+      saved = self.find("latest")
+      try:
+        return saved, self.restore(saved, abstract)
+      except _UnreadableError as error:
+        _LOG.warning("%s", error)
+        self._damaged[saved.step] = str(error)
+        del self._saved[saved.step]
+        with sharding.together():
+          if jax.process_index() == 0 and self._saved:
+            self._set_aside(saved.step)
+
+  def restore(self, saved: Saved, abstract: TrainState) -> TrainState:
+    """The state of a step.
 
     Args:
-      step: from `find`.
+      saved: from `find`.
       abstract: shapes, dtypes and shardings to restore into, from `state.abstract`.
 
     Raises:
-      CheckpointError: it does not fit, or holds values that are not finite.
+      CheckpointError: it does not fit, cannot be read, or holds values that are not finite.
     """
-    folder = self.directory / str(step)
+    folder = self.directory / str(saved.step)
     try:
-      self._check_shapes(folder, abstract)
-      state = self._reader.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
-      progress = json.loads((folder / "progress" / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      reason = str(error).splitlines()[0][:300]
-      raise CheckpointError(f"{folder}: the checkpoint cannot be restored: {reason}") from error
-    if not all(jax.tree.leaves(jax.jit(_are_finite)((state.params, state.opt_state)))):
-      raise CheckpointError(f"{folder}: the checkpoint holds values that are not finite.")
-    return state, progress
-
-  def _check_shapes(self, folder: Path, abstract: TrainState) -> None:
-    """Before anything is allocated."""
-    saved = self._reader.metadata(folder / "state").item_metadata
-    if saved is None:
-      raise CheckpointError(f"{folder}: the checkpoint holds no state.")
-    expected, found = _shapes(abstract.params), _shapes(dict(saved)["params"])
+      # Before anything is allocated.
+      metadata: Any = self._orbax.metadata(folder).item_metadata
+      expected, found = _shapes(abstract.params), _shapes(metadata["params"])
+    # Orbax and tensorstore have no error in common for what they cannot make sense of.
+    except Exception as error:
+      raise _UnreadableError(f"{folder}: the checkpoint cannot be read: {first_line(error)}") from error
     for name in sorted(expected.keys() | found.keys()):
       if expected.get(name) != found.get(name):
         raise CheckpointError(
           f"{folder}: {name} has shape {found.get(name)}, but config and vocabulary ask for {expected.get(name)}."
         )
+    try:
+      state = self._orbax.restore(folder, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:
+      raise _UnreadableError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}") from error
+    if not all(jax.tree.leaves(jax.jit(_are_finite)((state.params, state.opt_state)))):
+      raise _UnreadableError(f"{folder}: the checkpoint holds values that are not finite.")
+    return state
 
   def close(self) -> None:
-    self._reader.close()
-    if self._manager is not None:
-      self._manager.close()
+    self._orbax.close()
 
 
-def _steps_in(directory: Path) -> list[int]:
-  if not directory.exists():
-    return []
-  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+class _UnreadableError(CheckpointError):
+  """A step agrees with its manifest, and is of no use all the same."""
+
+
+def _remove(path: Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _shapes(params) -> dict[str, tuple[int, ...]]:
@@ -221,8 +268,3 @@ def _shapes(params) -> dict[str, tuple[int, ...]]:
 
 def _are_finite(tree):
   return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
-
-
-def _wait_for_all(what: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -186,6 +187,8 @@ class RuntimeConfig:
     if any(value is not None for value in by_hand):
       if any(value is None for value in by_hand):
         raise UsageError("--coordinator-address, --num-processes and --process-id go together: give all three.")
+      is_address = re.fullmatch(r".+:\d{1,5}", self.coordinator_address or "") is not None
+      _require(is_address, self, "coordinator_address", "HOST:PORT")
       _require_whole(self, "num_processes", 1, 65_536)
       _require_whole(self, "process_id", 0, (self.num_processes or 1) - 1)
 

@@ -1,6 +1,12 @@
 """Errors that end a command: one clear line each, and an exit code that a script can rely on."""
 
 
+def first_line(error: BaseException) -> str:
+  """What an error of another package says, short, without a full stop; its kind where it says nothing."""
+  lines = str(error).strip().splitlines()
+  return lines[0][:300].rstrip(".") if lines else type(error).__name__
+
+
 class ImdbJaxError(Exception):
   """Base of the errors whose message is meant for the person at the console."""
 

@@ -24,8 +24,10 @@ def plot_history(run_dir: Path, output: Path) -> None:
   """Draws accuracy and loss by epoch, training against validation, as a PNG.
 
   Raises:
-    UsageError: the run has no finished epoch.
+    UsageError: the run has no finished epoch, or `output` is a link.
   """
+  if output.is_symlink():
+    raise UsageError(f"{output}: is a link, which is not followed.")
   # Imported here: it takes long, and training from a cache needs it only at the end.
   from matplotlib.figure import Figure
   from matplotlib.ticker import MaxNLocator

@@ -64,12 +64,12 @@ class Classifier:
     jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
     model = SentimentLSTM.of_run(config)
     checkpoints = Checkpoints(run_dir, read_only=True)
-    found = checkpoints.find(step)
-    restored, _ = checkpoints.restore(
-      found, state.abstract(model, state.make_optimizer(config.optimizer, num_steps=1), mesh)
+    saved = checkpoints.find(step)
+    restored = checkpoints.restore(
+      saved, state.abstract(model, state.make_optimizer(config.optimizer, num_steps=1), mesh)
     )
     checkpoints.close()
-    return cls(config, vocabulary, restored.params, mesh, found)
+    return cls(config, vocabulary, restored.params, mesh, saved.step)
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
     """The probability that each text is positive, f32[n]; a text without a known word gets an answer too."""
@@ -79,11 +79,13 @@ class Classifier:
     wanted = 1 << max(len(texts) - 1, 0).bit_length()
     batch_size = min(wanted, self.config.runtime.evaluation_batch_size)
     logits = np.zeros(len(texts), np.float64)
-    for rows, values in predict_logits(self._predict_step, self._params, split, self._mesh, batch_size):
-      logits[rows] = values
+    with sharding.device_errors():
+      for rows, values in predict_logits(self._predict_step, self._params, split, self._mesh, batch_size):
+        logits[rows] = values
     return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Metrics over encoded reviews, see `imdb_jax.evaluation`."""
     batch_size = self.config.runtime.evaluation_batch_size
-    return evaluate(self._predict_step, self._params, split, self._mesh, batch_size)
+    with sharding.device_errors():
+      return evaluate(self._predict_step, self._params, split, self._mesh, batch_size)

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from imdb_jax.errors import DataError, UsageError
 _PACKAGES = ("imdb_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _MAX_JSON_BYTES = 2**20
 _LOCK = "lock"
-# There while a new run's files are being written: what is beside it was cut short.
+# There while a new run's files are being written: if nothing else is beside it, that was cut short.
 _LAYING = ".laying"
+_LAID = ("vocab.json", "provenance.json", "config.json")
 
 
 def _read_json(path: Path) -> Any:
@@ -42,18 +44,19 @@ def _read_json(path: Path) -> Any:
 
 
 def _names(run_dir: Path) -> set[str]:
-  """What a folder holds; nothing where there is none. Through a link, files outside of it could be overwritten.
+  """What a folder holds; nothing where there is none.
 
   Raises:
-    UsageError: it cannot be read or holds a link.
+    UsageError: it cannot be read, or holds anything but files and folders: through a link files outside of it could be
+      overwritten, and a pipe would be waited for.
   """
   try:
     entries = list(run_dir.iterdir()) if run_dir.exists() else []
   except OSError as error:
     raise UsageError(f"{run_dir}: cannot be read: {error}") from error
-  links = sorted(path.name for path in entries if path.is_symlink())
-  if links:
-    raise UsageError(f"{run_dir}: holds links ({', '.join(links)}), which are not followed.")
+  odd = [path.name for path in entries if path.is_symlink() or not (path.is_file() or path.is_dir())]
+  if odd:
+    raise UsageError(f"{run_dir}: holds links or devices ({', '.join(sorted(odd))}), which are not followed.")
   return {path.name for path in entries}
 
 
@@ -97,7 +100,7 @@ def check(config: Config) -> bool:
   """
   run_dir = config.run_dir
   names = _names(run_dir)
-  if names <= {_LOCK} or _LAYING in names:
+  if names <= {_LOCK} or (_LAYING in names and names <= {_LOCK, _LAYING, *_LAID}):
     return False
   if not (run_dir / "config.json").is_file():
     raise UsageError(f"--run-dir {run_dir}: holds something that is not a run; nothing was touched. Name another.")
@@ -128,7 +131,9 @@ def locked(run_dir: Path) -> Iterator[None]:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     os.close(descriptor)
-    raise UsageError(f"--run-dir {run_dir}: another trainer is at work there. Name another folder.") from error
+    is_held = isinstance(error, BlockingIOError)
+    reason = "another trainer is at work there; name another folder" if is_held else f"cannot be locked: {error}"
+    raise UsageError(f"--run-dir {run_dir}: {reason}.") from error
   try:
     yield
   finally:
@@ -155,9 +160,14 @@ def create(config: Config, vocabulary: Vocabulary, digest: str, mesh: Mesh) -> N
   }
   laying = run_dir / _LAYING
   try:
-    laying.mkdir(parents=True, exist_ok=True)
+    if laying.exists():
+      shutil.rmtree(laying)
+    laying.mkdir(parents=True)
     for name, text in files.items():
-      (laying / name).write_text(text, encoding="utf-8")
+      with (laying / name).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     for name in files:
       (laying / name).replace(run_dir / name)
     laying.rmdir()

@@ -1,15 +1,18 @@
 """Processes, devices and one mesh with one axis, over which the reviews of a batch are spread."""
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imdb_jax.config import RuntimeConfig
-from imdb_jax.errors import PlatformError
+from imdb_jax.errors import PlatformError, first_line
 
 AXIS = "data"
 
@@ -97,8 +100,43 @@ def _join_processes(runtime: RuntimeConfig) -> None:
         initialization_timeout=_PATIENCE, heartbeat_timeout_seconds=_PATIENCE, shutdown_timeout_seconds=_PATIENCE
       )
   except (RuntimeError, ValueError) as error:
-    reason = str(error).splitlines()[0]
-    raise PlatformError(f"The other processes could not be joined: {reason}") from error
+    raise PlatformError(f"The other processes could not be joined: {first_line(error)}.") from error
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """A part that all processes pass or none: where one fails, the others leave too, instead of waiting for it.
+
+  Raises:
+    PlatformError: another process failed.
+  """
+  failure = None
+  try:
+    yield
+  # Of any kind: it is raised again below.
+  except Exception as error:
+    failure = error
+  if jax.process_count() > 1:
+    has_failed = multihost_utils.process_allgather(np.int32(failure is not None))
+    if failure is None and has_failed.any():
+      raise PlatformError("Another process could not go on; it says why.")
+  if failure is not None:
+    raise failure
+
+
+@contextlib.contextmanager
+def device_errors() -> Iterator[None]:
+  """Says in one line that memory did not suffice, or that a process that this one computes with has gone.
+
+  Raises:
+    PlatformError: the computation failed.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    raise PlatformError(
+      f"The computation failed: {first_line(error)}. If memory did not suffice, smaller batches need less."
+    ) from error
 
 
 def _devices(runtime: RuntimeConfig) -> list:

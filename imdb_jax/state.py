@@ -76,5 +76,11 @@ def abstract(model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
 
+def num_skipped(state: TrainState) -> int:
+  """Non-finite steps in a row, just now; see `make_optimizer`."""
+  opt_state = state.opt_state
+  return int(opt_state.notfinite_count) if isinstance(opt_state, optax.ApplyIfFiniteState) else 0
+
+
 def num_parameters(state: TrainState) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(state.params))

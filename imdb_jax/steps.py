@@ -4,6 +4,8 @@ Both take a global batch spread over the mesh. `shard_map` gives each device its
 summed across devices once a step and not once a time step.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,7 +27,7 @@ def make_train_step(model: SentimentLSTM, optimizer: optax.GradientTransformatio
   The batch holds tokens int[b, t], lengths i32[b], labels f32[b] and weights f32[b]; b must divide over the mesh.
   A review of weight 0 changes nothing. The loss is the weighted mean of the binary cross-entropy.
   The metrics are sums over the batch, f32[] each: loss, correct, weight. They become means by dividing by weight.
-  With them stands gradient_norm, the norm of all gradients of the mean loss.
+  With them stands is_finite, 1 if the loss and all gradients are finite, else 0.
   """
 
   def gradients(params, examples, dropout_masks):
@@ -58,11 +60,15 @@ def make_train_step(model: SentimentLSTM, optimizer: optax.GradientTransformatio
     dropout_masks = draw_dropout_masks(key, model.config, examples["labels"].shape[0])
     grads, metrics = sharded_gradients(state.params, examples, dropout_masks)
     grads = jax.tree.map(lambda grad: grad / metrics["weight"], grads)
+    checked = jax.tree.leaves((metrics["loss"], grads))
+    is_finite = functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in checked))
+    metrics["is_finite"] = is_finite.astype(jnp.float32)
+    # An optimizer that skips what is not finite looks at the gradients alone.
+    grads = jax.tree.map(lambda grad: jnp.where(is_finite, grad, jnp.nan), grads)
     # optax raises a float to an integer count, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics["gradient_norm"] = optax.tree.norm(grads)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
 
   place = sharding.replicated(mesh)

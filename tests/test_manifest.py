@@ -17,7 +17,7 @@ def folder(tmp_path):
   (path / "a").write_bytes(bytes(range(200)))
   (path / "inner" / "b").write_bytes(b"b" * 100)
   (path / "empty").write_bytes(b"")
-  manifest.write(path, tmp_path / "manifests" / "1.json")
+  manifest.write(path, tmp_path / "manifests" / "1.json", {"answer": 42})
   return path
 
 
@@ -27,6 +27,7 @@ def problem(folder) -> str | None:
 
 def test_what_was_left_alone_has_no_problem(folder):
   assert problem(folder) is None
+  assert manifest.read(folder.parent / "manifests" / "1.json") == {"answer": 42}
   assert [path.name for path in (folder.parent / "manifests").iterdir()] == ["1.json"], "nothing unfinished stays"
 
 
@@ -46,9 +47,10 @@ def test_a_flipped_bit(folder, position, bit):
     (lambda folder: (folder / "inner" / "b").unlink(), "inner/b is missing"),
     (lambda folder: (folder / "c").write_bytes(b""), "c does not belong to it"),
     (lambda folder: (folder / "a").rename(folder / "d"), "a is missing"),
-    (lambda folder: (folder.parent / "manifests" / "1.json").unlink(), "no manifest"),
+    (lambda folder: (folder.parent / "manifests" / "1.json").unlink(), "No such file"),
     (lambda folder: (folder.parent / "manifests" / "1.json").write_text("[]"), "manifest 1.json is damaged"),
     (lambda folder: (folder.parent / "manifests" / "1.json").write_text("{" * 10**5), "Expecting property name"),
+    (lambda folder: (folder.parent / "manifests" / "1.json").write_text("[" * 10**5), "recursion"),
     (lambda folder: (folder.parent / "manifests" / "1.json").write_bytes(b"x" * 2**21), "no file of at most"),
   ],
 )
@@ -84,7 +86,10 @@ def test_a_pipe_is_refused_and_not_waited_for(folder):
 
 JSON = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-  lambda children: st.lists(children) | st.dictionaries(st.text() | st.sampled_from(["a", "size", "sha256"]), children),
+  lambda children: (
+    st.lists(children)
+    | st.dictionaries(st.text() | st.sampled_from(["files", "facts", "a", "size", "sha256"]), children)
+  ),
 )
 
 
@@ -96,3 +101,11 @@ def test_no_manifest_of_another_making_passes_or_crashes(value, tmp_path_factory
   path = folder.parent / "1.json"
   path.write_text(json.dumps(value), encoding="utf-8")
   assert manifest.problem(folder, path)
+
+
+def test_a_link_where_the_manifest_is_made_is_not_written_through(folder):
+  victim = folder.parent / "victim"
+  victim.write_text("precious")
+  (folder.parent / "manifests" / "2.new").symlink_to(victim)
+  manifest.write(folder, folder.parent / "manifests" / "2.json", {})
+  assert victim.read_text() == "precious"

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ("--data", "sample", "--platform", "cpu", "--num-devices", "1", "--sequence-length", "24", "--limit", "400")
 TRAIN += ("--embedding-size", "8", "--hidden-size", "8", "--vocabulary-size", "200", "--batch-size", "8")
 TRAIN += ("--epochs", "3", "--save-every-steps", "10", "--log-every", "7", "--evaluation-batch-size", "16")
+# Of 150 steps, with a line every seven and at an epoch's end.
+LAST_LINE_BUT_ONE = 147
 # Seconds after which a command counts as hanging, and a process whose partner was killed too.
 HANGS = 120
 SIGNAL_EXITS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -141,36 +143,56 @@ def newest_state(run_dir: Path) -> tuple[int, Any]:
   with _RESTORING:
     checkpoints = Checkpoints(run_dir, read_only=True)
     try:
-      step = checkpoints.find("latest")
-      return step, checkpoints.restore(step, abstract)[0]
+      saved = checkpoints.find("latest")
+      return saved.step, checkpoints.restore(saved, abstract)
     finally:
       checkpoints.close()
 
 
 def kill(sandbox: Sandbox, rng: random.Random, run_dir: Path) -> None:
-  """Up to three kills, each at any moment from the start of Python to the last save."""
+  """Up to three kills, each at any moment from the start of Python to the last save; some while a signal is heeded."""
   for _ in range(rng.randint(1, 3)):
     process = sandbox.start(run_dir)
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(rng.uniform(0, sandbox.seconds * 1.1))
+    if rng.random() < 0.3:
+      process.send_signal(signal.SIGTERM)
+      time.sleep(rng.uniform(0, 0.3))
     process.kill()
     process.communicate()
   sandbox.require_same_end(run_dir)
+  require(not (run_dir / "damaged").exists(), "a kill is taken for damage")
+
+
+def _last_line(run_dir: Path) -> int:
+  """The step of the last line of metrics.jsonl; -1 where there is none."""
+  path = run_dir / "metrics.jsonl"
+  lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+  return json.loads(lines[-1])["step"] if lines else -1
 
 
 def stop(sandbox: Sandbox, rng: random.Random, run_dir: Path) -> None:
   number = rng.choice(list(SIGNAL_EXITS))
   process = sandbox.start(run_dir)
+  # Not while Python itself starts, which answers Ctrl-C with a traceback of its own.
   with contextlib.suppress(subprocess.TimeoutExpired):
-    process.wait(rng.uniform(0, sandbox.seconds))
-  is_laid = (run_dir / "config.json").exists()
+    process.wait(rng.uniform(0.8, sandbox.seconds))
+  line = _last_line(run_dir)
   process.send_signal(number)
   code, stdout, stderr = finish(process)
-  # Before there is anything to save Python itself ends on the signal; in the last moment the run ends by itself.
-  require(code in (SIGNAL_EXITS[number], -number, 0), f"exit {code} on {number.name}: {stderr}")
-  if code == SIGNAL_EXITS[number] and is_laid and "Saved step" in stderr:
+  if line < 0:
+    # Before there is anything to save Python itself ends on the signal.
+    require(code in (SIGNAL_EXITS[number], -number), f"exit {code} on {number.name} at the start: {stderr}")
+  elif line < LAST_LINE_BUT_ONE:
+    require(code == SIGNAL_EXITS[number], f"exit {code} on {number.name} after step {line}: {stderr}")
+  else:
+    # Once the last epoch is evaluated the run ends by itself.
+    require(code in (SIGNAL_EXITS[number], -number, 0), f"exit {code} on {number.name} at the end: {stderr}")
+  if "Saved step" in stderr:
     step = int(stderr.split("Saved step ")[1].split(" ")[0].replace(",", ""))
     require(newest_state(run_dir)[0] == step, f"step {step} is said to be saved, and is not: {stdout}")
+  elif code == SIGNAL_EXITS[number]:
+    require(line < 0 or line >= LAST_LINE_BUT_ONE, f"nothing was saved after step {line}: {stderr}")
   sandbox.require_same_end(run_dir)
 
 
@@ -223,7 +245,10 @@ def fill_disk(sandbox: Sandbox, rng: random.Random, folder: Path) -> None:
     code, _, stderr = sandbox.train(run_dir)
     if code:
       lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-      require(len(lines) == 1, f"no clear error, exit {code}: {stderr}")
+      require(len(lines) == 1 and code in (2, 3, 4), f"no clear error, exit {code}: {stderr}")
+      # The first step is saved long before the first epoch ends.
+      is_saved = any((run_dir / "manifests").glob("*.json"))
+      require(is_saved or _last_line(run_dir) < 20, "all steps were lost")
       if (run_dir / "checkpoints").is_dir():
         from imdb_jax import manifest
 
@@ -263,10 +288,13 @@ def stop_one_of_two(sandbox: Sandbox, rng: random.Random, run_dir: Path) -> None
   _end_of_two(sandbox)
   processes = _start_two(sandbox, run_dir)
   _wait_for_line(run_dir, rng)
+  line = _last_line(run_dir)
   rng.choice(processes).send_signal(signal.SIGTERM)
   results = [finish(process) for process in processes]
   codes = [code for code, _, _ in results]
-  require(codes in ([143, 143], [0, 0]), f"exits {codes}: {results}")
+  # They agree every 16 steps; once the last epoch is evaluated the run ends by itself.
+  is_late = line >= LAST_LINE_BUT_ONE - 16
+  require(codes == [143, 143] or (is_late and codes == [0, 0]), f"exits {codes} after step {line}: {results}")
   if codes == [143, 143]:
     saved = {stderr.split("Saved step ")[1].split(" ")[0] for _, _, stderr in results}
     require(len(saved) == 1, f"different steps were saved: {saved}")
@@ -277,16 +305,11 @@ def kill_one_of_two(sandbox: Sandbox, rng: random.Random, run_dir: Path) -> None
   _end_of_two(sandbox)
   processes = _start_two(sandbox, run_dir)
   _wait_for_line(run_dir, rng)
-  victim = rng.randrange(2)
+  line, victim = _last_line(run_dir), rng.randrange(2)
   processes[victim].kill()
   processes[victim].communicate()
-  other = processes[1 - victim]
-  try:
-    other.communicate(timeout=HANGS)
-  except subprocess.TimeoutExpired:
-    other.kill()
-    other.communicate()
-    raise Failure(f"the other process hangs for {HANGS} s") from None
+  code, _, stderr = finish(processes[1 - victim])
+  require(code != 0 or line >= LAST_LINE_BUT_ONE - 16, f"exit 0 though process {victim} was killed: {stderr}")
   _require_same_end_of_two(sandbox, run_dir)
 
 
@@ -367,9 +390,15 @@ def make_inputs(sandbox: Sandbox, folder: Path) -> dict[str, tuple[bytes, Callab
     path.replace(run_dir / "metrics.jsonl")
     read_metrics(run_dir)
 
+  newest = max((whole / "checkpoints").iterdir(), key=lambda step: int(step.name))
+  manifest_path = whole / "manifests" / f"{newest.name}.json"
+  honest_files = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
+
   def read_manifest(path: Path) -> None:
-    newest = max((whole / "checkpoints").iterdir(), key=lambda step: int(step.name))
-    manifest.problem(newest, path)
+    problem = manifest.problem(newest, path)
+    if problem is None:
+      is_same = json.loads(path.read_text(encoding="utf-8"))["files"] == honest_files
+      require(is_same, "a manifest of other files passes")
 
   def read_text(path: Path) -> None:
     vocabulary.encode([path.read_bytes().decode("utf-8", "replace")], 24)
@@ -404,7 +433,7 @@ def make_inputs(sandbox: Sandbox, folder: Path) -> dict[str, tuple[bytes, Callab
     "vocab.json": ((whole / "vocab.json").read_bytes(), Vocabulary.load),
     "config.json": ((whole / "config.json").read_bytes(), read_config),
     "metrics.jsonl": ((whole / "metrics.jsonl").read_bytes(), read_lines),
-    "manifest": (next((whole / "manifests").iterdir()).read_bytes(), read_manifest),
+    "manifest": (manifest_path.read_bytes(), read_manifest),
     "review": ("A film <br /> of 10/10 - «déjà vu» ☺ &amp; more".encode(), read_text),
     **{f"cached {name}": (content, read_cache(name)) for name, content in honest.items()},
   }
@@ -451,7 +480,7 @@ def mutations(sandbox: Sandbox, options: Options, folder: Path) -> tuple[int, li
     except Exception as error:
       failures.append(f"mutation {number} of {name}: {error!r}")
   if _listing(outside) != before:
-    failures.append("a file outside was written")
+    failures.append("a file of another run was written")
   return options.mutations, failures
 
 
@@ -486,6 +515,8 @@ def run_trials(sandbox: Sandbox, options: Options, field: str, trial: Callable, 
 
 def main() -> None:
   options = tyro.cli(Options, description=__doc__)
+  if options.markdown is not None:
+    options.markdown.parent.mkdir(parents=True, exist_ok=True)
   # The sandbox's own look at checkpoints needs no more than a CPU, and says of damaged ones what is expected.
   os.environ["JAX_PLATFORMS"] = "cpu"
   import logging

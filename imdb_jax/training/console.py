@@ -1,5 +1,7 @@
 """What a person sees of a training run: live on a terminal, plain lines in a pipe or file."""
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 
@@ -8,11 +10,18 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 
+class _Output(RichConsole):
+  def on_broken_pipe(self) -> None:
+    """Nobody reads any more, as in `train.py | head`: training goes on."""
+    self.quiet = True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Console:
   """Writes to standard output, and to nothing in the processes other than the first."""
 
   def __init__(self, *, is_quiet: bool = False):
-    self._console = RichConsole(quiet=is_quiet, highlight=False, soft_wrap=True)
+    self._console = _Output(quiet=is_quiet, highlight=False, soft_wrap=True)
     self._progress: rich_progress.Progress | None = None
     self._task = rich_progress.TaskID(0)
     self._started = 0.0

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imdb_jax import evaluation, lstm, run_directory, sharding, state, steps
-from imdb_jax.checkpoint import Checkpoints
+from imdb_jax.checkpoint import Checkpoints, Saved
 from imdb_jax.config import Config
 from imdb_jax.data import batches, tokens
-from imdb_jax.errors import DivergenceError, PlatformError, UsageError
+from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
 from imdb_jax.model import SentimentLSTM
 from imdb_jax.training import report
 from imdb_jax.training.console import Console
@@ -57,52 +56,48 @@ def fit(config: Config) -> FitResult:
     PlatformError: the platform or devices are not there.
     Interrupted: after a signal, once the state is saved.
   """
-  is_resumed = run_directory.check(config)
+  # Before JAX starts, which takes longer than to see that the folder is another run's.
+  run_directory.check(config)
   sharding.keep_freed_memory(config.runtime)
   mesh = sharding.start(config.runtime)
   jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
   is_first = jax.process_index() == 0
   console = Console(is_quiet=not is_first)
-  with run_directory.locked(config.run_dir) if is_first else contextlib.nullcontext():
-    return _fit(config, is_resumed, mesh, console)
-
-
-def _fit(config: Config, is_resumed: bool, mesh: Mesh, console: Console) -> FitResult:
-  """As `fit`, where this process alone writes to the run directory."""
-  data = tokens.load(
-    config.dataset, archive=config.runtime.archive, cache_dir=config.runtime.cache_dir, report=console.line
-  )
-  if is_resumed:
-    run_directory.check_data(config.run_dir, data.digest())
-  elif jax.process_index() == 0:
-    run_directory.create(config, data.vocabulary, data.digest(), mesh)
-  with (
-    StopRequest() as stop,
-    _clear_errors(config),
-    contextlib.closing(_Trainer(config, mesh, console, data, stop)) as trainer,
-  ):
-    return trainer.run()
-
-
-@contextlib.contextmanager
-def _clear_errors(config: Config) -> Iterator[None]:
-  """Says in one line that the disk is full, memory did not suffice, or another process has gone."""
-  try:
-    yield
-  except OSError as error:
-    raise UsageError(f"--run-dir {config.run_dir}: cannot be written: {error}. What was saved is intact.") from error
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).splitlines()[0][:300]
-    raise PlatformError(
-      f"The computation failed: {reason} The same command goes on from the last checkpoint; "
-      "if memory did not suffice, a smaller --batch-size in a new --run-dir needs less."
-    ) from error
+  with contextlib.ExitStack() as stack:
+    with sharding.together():
+      if is_first:
+        stack.enter_context(run_directory.locked(config.run_dir))
+      data = tokens.load(
+        config.dataset, archive=config.runtime.archive, cache_dir=config.runtime.cache_dir, report=console.line
+      )
+      # Once more: until it was locked, another trainer may have been at work.
+      if is_first and not run_directory.check(config):
+        run_directory.create(config, data.vocabulary, data.digest(), mesh)
+    with sharding.together():
+      # Each process has flags and reviews of its own.
+      run_directory.check(config)
+      run_directory.check_data(config.run_dir, data.digest())
+    stop = stack.enter_context(StopRequest())
+    stack.enter_context(sharding.device_errors())
+    try:
+      return _Trainer(config, mesh, console, data, stop, stack).run()
+    except OSError as error:
+      raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. What was saved is intact.") from error
 
 
 class _Trainer:
   """One run in progress."""
 
-  def __init__(self, config: Config, mesh: Mesh, console: Console, data: tokens.TokenData, stop: StopRequest):
+  def __init__(
+    self,
+    config: Config,
+    mesh: Mesh,
+    console: Console,
+    data: tokens.TokenData,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+  ):
+    """What is opened is closed by `stack`."""
     self._config, self._mesh, self._console, self._data = config, mesh, console, data
     self._stop = stop
     self._batch_size = sharding.padded_batch_size(config.training.batch_size, mesh)
@@ -112,30 +107,31 @@ class _Trainer:
     model = SentimentLSTM.of_run(config)
     optimizer = state.make_optimizer(config.optimizer, self._last_step)
     self._checkpoints = Checkpoints(config.run_dir, read_only=False)
-    self._progress: dict[str, Any] = {}
-    if not self._checkpoints.is_empty():
-      abstract = state.abstract(model, optimizer, mesh)
-      self._state, self._progress = self._checkpoints.restore(self._checkpoints.find("latest"), abstract)
-    else:
+    stack.callback(self._checkpoints.close)
+    if self._checkpoints.is_empty():
+      saved = Saved(step=0, progress={}, val_accuracy=None)
       self._state = state.create(model, optimizer, config.training.seed, mesh)
-    self._step = int(self._state.step)
+    else:
+      saved, self._state = self._checkpoints.restore_latest(state.abstract(model, optimizer, mesh))
+    self._step, self._progress = saved.step, saved.progress
     self._saved_at = time.monotonic()
     self._print_header(model)
     self._compile(model, optimizer)
-    finished_epochs = self._step // self._steps_per_epoch
-    if self._progress and self._step % self._steps_per_epoch == 0:
-      # Saved between the last step of an epoch and its evaluation, or before the first step of all.
-      finished_epochs = max(finished_epochs - 1, 0)
+    # Without an accuracy the last step of an epoch still has its evaluation before it.
+    evaluated = saved.step if saved.val_accuracy is not None else max(saved.step - 1, 0)
     self._recorder = Recorder(
       config.run_dir,
       console,
       log_every=config.runtime.log_every,
       steps_per_epoch=self._steps_per_epoch,
       step=self._step,
-      finished_epochs=finished_epochs,
+      finished_epochs=evaluated // self._steps_per_epoch,
       is_writer=jax.process_index() == 0,
       skips_non_finite=config.optimizer.non_finite == "skip",
+      num_skipped=state.num_skipped(self._state),
     )
+    stack.callback(self._recorder.close)
+    stack.callback(console.end_epoch)
 
   def _print_header(self, model: SentimentLSTM) -> None:
     config, data = self._config, self._data
@@ -200,11 +196,6 @@ class _Trainer:
       run_dir=self._config.run_dir, history=self._recorder.history, compile_seconds=self._compile_seconds
     )
 
-  def close(self) -> None:
-    self._console.end_epoch()
-    self._recorder.close()
-    self._checkpoints.close()
-
   def _agree(self) -> tuple[signal.Signals | None, bool]:
     """The signal that any of the processes got, and whether it is time to save. All of them must ask at once."""
     limit = self._config.runtime.save_every_seconds
@@ -226,8 +217,11 @@ class _Trainer:
     training, runtime = self._config.training, self._config.runtime
     plan = self._plan(epoch)
     done = self._step - (epoch - 1) * self._steps_per_epoch
-    seconds_before = self._progress["seconds"] if done else 0.0
-    self._recorder.start_epoch(epoch, self._progress if done else None)
+    try:
+      seconds_before = float(self._progress["seconds"]) if done else 0.0
+      self._recorder.start_epoch(epoch, self._progress if done else None)
+    except (KeyError, TypeError, ValueError) as error:
+      raise CheckpointError(f"Step {self._step:,} was saved without what its epoch needs: {error!r}.") from error
     self._console.start_epoch(epoch, training.epochs, num_steps=len(plan), done=done)
     poll_every = 1 if jax.process_count() == 1 else _POLL_EVERY
 
@@ -274,8 +268,7 @@ class _Trainer:
     )
     self._console.end_epoch()
     self._console.line(report.epoch_line(line, training.epochs))
-    self._checkpoints.save(self._step, self._state, {}, val_accuracy=result.accuracy)
-    self._saved_at = time.monotonic()
+    self._save({}, val_accuracy=result.accuracy)
     if jax.process_index() == 0:
       write_history(self._config.run_dir, self._recorder.history)
 
@@ -285,7 +278,11 @@ class _Trainer:
     if number:
       self._console.end_epoch()
       self._console.line(f"{number.name}: saving step {self._step:,}")
-    self._checkpoints.save(self._step, self._state, {**self._recorder.progress(), "seconds": seconds})
-    self._saved_at = time.monotonic()
+    self._save({**self._recorder.progress(), "seconds": seconds}, val_accuracy=None)
     if number:
       raise Interrupted(number, self._step)
+
+  def _save(self, progress: dict[str, Any], val_accuracy: float | None) -> None:
+    self._recorder.sync()
+    self._checkpoints.save(self._step, self._state, progress, val_accuracy)
+    self._saved_at = time.monotonic()

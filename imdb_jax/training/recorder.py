@@ -5,9 +5,11 @@ else in the training loop reads a device value. It also keeps at most two steps 
 for good where several CPU devices, which meet to sum gradients, have more than 32.
 """
 
+import contextlib
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +24,7 @@ EPOCH_FIELDS: tuple[str, ...] = (
 
 # Non-finite steps in a row that are skipped at most: after them nothing will mend by itself.
 _MOST_SKIPPED = 10
+_MAX_BYTES = 2**28
 
 
 class Sums:
@@ -58,16 +61,32 @@ class Recorder:
     finished_epochs: int,
     is_writer: bool,
     skips_non_finite: bool,
+    num_skipped: int,
   ):
-    """Continues the files of a run after `step`: what they hold of later steps belongs to no checkpoint and goes.
+    """Continues the files of a run: what they hold beyond its checkpoint goes.
+
+    Args:
+      run_dir: of the run.
+      console: to show metrics on.
+      log_every: steps between two lines.
+      steps_per_epoch: of the run.
+      step: of the checkpoint.
+      finished_epochs: evaluated epochs that the checkpoint holds.
+      is_writer: whether this process writes the files.
+      skips_non_finite: whether steps that are not finite are left out, instead of ending the run.
+      num_skipped: how many of them in a row lie just before `step`.
 
     Raises:
       CheckpointError: they do not hold the epochs before `step`.
     """
-    self._skips_non_finite, self._num_skipped = skips_non_finite, 0
+    self._skips_non_finite, self._num_skipped = skips_non_finite, num_skipped
     self._path, self._console = run_dir / "metrics.jsonl", console
     self._log_every, self._steps_per_epoch = log_every, steps_per_epoch
-    kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+    kept = [
+      line
+      for line in read_metrics(run_dir)
+      if line["step"] <= (step if line["kind"] == "step" else finished_epochs * steps_per_epoch)
+    ]
     self.history = [line for line in kept if line["kind"] == "epoch"]
     if len(self.history) != finished_epochs:
       raise CheckpointError(
@@ -108,7 +127,7 @@ class Recorder:
 
   def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
     values = jax.device_get(metrics)
-    if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+    if values["is_finite"]:
       self._num_skipped = 0
     else:
       self._refuse(step, values)
@@ -128,7 +147,7 @@ class Recorder:
     DivergenceError: non-finite steps are not to be skipped, or there are too many in a row.
     """
     self._num_skipped += 1
-    what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+    what = "its gradients" if math.isfinite(values["loss"]) else f"its loss is {values['loss']}"
     if not self._skips_non_finite:
       raise DivergenceError(f"Step {step:,} is not finite ({what}).")
     if self._num_skipped == _MOST_SKIPPED:
@@ -158,9 +177,16 @@ class Recorder:
       self._file.write(json.dumps(line) + "\n")
       self._file.flush()
 
+  def sync(self) -> None:
+    """Has the lines survive a power cut: a checkpoint must not know of epochs that its metrics lack."""
+    if self._file is not None:
+      os.fsync(self._file.fileno())
+
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
+      # What could not be written has been said where it was tried.
+      with contextlib.suppress(OSError):
+        self._file.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -169,6 +195,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   try:
+    if path.stat().st_size > _MAX_BYTES:
+      raise ValueError(f"larger than {_MAX_BYTES:,} bytes")
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     metrics = [json.loads(line) for line in lines]
     if not all(line["kind"] in ("step", "epoch") and type(line["step"]) is int for line in metrics):

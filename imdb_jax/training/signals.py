@@ -5,7 +5,10 @@ import threading
 
 
 class StopRequest:
-  """While entered, the first SIGINT or SIGTERM only sets `signal`; a second one ends the process at once."""
+  """While entered, the first SIGINT or SIGTERM only sets `signal`; a second one ends the process at once.
+
+  The second is the kernel's: Python would not look at it before a computation ends.
+  """
 
   def __init__(self):
     self.signal: signal.Signals | None = None
@@ -24,10 +27,9 @@ class StopRequest:
 
   def _on_signal(self, number, frame) -> None:
     del frame
-    if self.signal is not None:
-      signal.signal(number, signal.SIG_DFL)
-      signal.raise_signal(number)
     self.signal = signal.Signals(number)
+    for each in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(each, signal.SIG_DFL)
 
 
 class Interrupted(Exception):

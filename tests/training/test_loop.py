@@ -138,5 +138,4 @@ def test_a_stop_during_evaluation_evaluates_again_and_keeps_the_best(tmp_path, m
   assert len([line for line in lines(tmp_path / "stopped") if line["kind"] == "epoch"]) == len(calls) - 1
   imdb_jax.fit(tiny(tmp_path / "stopped"))
   assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
-  saved = tmp_path / "stopped" / "checkpoints" / str(best("whole")) / "metrics" / "metrics"
-  assert "val_accuracy" in saved.read_text(), "without it another step would pass for the best"
+  assert best("stopped") == best("whole")

@@ -14,7 +14,7 @@ import pytest
 from training.tiny import tiny, without_times
 
 import imdb_jax
-from imdb_jax import evaluation, manifest, state, steps
+from imdb_jax import checkpoint, evaluation, manifest, state, steps
 from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.config import Config
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
@@ -33,7 +33,7 @@ def final_state(config: Config) -> dict[str, np.ndarray]:
   model = SentimentLSTM.of_run(config)
   checkpoints = Checkpoints(config.run_dir, read_only=True)
   abstract = state.abstract(model, state.make_optimizer(config.optimizer, 8), mesh)
-  restored, _ = checkpoints.restore(checkpoints.find("latest"), abstract)
+  restored = checkpoints.restore(checkpoints.find("latest"), abstract)
   checkpoints.close()
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
 
@@ -86,7 +86,7 @@ def test_a_signal_at_any_step(whole, step, tmp_path, monkeypatch):
 def test_saves_within_an_epoch_change_nothing_and_bound_what_is_lost(whole, setting, tmp_path, monkeypatch):
   config = with_runtime(tiny(tmp_path / "run"), **setting)
   with monkeypatch.context() as patch:
-    patch.setattr(evaluation, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(evaluation, "evaluate", _die)
     with pytest.raises(KeyboardInterrupt):
       imdb_jax.fit(config)
   # Not the fourth step: the epoch's end saves that one, once it is evaluated.
@@ -115,7 +115,7 @@ DAMAGE = {
   "truncated": lambda step: os.truncate(_largest(step), 10),
   "removed": lambda step: _largest(step).unlink(),
   "linked": lambda step: _link(_largest(step)),
-  "without manifest": lambda step: (step.parent.parent / "manifests" / f"{step.name}.json").unlink(),
+  "its manifest": lambda step: _flip(step.parent.parent / "manifests" / f"{step.name}.json"),
 }
 
 
@@ -128,11 +128,10 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, damage, tmp_p
   with caplog.at_level(logging.WARNING):
     classifier = imdb_jax.Classifier.load(config.run_dir, step="latest")
   assert classifier.step == 4
-  assert "checkpoints/8: not used" in caplog.text
+  assert "checkpoints/8: damaged and not used" in caplog.text
   assert (config.run_dir / "checkpoints" / "8").exists(), "a reader changes nothing"
-  if (config.run_dir / "manifests" / "8.json").exists():
-    with pytest.raises(CheckpointError, match="8: damaged"):
-      imdb_jax.Classifier.load(config.run_dir, step=8)
+  with pytest.raises(CheckpointError, match="8: damaged"):
+    imdb_jax.Classifier.load(config.run_dir, step=8)
 
   imdb_jax.fit(config)
   assert_same_end(whole, config)
@@ -145,16 +144,52 @@ def test_without_any_good_step_all_are_named_and_nothing_starts_anew(tmp_path):
   for step in (4, 8):
     _flip(_largest(config.run_dir / "checkpoints" / str(step)))
   before = (config.run_dir / "metrics.jsonl").read_bytes()
-  with pytest.raises(CheckpointError, match=r"(?s)step 4: .* altered.*step 8: .* altered"):
-    imdb_jax.fit(config)
+  for _ in range(2):
+    with pytest.raises(CheckpointError, match=r"(?s)step 4: .* altered.*step 8: .* altered"):
+      imdb_jax.fit(config)
   assert (config.run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_first_save_that_was_cut_short_starts_anew(whole, tmp_path, monkeypatch):
-  config = tiny(tmp_path / "run")
+def _die(*arguments, **settings) -> None:
+  """As a kill at this moment."""
+  raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+@pytest.mark.parametrize(
+  ("owner", "name"), [(manifest, "write"), (checkpoint, "_remove"), (checkpoint.ocp.Checkpointer, "save")]
+)
+def test_a_kill_within_a_save_loses_nothing_that_was_saved(whole, owner, name, call, tmp_path, monkeypatch):
+  config = with_runtime(tiny(tmp_path / "run"), save_every_steps=1)
+  real, calls = getattr(owner, name), []
+
+  def dying(*arguments, **settings):
+    calls.append(arguments)
+    return (_die if len(calls) == call else real)(*arguments, **settings)
+
   with monkeypatch.context() as patch:
-    # As a kill between the commit and the manifest.
-    patch.setattr(manifest, "write", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(owner, name, dying)
+    with pytest.raises(KeyboardInterrupt):
+      imdb_jax.fit(config)
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+  assert not (config.run_dir / "damaged").exists(), "a kill damages nothing"
+
+
+def test_a_stop_in_an_evaluation_then_a_kill_before_its_epoch_is_saved(whole, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  evaluate = evaluation.evaluate
+
+  def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluation, "evaluate", stopped)
+    with pytest.raises(Interrupted):
+      imdb_jax.fit(config)
+  with monkeypatch.context() as patch:
+    patch.setattr(manifest, "write", _die)
     with pytest.raises(KeyboardInterrupt):
       imdb_jax.fit(config)
   imdb_jax.fit(config)
@@ -171,7 +206,9 @@ def test_a_checkpoint_of_values_that_are_no_numbers_is_refused(tmp_path):
   checkpoints = Checkpoints(config.run_dir, read_only=False)
   checkpoints.save(4, made, {})
   with pytest.raises(CheckpointError, match="not finite"):
-    checkpoints.restore(4, state.abstract(model, optimizer, mesh))
+    checkpoints.restore(checkpoints.find(4), state.abstract(model, optimizer, mesh))
+  with pytest.raises(CheckpointError, match=r"no checkpoint can be used: step 4: .*not finite"):
+    checkpoints.restore_latest(state.abstract(model, optimizer, mesh))
   checkpoints.close()
 
 
@@ -179,10 +216,10 @@ def test_a_full_disk_fails_the_run_and_leaves_the_older_steps(whole, tmp_path, m
   config = tiny(tmp_path / "run")
   real = manifest.write
 
-  def full(folder, path):
+  def full(folder, path, facts):
     if folder.name == "8":
       raise OSError(errno.ENOSPC, "No space left on device")
-    real(folder, path)
+    real(folder, path, facts)
 
   with monkeypatch.context() as patch:
     patch.setattr(manifest, "write", full)
@@ -246,7 +283,7 @@ def test_metrics_for_which_there_is_no_room_end_the_run_in_one_line(whole, tmp_p
   config = tiny(tmp_path / "run")
   with monkeypatch.context() as patch:
     patch.setattr(Recorder, "_write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(UsageError, match=r"--run-dir .* cannot be written: .*No space left"):
+    with pytest.raises(UsageError, match=r"--run-dir .*No space left.*intact"):
       imdb_jax.fit(config)
   imdb_jax.fit(config)
   assert_same_end(whole, config)
@@ -271,10 +308,10 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkey
   read = Recorder._read
 
   def poisoned(recorder, step, metrics):
-    read(recorder, step, metrics if step != 6 else metrics | {"gradient_norm": np.float32(np.inf)})
+    read(recorder, step, metrics if step != 6 else metrics | {"is_finite": np.float32(0)})
 
   monkeypatch.setattr(Recorder, "_read", poisoned)
-  with pytest.raises(DivergenceError, match=r"Step 6 .* gradient norm inf.*last good checkpoint is step 4.*non-finite"):
+  with pytest.raises(DivergenceError, match=r"Step 6 .*its gradients.*last good checkpoint is step 4.*non-finite"):
     imdb_jax.fit(config)
   assert Checkpoints(config.run_dir, read_only=True).steps() == [4]
 
