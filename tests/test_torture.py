@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torture
 
-from imdb_jax import manifest
 from imdb_jax.checkpoint import Checkpoints
 
 COUNTS = torture.Options(
@@ -38,9 +37,10 @@ def test_nothing_is_let_in(sandbox, tmp_path):
 
 
 def test_damage_that_goes_unnoticed_is_a_failure(sandbox, monkeypatch):
-  monkeypatch.setattr(manifest, "problem", lambda folder, path: None)
-  _, failures = torture.run_trials(sandbox, COUNTS, "damages", torture.damage, 1)
-  assert failures
+  newest = max(int(path.name) for path in (sandbox.folder / "whole" / "checkpoints").iterdir())
+  monkeypatch.setattr(torture, "newest_state", lambda run_dir: (newest, None))
+  count, failures = torture.run_trials(sandbox, COUNTS, "damages", torture.damage, 1)
+  assert len(failures) == count
 
 
 def test_an_end_that_differs_is_a_failure(sandbox, tmp_path, monkeypatch):

@@ -65,14 +65,14 @@ def fit(config: Config) -> FitResult:
   console = Console(is_quiet=not is_first)
   with contextlib.ExitStack() as stack:
     with sharding.together():
-      if is_first:
-        stack.enter_context(run_directory.locked(config.run_dir))
       data = tokens.load(
         config.dataset, archive=config.runtime.archive, cache_dir=config.runtime.cache_dir, report=console.line
       )
-      # Once more: until it was locked, another trainer may have been at work.
-      if is_first and not run_directory.check(config):
-        run_directory.create(config, data.vocabulary, data.digest(), mesh)
+      if is_first:
+        stack.enter_context(run_directory.locked(config.run_dir))
+        # Once more: until it was locked, another trainer may have been at work.
+        if not run_directory.check(config):
+          run_directory.create(config, data.vocabulary, data.digest(), mesh)
     with sharding.together():
       # Each process has flags and reviews of its own.
       run_directory.check(config)
