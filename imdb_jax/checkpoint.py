@@ -6,6 +6,7 @@ does not agree with it has been damaged, and is not used.
 """
 
 import dataclasses
+import errno
 import itertools
 import logging
 import math
@@ -30,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 _NUM_KEPT = 2
 # More than are ever kept: several processes compare arrays of one size.
 _MOST_STEPS = 64
+# Of a checkpoint's many small files and of Orbax's metadata, generously.
+_OVERHEAD_BYTES = 2**18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +182,8 @@ class Checkpoints:
     """
     try:
       if step not in self._saved:
+        with sharding.together():
+          self._require_room(state)
         self._orbax.save(self.directory / str(step), args=ocp.args.StandardSave(state))
       with sharding.together():
         if jax.process_index() == 0:
@@ -196,6 +201,13 @@ class Checkpoints:
       if jax.process_index() == 0:
         self._manifest(old).unlink(missing_ok=True)
         _remove(self.directory / str(old))
+
+  def _require_room(self, state: TrainState) -> None:
+    """Raises OSError where the disk is as good as full: what tensorstore says of it in the middle of a save is long."""
+    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
+    free = shutil.disk_usage(self.directory).free
+    if free < needed:
+      raise OSError(errno.ENOSPC, f"No space left on device: {free:,} bytes are free, {needed:,} are wanted")
 
   def restore_latest(self, abstract: TrainState) -> tuple[Saved, TrainState]:
     """The newest step that can be restored; one that agrees with its manifest and cannot be read is passed over.
