@@ -177,8 +177,9 @@ def stop(sandbox: Sandbox, rng: random.Random, run_dir: Path) -> None:
   # Not while Python itself starts, which answers Ctrl-C with a traceback of its own.
   with contextlib.suppress(subprocess.TimeoutExpired):
     process.wait(rng.uniform(0.8, sandbox.seconds))
-  line = _last_line(run_dir)
   process.send_signal(number)
+  # Read afterwards: training may have gone on by a few lines, never back.
+  line = _last_line(run_dir)
   code, stdout, stderr = finish(process)
   if line < 0:
     # Before there is anything to save Python itself ends on the signal.
