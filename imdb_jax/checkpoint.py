@@ -50,8 +50,9 @@ class Saved:
   @property
   def rank(self) -> tuple[float, int]:
     """Higher is better, of equals the last; an accuracy that is none or not a number is worst."""
-    is_number = self.val_accuracy is not None and not math.isnan(self.val_accuracy)
-    return (self.val_accuracy if is_number and self.val_accuracy is not None else -math.inf, self.step)
+    if self.val_accuracy is None or math.isnan(self.val_accuracy):
+      return -math.inf, self.step
+    return self.val_accuracy, self.step
 
 
 class Checkpoints:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torture
 from training.tiny import tiny, without_times
 
 import imdb_jax
@@ -29,12 +30,7 @@ def with_runtime(config: Config, **settings) -> Config:
 
 def final_state(config: Config) -> dict[str, np.ndarray]:
   """Every array of the newest checkpoint."""
-  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-  model = SentimentLSTM.of_run(config)
-  checkpoints = Checkpoints(config.run_dir, read_only=True)
-  abstract = state.abstract(model, state.make_optimizer(config.optimizer, 8), mesh)
-  restored = checkpoints.restore(checkpoints.find("latest"), abstract)
-  checkpoints.close()
+  _, restored = torture.newest_state(config.run_dir)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
 
 
