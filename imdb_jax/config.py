@@ -147,8 +147,8 @@ class RuntimeConfig:
   """auto takes the best that JAX finds; a named platform that is absent is an error."""
   num_devices: int | None = None
   """Devices of each process to shard the batch over; by default all, and on a CPU one for each core."""
-  implementation: Literal["auto", "chunked", "scan"] = "auto"
-  """How the LSTM is computed; auto takes the fastest that serves the model."""
+  implementation: Literal["auto", "mosaic_gpu", "cudnn", "chunked", "scan"] = "auto"
+  """How the LSTM is computed; auto takes the fastest that serves model and device, and the run's header says which."""
   archive: Path | None = None
   """A local aclImdb archive (.tar.gz, .tar.xz) or its unpacked folder; otherwise the prepared store or a download."""
   cache_dir: Path = dataclasses.field(default_factory=default_cache_dir)
@@ -275,13 +275,12 @@ PRESETS: dict[str, Config] = {
   # The reference article, as it really ran under Keras 2.3. On 2 CPU cores: see README for time and accuracy.
   "article": Config(),
   # The quickest to the article's best accuracy with the same words: padding costs nothing, the best position of each
-  # unit counts, and the step size falls to nothing. Chosen with a fifth of the training reviews held out: 0.880 after two
-  # epochs (mean of three seeds); three epochs ended at 0.875, 64 units at 0.869, one epoch at 0.861.
+  # unit counts, and the step size falls to nothing. Chosen on reviews held out of training: docs/performance.md.
   "fast": Config(
     preset="fast",
     model=ModelConfig(input_dropout_rate=0.3, recurrent_dropout_rate=0.3, mask_padding=True, pooling="max"),
     optimizer=OptimizerConfig(learning_rate=3e-3, schedule="one_cycle"),
-    training=TrainingConfig(epochs=2, bucket_by_length=True),
+    training=TrainingConfig(epochs=3, bucket_by_length=True),
   ),
   # The corpus inside the package, learnt in seconds: for demonstrations and tests.
   "sample": Config(

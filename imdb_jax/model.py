@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imdb_jax import lstm
 from imdb_jax.config import Config, ModelConfig
-from imdb_jax.lstm import lstm
+from imdb_jax.errors import UsageError
 
 DropoutMasks = tuple[jax.Array | None, jax.Array | None]
 
@@ -61,7 +62,7 @@ class LSTM(nn.Module):
     input_mask, recurrent_mask = (
       mask if mask is None or mask.ndim == 2 else jnp.moveaxis(mask, 1, 0) for mask in dropout_masks
     )
-    return lstm(
+    return lstm.lstm(
       inputs,
       self.param("kernel", nn.initializers.glorot_uniform(), (inputs.shape[-1], 4 * hidden_size)),
       self.param("recurrent_kernel", nn.initializers.orthogonal(), (hidden_size, 4 * hidden_size)),
@@ -89,9 +90,23 @@ class SentimentLSTM(nn.Module):
 
   @classmethod
   def of_run(cls, config: Config) -> "SentimentLSTM":
-    """The model that the settings of a run describe."""
-    named = config.runtime.implementation
-    return cls(config.model, config.dataset.vocabulary_size, None if named == "auto" else named)
+    """The model that the settings of a run describe, with the implementation that serves it here.
+
+    Raises:
+      UsageError: the named implementation cannot.
+    """
+    name, model = config.runtime.implementation, config.model
+    if name == "auto":
+      name = lstm.choose(model.hidden_size).name
+    problem = lstm.unsupported(
+      name,
+      hidden_size=model.hidden_size,
+      recurrent_dropout=model.recurrent_dropout_rate > 0,
+      gate_activation=model.gate_activation,
+    )
+    if problem is not None:
+      raise UsageError(f"--implementation {name}: {problem}.")
+    return cls(model, config.dataset.vocabulary_size, name)
 
   @nn.compact
   def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = (None, None)) -> jax.Array:

@@ -141,6 +141,7 @@ class _Trainer:
       {
         "Preset": config.preset,
         "Devices": f"{self._mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
+        "Recurrence": self._recurrence(model),
         "Precision": f"float32, matrix products {config.training.matmul_precision}",
         "Parameters": f"{state.num_parameters(self._state):,}",
         "Examples": f"{len(data.train):,} train, {len(data.validation):,} validation ({config.dataset.validation})",
@@ -149,6 +150,12 @@ class _Trainer:
         "Run": f"{config.run_dir} ({position})",
       }
     )
+
+  def _recurrence(self, model: SentimentLSTM) -> str:
+    if self._config.runtime.implementation != "auto":
+      return f"{model.implementation} (--implementation)"
+    name, reason = lstm.choose(model.config.hidden_size)
+    return f"{name} ({reason})"
 
   def _wasted_share(self, model: SentimentLSTM) -> float:
     """Of the positions that the first epoch processes."""

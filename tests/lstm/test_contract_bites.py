@@ -34,13 +34,18 @@ MISTAKES = {
 }
 
 
-def case_for(mistake: str) -> Case:
+def case_for(mistake: str, precision: contract.Precision = "float32") -> Case:
   """The smallest case of the contract that has what the mistake needs."""
   needs = MISTAKES[mistake]
+  if precision == "bfloat16":
+    needs = {name: value for name, value in needs.items() if name != "shape"}
+    shapes, cases = ("kernel_two_blocks", "kernel_two_tiles"), contract.KERNEL_CASES
+  else:
+    shapes, cases = ("one_row", "odd"), contract.CASES
   return next(
     case
-    for shape in ("one_row", "odd")
-    for case in contract.CASES
+    for shape in shapes
+    for case in cases
     if case.shape == shape and needs.items() <= dataclasses.asdict(case).items()
   )
 
@@ -112,16 +117,17 @@ def faulty_lstm(
   return hidden.swapaxes(0, 1)
 
 
-def check(mistake: str | None, case: Case) -> None:
+def check(mistake: str | None, case: Case, precision: contract.Precision = "float32") -> None:
   # Operation by operation: compiling the loop for each mistake would take far longer.
   with jax.disable_jit(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    contract.check(functools.partial(faulty_lstm, mistake), case)
+    contract.check(functools.partial(faulty_lstm, mistake), case, precision)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_is_caught(mistake):
+def test_mistake_is_caught(mistake, precision):
   with pytest.raises(AssertionError):
-    check(mistake, case_for(mistake))
+    check(mistake, case_for(mistake, precision), precision)
 
 
 @pytest.mark.parametrize("case", sorted(set(map(case_for, MISTAKES)), key=str), ids=str)
