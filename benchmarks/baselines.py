@@ -28,6 +28,7 @@ class Keras:
   backend: Literal["jax", "tensorflow"]
   mask_zero: bool = False
   force_xla: bool = False
+  recurrent_dropout: bool = True
   install: str = "make bench"
 
 
@@ -51,6 +52,7 @@ SYSTEMS = {
   "keras-tensorflow-xla-masked": Keras(
     work="masked", computes=f"{_GATES}; {_XLA}; full length", backend="tensorflow", mask_zero=True, force_xla=True
   ),
+  "keras-jax-less": Keras(work="less", computes="no recurrent dropout", backend="jax", recurrent_dropout=False),
   "torch": Torch(work="less", computes="nn.LSTM has no recurrent dropout"),
 }
 
@@ -100,11 +102,12 @@ class _KerasTraining(_Training):
     keras = _import("keras")
     keras.utils.set_random_seed(job.seed)
     layers = keras.layers
+    recurrent = _DROPOUT_RATE if system.recurrent_dropout else 0.0
     xla = {"use_cudnn": False} if system.force_xla else {}
     self._model = keras.Sequential(
       [
         layers.Embedding(job.vocabulary_size, job.embedding_size, mask_zero=system.mask_zero),
-        layers.LSTM(job.hidden_size, dropout=_DROPOUT_RATE, recurrent_dropout=_DROPOUT_RATE, **xla),
+        layers.LSTM(job.hidden_size, dropout=_DROPOUT_RATE, recurrent_dropout=recurrent, **xla),
         layers.Dense(1, activation="sigmoid"),
       ]
     )
@@ -155,23 +158,25 @@ class _TorchTraining(_Training):
     torch.manual_seed(job.seed)
     nn = torch.nn
     self._torch = torch
+    self.device = "cuda" if torch.cuda.is_available() and job.platform != "cpu" else "cpu"
     self._layers = nn.ModuleList(
       [
         nn.Embedding(job.vocabulary_size, job.embedding_size),
         nn.LSTM(job.embedding_size, job.hidden_size, batch_first=True),
         nn.Linear(job.hidden_size, 1),
       ]
-    )
+    ).to(self.device)
     self._optimizer = torch.optim.Adam(self._layers.parameters(), eps=1e-7)
 
   def train(self, batches: list[np.ndarray]) -> float:
     torch, (embedding, lstm, dense) = self._torch, self._layers
     losses = []
     for tokens, labels in _gather(self._arrays, batches):
-      embedded = embedding(torch.from_numpy(tokens))
+      embedded = embedding(torch.from_numpy(tokens).to(self.device))
       mask = torch.nn.functional.dropout(torch.ones_like(embedded[:, :1]), _DROPOUT_RATE)
       hidden, _ = lstm(embedded * mask)
-      loss = torch.nn.functional.binary_cross_entropy_with_logits(dense(hidden[:, -1]), torch.from_numpy(labels))
+      targets = torch.from_numpy(labels).to(self.device)
+      loss = torch.nn.functional.binary_cross_entropy_with_logits(dense(hidden[:, -1]), targets)
       self._optimizer.zero_grad()
       loss.backward()
       self._optimizer.step()

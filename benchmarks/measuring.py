@@ -157,6 +157,8 @@ class Measurement:
       return
     if "missing" in answer:
       self.problem = f"missing {answer['missing']}: {install}"
+    elif "unable" in answer:
+      self.problem = answer["unable"]
     else:
       self.ready = worker.Ready(**answer)
 

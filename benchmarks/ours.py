@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import worker
@@ -17,9 +17,10 @@ class Ours:
 
   work: str
   computes: str
-  implementation: Literal["chunked", "scan"] = "chunked"
+  implementation: str = "chunked"
   mask_padding: bool = False
   bucket_by_length: bool = False
+  recurrent_dropout: bool = True
 
 
 _SHARED = "masks shared by the gates"
@@ -27,9 +28,15 @@ _SHARED = "masks shared by the gates"
 SYSTEMS = {
   "ours-chunked": Ours(work="article", computes=_SHARED),
   "ours-scan": Ours(work="article", computes=_SHARED, implementation="scan"),
+  "ours-mosaic-gpu": Ours(
+    work="article", computes=f"{_SHARED}; recurrent products bfloat16", implementation="mosaic_gpu"
+  ),
   "ours-masked": Ours(work="masked", computes=f"{_SHARED}; up to the longest review of a batch", mask_padding=True),
   "ours-bucketed": Ours(
     work="masked", computes=f"{_SHARED}; batches by length", mask_padding=True, bucket_by_length=True
+  ),
+  "ours-cudnn": Ours(
+    work="less", computes="cuDNN has no recurrent dropout", implementation="cudnn", recurrent_dropout=False
   ),
 }
 SGEMM = "sgemm"
@@ -41,7 +48,7 @@ class _Training:
   modules: tuple[str, ...] = ("jax", "flax", "optax")
 
   def __init__(self, job: worker.Job):
-    from imdb_jax import config, sharding, state, steps
+    from imdb_jax import config, lstm, sharding, state, steps
     from imdb_jax.data.tokens import TokenSplit
     from imdb_jax.model import SentimentLSTM
 
@@ -56,7 +63,16 @@ class _Training:
       embedding_size=job.embedding_size,
       hidden_size=job.hidden_size,
       mask_padding=self._system.mask_padding,
+      recurrent_dropout_rate=article.model.recurrent_dropout_rate if self._system.recurrent_dropout else 0.0,
     )
+    problem = lstm.unsupported(
+      self._system.implementation,
+      hidden_size=job.hidden_size,
+      recurrent_dropout=self._system.recurrent_dropout,
+      gate_activation=model_config.gate_activation,
+    )
+    if problem is not None:
+      raise worker.UnableError(problem)
     model = SentimentLSTM(model_config, job.vocabulary_size, self._system.implementation)
     optimizer = state.make_optimizer(article.optimizer, job.num_steps)
     self._state = state.create(model, optimizer, job.seed, self._mesh)

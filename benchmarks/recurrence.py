@@ -69,7 +69,9 @@ class Options(measuring.Options):
     return directions * point.num_steps * 2 * 4 * point.hidden_size**2 / (128 * self.clock_ghz * 1e6)
 
 
-def _measure_point(options: Options, point: Point, processes: dict[str, Process]) -> list[dict[str, Any]]:
+def _measure_point(
+  options: Options, point: Point, processes: dict[str, Process], floor_ms: float | None
+) -> list[dict[str, Any]]:
   """A row a system."""
   problems: dict[str, str | None] = {}
   repeats, times = {}, {name: [] for name in options.systems}
@@ -100,14 +102,14 @@ def _measure_point(options: Options, point: Point, processes: dict[str, Process]
       "problem": problems[name],
       "ms": statistics.median(times[name]) if times[name] and problems[name] is None else None,
       "ms_windows": times[name],
-      "floor_ms": options.floor_ms(point),
+      "floor_ms": floor_ms,
     }
     for name in options.systems
   ]
 
 
-def measure(options: Options, save: Callable[[list[dict[str, Any]]], None]) -> None:
-  """Calls `save` with all rows so far, after each point."""
+def measure(options: Options, has_gpu: bool, save: Callable[[list[dict[str, Any]]], None]) -> None:
+  """Calls `save` with all rows so far, after each point. Only a GPU has a floor."""
   rows: list[dict[str, Any]] = []
   with tempfile.TemporaryDirectory(prefix="recurrence-") as folder:
     processes = {}
@@ -117,7 +119,7 @@ def measure(options: Options, save: Callable[[list[dict[str, Any]]], None]) -> N
         if python.exists():
           processes[name] = Process(python, "recurrence_worker.py", [name, options.platform], Path(folder) / name)
       for point in options.points():
-        rows += _measure_point(options, point, processes)
+        rows += _measure_point(options, point, processes, options.floor_ms(point) if has_gpu else None)
         shown = ", ".join(f"{row['system']} {row['ms']:.3g}" for row in rows[-len(options.systems) :] if row["ms"])
         measuring.say(f"{_describe(point)}: {shown or 'nothing'} ms")
         save(rows)
@@ -147,15 +149,21 @@ def _show(results: dict[str, Any]) -> None:
   ):
     table.add_column(column, justify="left" if column in ("direction", "system") else "right")
   for row in results["rows"]:
-    start = [str(row[axis]) for axis in _AXES]
-    start += ["both" if row["gradients"] else "forward", row["system"], "yes" if row["recurrent_dropout"] else "no"]
-    if row["ms"] is None:
-      table.add_row(*start, row["problem"])
-      continue
-    windows = row["ms_windows"]
-    table.add_row(*start, f"{row['ms']:.3f}", f"{min(windows):.3f} - {max(windows):.3f}", f"{row['floor_ms']:.3f}")
+    if row["ms"] is not None:
+      windows = row["ms_windows"]
+      table.add_row(
+        *(str(row[axis]) for axis in _AXES),
+        "both" if row["gradients"] else "forward",
+        row["system"],
+        "yes" if row["recurrent_dropout"] else "no",
+        f"{row['ms']:.3f}",
+        f"{min(windows):.3f} - {max(windows):.3f}",
+        "" if row["floor_ms"] is None else f"{row['floor_ms']:.3f}",
+      )
   console.print(table)
+  problems = dict.fromkeys(f"{row['system']}: {row['problem']}." for row in results["rows"] if row["problem"])
   for line in (
+    *problems,
     f"Median of {results['windows']} windows. The floor is that of a GPU kernel that reads the recurrent weights from "
     "its own memory once a position.",
     *measuring.machine_lines(results["machine"]),
@@ -166,6 +174,7 @@ def _show(results: dict[str, Any]) -> None:
 def _plot(results: dict[str, Any], output: Path) -> None:
   """A panel an axis and direction; systems without recurrent dropout are dashed, the floor is dotted."""
   from matplotlib.figure import Figure
+  from matplotlib.ticker import LogFormatter, NullLocator
 
   figure = Figure(figsize=(16, 9), layout="constrained")
   panels = figure.subplots(2, len(_AXES), sharey="row")
@@ -182,12 +191,17 @@ def _plot(results: dict[str, Any], output: Path) -> None:
     for index, system in enumerate(systems):
       own = sorted((row[axis], row["ms"]) for row in rows if row["system"] == system and row["ms"] is not None)
       style = "-" if SYSTEMS[system][1] else "--"
-      axes.plot(*zip(*own, strict=True) if own else ([], []), style, marker="o", color=f"C{index}", label=system)
-    floor = sorted({(row[axis], row["floor_ms"]) for row in rows})
-    axes.plot(*zip(*floor, strict=True) if floor else ([], []), ":", color="black", label="floor of a GPU kernel")
+      if own:
+        axes.plot(*zip(*own, strict=True), style, marker="o", color=f"C{index}", label=system)
+    floor = sorted({(row[axis], row["floor_ms"]) for row in rows if row["floor_ms"] is not None})
+    if floor:
+      axes.plot(*zip(*floor, strict=True), ":", color="black", label="floor of a GPU kernel")
     axes.set(xscale="log", yscale="log", xlabel=_AXES[axis])
     ticks = sorted({row[axis] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3)
     if column == 0:
       axes.set_ylabel(f"milliseconds, {'forward and backward' if gradients else 'forward'}")
@@ -200,17 +214,17 @@ def _plot(results: dict[str, Any], output: Path) -> None:
 def main() -> None:
   try:
     options = tyro.cli(Options, description=__doc__)
-    results: dict[str, Any] = {}
+    machine = _describe_machine(options)
+    results: dict[str, Any] = {"machine": machine, "windows": options.windows, "rows": []}
 
     def save(rows: list[dict[str, Any]]) -> None:
-      if not results:
-        results.update(machine=_describe_machine(), windows=options.windows)
       results["rows"] = rows
       if options.json is not None:
         measuring.write_json(options.json, results)
 
-    is_interrupted = measuring.is_interrupted(lambda: measure(options, save))
-    if results:
+    has_gpu = machine["platform"] == "gpu"
+    is_interrupted = measuring.is_interrupted(lambda: measure(options, has_gpu, save))
+    if results["rows"]:
       if options.plot is not None:
         _plot(results, options.plot)
       _show(results)
@@ -221,11 +235,16 @@ def main() -> None:
     sys.exit(f"error: {error}")
 
 
-def _describe_machine() -> dict[str, Any]:
+def _describe_machine(options: Options) -> dict[str, Any]:
   import jax
 
+  devices = jax.devices() if options.platform == "auto" else jax.devices(options.platform)
   machine = measuring.describe_machine([{"jax": jax.__version__}])
-  return machine | {"device": jax.devices()[0].device_kind, "data": "random numbers"}
+  return machine | {
+    "device": devices[0].device_kind,
+    "platform": devices[0].platform,
+    "data": "random numbers",
+  }
 
 
 if __name__ == "__main__":

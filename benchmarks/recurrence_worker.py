@@ -44,7 +44,7 @@ class Answer:
   seconds: float = 0.0
 
 
-class _Unable(Exception):
+class _UnableError(Exception):
   """The system does not do this."""
 
 
@@ -68,11 +68,18 @@ def _ours(name: str, platform: str, point: Point) -> Calls:
   import jax
   import jax.numpy as jnp
 
-  from imdb_jax.lstm import lstm
+  from imdb_jax import config, sharding
+  from imdb_jax.lstm import lstm, unsupported
 
-  if platform != "auto":
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+  # The name was checked by the command that started this process.
+  known: Any = platform
+  runtime = config.RuntimeConfig(platform=known, num_devices=1)
+  sharding.keep_freed_memory(runtime)
+  sharding.start(runtime)
   b, h = point.batch_size, point.hidden_size
+  problem = unsupported(name, hidden_size=h, recurrent_dropout=name != "cudnn", gate_activation="sigmoid")
+  if problem is not None:
+    raise _UnableError(problem)
   keeps = jax.random.bernoulli(jax.random.key(0), 1 - _DROPOUT_RATE, (b, h))
   mask = None if name == "cudnn" else jnp.where(keeps, 1 / (1 - _DROPOUT_RATE), 0.0).astype(jnp.float32)
 
@@ -81,10 +88,7 @@ def _ours(name: str, platform: str, point: Point) -> Calls:
 
   weights = _normal(h, 4 * h) / np.sqrt(h, dtype=np.float32)
   arrays = _normal(b, point.num_steps, h), weights, weights[::-1].copy(), _normal(4 * h)
-  try:
-    return _jax_calls(call, arrays, point.gradients)
-  except ValueError as error:
-    raise _Unable(str(error)) from error
+  return _jax_calls(call, arrays, point.gradients)
 
 
 def _keras(name: str, platform: str, point: Point) -> Calls:
@@ -164,9 +168,8 @@ def main() -> None:
         answer = Answer(problem=None, seconds=seconds(1))
       except ModuleNotFoundError as error:
         answer = Answer(problem=f"missing {error.name}: make bench")
-      # Implementations refuse what they cannot serve when they are traced.
-      except (ValueError, _Unable) as error:
-        answer = Answer(problem=str(error).splitlines()[0])
+      except _UnableError as error:
+        answer = Answer(problem=str(error))
     else:
       answer = Answer(problem=None, seconds=seconds(int(line)))
     print(json.dumps(dataclasses.asdict(answer)), file=file, flush=True)

@@ -63,6 +63,17 @@ class Missing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Unable:
+  """The system does not run here; the reason is for people."""
+
+  unable: str
+
+
+class UnableError(Exception):
+  """Raised by what builds a system that does not run here."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ready:
   """Attributes:
   first_seconds: of the first step of each batch shape, summed; compilation is in it.
@@ -151,7 +162,7 @@ def serve(build: Callable[[Job], System]) -> None:
   """Answers until standard input ends."""
   file = answers()
 
-  def reply(message: Missing | Ready | Window | Evaluation) -> None:
+  def reply(message: Missing | Unable | Ready | Window | Evaluation) -> None:
     print(json.dumps(dataclasses.asdict(message)), file=file, flush=True)
 
   job = Job(**json.loads(sys.argv[1]))
@@ -159,6 +170,9 @@ def serve(build: Callable[[Job], System]) -> None:
     system = build(job)
   except ModuleNotFoundError as error:
     reply(Missing(missing=error.name or str(error)))
+    return
+  except UnableError as error:
+    reply(Unable(unable=str(error)))
     return
   epochs = (system.epoch(epoch) for epoch in itertools.count(1))
   plan = list(itertools.islice(itertools.chain.from_iterable(epochs), job.num_steps))

@@ -407,3 +407,33 @@ def test_the_breakdown_times_every_part_in_every_window(tmp_path):
   assert [name.split(" ")[0] for name in parts] == ["step", "step", "recurrence,", "recurrence,", "small", "large"]
   assert all(len(times) == 2 and min(times) > 0 for times in parts.values())
   assert all(name in done.stdout for name in parts)
+
+
+def test_the_recurrence_is_timed_point_by_point_and_who_cannot_serve_is_named(tmp_path):
+  done = run(
+    "recurrence.py",
+    *("--platform", "cpu", "--systems", "chunked", "cudnn", "torch-float32", "--bench-python", tmp_path / "absent"),
+    *("--batch-size", "2", "--num-steps", "3", "--hidden-size", "4", "--windows", "2", "--window-seconds", "0.01"),
+    *("--json", tmp_path / "results.json", "--plot", tmp_path / "figure.png"),
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  results = json.loads((tmp_path / "results.json").read_text())
+  sizes = [(row["batch_size"], row["num_steps"], row["hidden_size"], row["gradients"]) for row in results["rows"][::3]]
+  assert sizes == [
+    (*size, gradients) for size in ((2, 400, 128), (32, 3, 128), (32, 400, 4)) for gradients in (False, True)
+  ]
+  for chunked, cudnn, torch in zip(*(results["rows"][k::3] for k in range(3)), strict=True):
+    assert chunked["ms"] == np.median(chunked["ms_windows"]) > 0
+    assert len(chunked["ms_windows"]) == 2
+    assert chunked["floor_ms"] is None, "there is no GPU"
+    assert (cudnn["ms"], torch["ms"]) == (None, None)
+  assert "cudnn: it needs an NVIDIA GPU" in done.stdout
+  assert "torch-float32: missing: make bench" in done.stdout
+  assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_floor_of_the_recurrence_is_a_read_of_the_weights_a_position(module):
+  """bfloat16 [128, 512] at 128 bytes a clock are 1,024 clocks; 400 positions at 2 GHz."""
+  recurrence = module("recurrence")
+  point = recurrence.Point(batch_size=32, num_steps=400, hidden_size=128, gradients=True)
+  assert recurrence.Options(clock_ghz=2.0).floor_ms(point) == pytest.approx(2 * 400 * 1024 / 2e9 * 1e3)

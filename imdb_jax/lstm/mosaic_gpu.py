@@ -11,7 +11,7 @@ gradients as well. All other products are XLA's, at `jax_default_matmul_precisio
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -372,7 +372,7 @@ def lstm(
     return fill(mask, axis=mask.ndim - 2)
 
   longest = jnp.max(_tiles(fill(lengths)), axis=1)
-  hidden = _recurrence(
+  hidden: Any = _recurrence(
     fill(_turn(inputs, reverse)),
     _Weights(kernel, recurrent_kernel, bias),
     _Masks(
