@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --constraint requirements/constraints.txt \
   --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
-.PHONY: help setup demo test torture bench lint format lock clean
+.PHONY: help setup demo test torture bench gpu lint format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -48,6 +48,15 @@ $(BENCH_VENV)/.ready: requirements/bench.lock
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.lock
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) || echo "$(TORCH) is missing: no row for it"
 	@touch $@
+
+gpu: setup $(BENCH_VENV)/.ready  ## Measure on an NVIDIA GPU (Hopper or later) what docs/gpu.md leaves open
+	@for python in $(BIN)/python $(BENCH_VENV)/bin/python; do \
+	  $$python -m pip install --quiet --disable-pip-version-check "jax[cuda13]==$$($$python -c 'import jax; print(jax.__version__)')"; done
+	IMDB_JAX_TEST_PLATFORM=cuda $(BIN)/python -m pytest tests/lstm/test_mosaic_gpu.py tests/lstm/test_cudnn.py
+	$(BIN)/python benchmarks/recurrence.py --platform gpu --json runs/gpu/recurrence.json --plot runs/gpu/recurrence.png
+	$(BIN)/python benchmarks/epoch_time.py --quick --platform gpu --json runs/gpu/epoch_time.json --plot runs/gpu/epoch_time.png
+	$(BIN)/python scripts/train.py --platform gpu --run-dir runs/gpu/article
+	$(BIN)/python scripts/train.py --platform gpu --run-dir runs/gpu/seeds --num-seeds 32 --epochs 1
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""What every test runs under: four CPU devices, strict promotion, and a cache of its own."""
+"""What every test runs under: four CPU devices, strict promotion, and a cache of its own.
+
+With IMDB_JAX_TEST_PLATFORM=cuda in the environment a GPU instead, for the tests that ask for one.
+"""
 
 import os
 import tempfile
@@ -10,15 +13,16 @@ import pytest
 # Asserts in a module that is no test file explain themselves only when asked to.
 pytest.register_assert_rewrite("lstm.contract")
 
+PLATFORM = os.environ.get("IMDB_JAX_TEST_PLATFORM", "cpu")
 # Also for the commands that tests start. Must precede JAX's first computation.
-os.environ["JAX_PLATFORMS"] = "cpu"
-jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
+jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Starts JAX, so that no test can change the number of devices for those after it.
-assert jax.device_count() == 4
+assert PLATFORM != "cpu" or jax.device_count() == 4
 
 absl.logging.set_verbosity(absl.logging.ERROR)
 
