@@ -8,98 +8,13 @@ Gates stand in the order i, f, g, o (Keras, cuDNN and Flax agree on it):
 with x and h multiplied by dropout masks that are constant over time (Gal and Ghahramani 2016, arXiv:1512.05287).
 """
 
-import concurrent.futures
-import functools
-from typing import Literal, NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from imdb_jax.lstm import chunked, cudnn, mosaic_gpu, scan
+from imdb_jax.lstm import chunked
+from imdb_jax.lstm.choice import IMPLEMENTATIONS, GateActivation, choose, implementation_of, unsupported
 
-GateActivation = Literal["sigmoid", "hard_sigmoid"]
-
-IMPLEMENTATIONS = {
-  "mosaic_gpu": mosaic_gpu.lstm,
-  "cudnn": cudnn.lstm,
-  "chunked": chunked.lstm,
-  "scan": scan.lstm,
-}
-# Of the kernel against `chunked`, relative norms: twice the rounding of bfloat16, 2^-8. A mistake gives far more.
-_SELF_CHECK_TOLERANCE = 2**-7
-
-
-class Choice(NamedTuple):
-  """Attributes:
-  name: of an implementation.
-  reason: why it is the one, for people.
-  """
-
-  name: str
-  reason: str
-
-
-def choose(hidden_size: int) -> Choice:
-  """What `implementation=None` takes on the default device."""
-  problem = mosaic_gpu.unsupported(hidden_size) or _self_check_problem(hidden_size)
-  if problem is None:
-    return Choice("mosaic_gpu", "agrees with chunked on this device")
-  return Choice("chunked", f"mosaic_gpu: {problem}")
-
-
-def unsupported(
-  implementation: str, *, hidden_size: int, recurrent_dropout: bool, gate_activation: GateActivation
-) -> str | None:
-  """Why an implementation cannot serve such calls on the default device, or None if it can."""
-  if implementation == "mosaic_gpu":
-    return mosaic_gpu.unsupported(hidden_size)
-  if implementation == "cudnn":
-    return cudnn.unsupported(recurrent_dropout, gate_activation)
-  return None
-
-
-@functools.cache
-def _self_check_problem(hidden_size: int) -> str | None:
-  """What is wrong with the kernel on the default device, once a process; None if it agrees with `chunked`."""
-  # The call may be under trace, which is a thread's own affair.
-  with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    return executor.submit(_self_check, hidden_size).result()
-
-
-def _self_check(hidden_size: int) -> str | None:
-  """Two tiles, lengths from none to all, masks; forward and backward."""
-  (b, t, e), h = (20, 7, 8), hidden_size
-  rng = np.random.default_rng(0)
-
-  def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
-    return (scale * rng.standard_normal(shape)).astype(np.float32)
-
-  arrays = draw(b, t, e), draw(e, 4 * h, scale=e**-0.5), draw(h, 4 * h, scale=h**-0.5), draw(4 * h)
-  mask = ((rng.random((b, h)) < 0.8) / 0.8).astype(np.float32)
-  lengths, cotangent = np.arange(b, dtype=np.int32) % (t + 1), draw(b, t, h)
-
-  def run(name: str) -> tuple[jax.Array, ...]:
-    def call(*arrays):
-      settings = {"recurrent_dropout_mask": jnp.asarray(mask), "lengths": jnp.asarray(lengths)}
-      return lstm(*arrays, **settings, implementation=name)
-
-    @jax.jit
-    def hidden_and_gradients(*arrays):
-      hidden, vjp = jax.vjp(call, *arrays)
-      return hidden, *vjp(cotangent)
-
-    with jax.default_matmul_precision("float32"):
-      return jax.device_get(hidden_and_gradients(*arrays))
-
-  try:
-    found = run("mosaic_gpu")
-  # Whatever a compiler or driver raises: a kernel that does not run must not keep a model from training.
-  except Exception as error:
-    return f"it failed its self-check: {str(error).strip().splitlines()[0]}"
-  norm = np.linalg.norm
-  distance = max(float(norm(x - y) / norm(y)) for x, y in zip(found, run("chunked"), strict=True))
-  return None if distance <= _SELF_CHECK_TOLERANCE else f"it differs from chunked on this device by {distance:.1e}"
+__all__ = ["IMPLEMENTATIONS", "GateActivation", "choose", "lstm", "num_processed", "unsupported"]
 
 
 def lstm(
@@ -152,7 +67,7 @@ def lstm(
   )
   if problem is not None:
     raise ValueError(f"implementation {name!r}: {problem}")
-  return IMPLEMENTATIONS[name](
+  return implementation_of(name)(
     inputs,
     kernel,
     recurrent_kernel,

@@ -9,21 +9,6 @@ import jax.numpy as jnp
 from jax.experimental import rnn
 
 
-def unsupported(recurrent_dropout: bool, gate_activation: str) -> str | None:
-  """Why cuDNN cannot serve a call on the default device, or None if it can."""
-  if recurrent_dropout:
-    return "cuDNN knows no recurrent dropout"
-  if gate_activation != "sigmoid":
-    return f"cuDNN knows no {gate_activation}"
-  return device_problem()
-
-
-def device_problem() -> str | None:
-  """Why the default device cannot run cuDNN, or None if it can."""
-  device = jax.local_devices()[0]
-  return None if device.platform == "gpu" else f"it needs an NVIDIA GPU, and JAX computes on {device.platform}"
-
-
 def lstm(
   inputs: jax.Array,
   kernel: jax.Array,

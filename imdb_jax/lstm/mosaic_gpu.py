@@ -23,28 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _ROWS = 16
 # Hidden units of a warpgroup: the rows of a tensor core product.
 _UNITS = 64
-# bfloat16 [128, 512] is 128 KiB, of 227 KiB of shared memory.
-_MAX_HIDDEN_SIZE = 128
 # Closes a gate whatever the state adds: sigmoid and hard sigmoid are 0 there, exactly.
 _CLOSED = -1e4
-
-
-def unsupported(hidden_size: int) -> str | None:
-  """Why the kernel cannot serve a call on the default device, or None if it can."""
-  if hidden_size % _UNITS or hidden_size > _MAX_HIDDEN_SIZE:
-    return f"it serves hidden sizes of 64 and 128, not {hidden_size}"
-  return device_problem()
-
-
-def device_problem() -> str | None:
-  """Why the default device cannot run the kernel, or None if it can."""
-  device = jax.local_devices()[0]
-  if device.platform != "gpu":
-    return f"it needs an NVIDIA GPU, and JAX computes on {device.platform}"
-  capability = getattr(device, "compute_capability", "0.0")
-  if float(capability) < 9:
-    return f"it needs compute capability 9.0 (Hopper), and {device.device_kind} has {capability}"
-  return None
 
 
 class _Weights(NamedTuple):

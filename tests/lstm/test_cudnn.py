@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import rnn
 from lstm import contract
 
-from imdb_jax.lstm import cudnn, lstm
+from imdb_jax.lstm import choice, cudnn, lstm
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def reference(monkeypatch):
     return rnn.lstm_ref(x, h_0, c_0, *parts, seq_lengths, **sizes)
 
   monkeypatch.setattr(cudnn.rnn, "lstm", call)
-  monkeypatch.setattr(cudnn, "device_problem", lambda: None)
+  monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
 
 
 @pytest.mark.usefixtures("reference")

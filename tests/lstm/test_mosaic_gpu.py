@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lstm import contract
 from lstm.contract import Case, LstmContract
 
-from imdb_jax.lstm import choose, lstm, mosaic_gpu
+from imdb_jax.lstm import choice, choose, lstm, mosaic_gpu, unsupported
 
 H = 64
 
@@ -18,7 +18,7 @@ H = 64
 @pytest.fixture
 def interpreter(monkeypatch):
   """Runs kernels on the CPU: memory that nothing has written is NaN, and a race is a failure."""
-  monkeypatch.setattr(mosaic_gpu, "device_problem", lambda: None)
+  monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
   # The interpreter of jax 0.10.2 knows the brackets only.
   monkeypatch.setattr(plgpu, "load", lambda ref, index, *, optimized: ref[index])
   set_gpu_interpret_mode(InterpretGPUParams(detect_races=True))
@@ -45,7 +45,7 @@ class TestInterpreted(KernelContract):
   pass
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu" or mosaic_gpu.device_problem() is not None, reason="no GPU for it")
+@pytest.mark.skipif(choice.gpu_problem(9.0) is not None, reason="no GPU for it")
 class TestCompiled(KernelContract):
   @pytest.fixture(autouse=True)
   def poison(self):
@@ -78,7 +78,7 @@ def test_vmap_runs_models_side_by_side():
 @pytest.mark.parametrize("num_models", [None, 3])
 def test_compiles_to_one_launch_each_way(monkeypatch, masks, num_models):
   """For a GPU that need not be there: the lowering checks layouts and sizes that the interpreter lets pass."""
-  monkeypatch.setattr(mosaic_gpu, "device_problem", lambda: None)
+  monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
   arrays, extras, _ = contract.arguments(Case("kernel_two_blocks", masks, True, False, "sigmoid"))
 
   def loss(arrays):
@@ -95,7 +95,8 @@ def test_compiles_to_one_launch_each_way(monkeypatch, masks, num_models):
 
 @pytest.mark.parametrize(("hidden_size", "reason"), [(96, "64 and 128, not 96"), (256, "64 and 128, not 256")])
 def test_hidden_size_that_does_not_fit_is_named(hidden_size, reason):
-  assert reason in mosaic_gpu.unsupported(hidden_size)
+  call = {"recurrent_dropout": True, "gate_activation": "sigmoid"}
+  assert reason in unsupported("mosaic_gpu", hidden_size=hidden_size, **call)
   name, why = choose(hidden_size)
   assert name == "chunked"
   assert reason in why
@@ -111,9 +112,9 @@ def test_device_that_cannot_run_it_is_named():
 class TestChoice:
   @pytest.fixture(autouse=True)
   def clean(self):
-    choose.__globals__["_self_check_problem"].cache_clear()
+    choice._self_check_problem.cache_clear()
     yield
-    choose.__globals__["_self_check_problem"].cache_clear()
+    choice._self_check_problem.cache_clear()
 
   @pytest.mark.usefixtures("interpreter")
   def test_kernel_that_agrees_is_taken(self):
@@ -128,7 +129,7 @@ class TestChoice:
 
   def test_kernel_that_does_not_run_is_not(self, monkeypatch):
     """Here for want of a GPU."""
-    monkeypatch.setattr(mosaic_gpu, "device_problem", lambda: None)
+    monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
     name, reason = choose(H)
     assert name == "chunked"
     assert "failed its self-check" in reason
