@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from imdb_jax import cli
+
 ROOT = Path(__file__).parent.parent
 TINY = ("--data", "sample", "--platform", "cpu", "--sequence-length", "24", "--embedding-size", "4")
 TINY += ("--hidden-size", "4", "--vocabulary-size", "200", "--limit", "200", "--epochs", "2")
@@ -131,6 +133,31 @@ def test_a_stopped_run_resumes_to_the_same_end(tmp_path, number, exit_code):
   assert run("train", *arguments, "--run-dir", tmp_path / "stopped")[0] == 0
   assert run("train", *arguments, "--run-dir", tmp_path / "whole")[0] == 0
   assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+
+
+def test_ctrl_c_while_python_imports_ends_it_without_a_traceback(tmp_path):
+  command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "train.py"), "--run-dir", str(tmp_path / "run")]
+  process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  assert process.stderr is not None
+  with process.stderr:
+    while "tyro" not in process.stderr.readline():
+      assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.stderr.read()
+  assert process.wait(timeout=60) == -signal.SIGINT
+
+
+def test_ctrl_c_in_a_command_is_told_in_one_line(capsys):
+  previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    with pytest.raises(SystemExit) as leaving, cli._clear_errors():
+      # Else the next line would end the tests.
+      assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+      os.kill(os.getpid(), signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, previous)
+  assert leaving.value.code == 130
+  assert capsys.readouterr().err.startswith("Interrupted")
 
 
 def test_two_processes_train_as_one(tmp_path):
