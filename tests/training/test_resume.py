@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torture
+from reliability.sandbox import newest_state
 from training.tiny import tiny, without_times
 
 import imdb_jax
@@ -30,7 +30,7 @@ def with_runtime(config: Config, **settings) -> Config:
 
 def final_state(config: Config) -> dict[str, np.ndarray]:
   """Every array of the newest checkpoint."""
-  _, restored = torture.newest_state(config.run_dir)
+  _, restored = newest_state(config.run_dir)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
 
 
