@@ -5,6 +5,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -28,19 +29,27 @@ def with_runtime(config: Config, **settings) -> Config:
   return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **settings))
 
 
-def final_state(config: Config) -> dict[str, np.ndarray]:
+def final_state(run_dir: Path) -> dict[str, np.ndarray]:
   """Every array of the newest checkpoint."""
-  _, restored = newest_state(config.run_dir)
+  _, restored = newest_state(run_dir)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
 
 
 def assert_same_end(one: Config, other: Config) -> None:
   """Bit for bit, but for times."""
   assert without_times(one.run_dir) == without_times(other.run_dir)
-  expected, found = final_state(one), final_state(other)
+  expected, found = final_state(one.run_dir), final_state(other.run_dir)
   assert expected.keys() == found.keys()
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def assert_close_end(expected: Path, found: Path) -> None:
+  """But for rounding and times."""
+  for one, other in zip(without_times(found), without_times(expected), strict=True):
+    assert one == other | {name: pytest.approx(value, rel=1e-4) for name, value in other.items() if "loss" in name}
+  for name, value in final_state(expected).items():
+    np.testing.assert_allclose(final_state(found)[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +141,39 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, damage, tmp_p
   imdb_jax.fit(config)
   assert_same_end(whole, config)
   assert [path.name for path in (config.run_dir / "damaged").iterdir()] == ["8-1"], "nothing is thrown away"
+
+
+@pytest.mark.parametrize("is_read_first", [False, True])
+def test_a_reader_looks_again_when_the_trainer_removes_what_it_found(whole, is_read_first, tmp_path, monkeypatch):
+  run_dir = Path(shutil.copytree(whole.run_dir, tmp_path / "run"))
+  restore = Checkpoints.restore
+
+  def remove_and_restore(checkpoints, saved, abstract):
+    read = restore(checkpoints, saved, abstract) if is_read_first else None
+    (run_dir / "manifests" / f"{saved.step}.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / str(saved.step))
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    return read or restore(checkpoints, saved, abstract)
+
+  monkeypatch.setattr(Checkpoints, "restore", remove_and_restore)
+  assert imdb_jax.Classifier.load(run_dir, step="latest").step == 4
+  monkeypatch.setattr(Checkpoints, "restore", remove_and_restore)
+  with pytest.raises(CheckpointError, match="none has been saved yet"):
+    imdb_jax.Classifier.load(run_dir, step=4)
+
+
+def test_a_step_that_is_removed_while_a_reader_looks_is_not_damaged(whole, tmp_path, monkeypatch, caplog):
+  run_dir = Path(shutil.copytree(whole.run_dir, tmp_path / "run"))
+  problem = manifest.problem
+
+  def remove_and_look(folder, path):
+    if folder.name == "8":
+      path.unlink()
+    return problem(folder, path)
+
+  monkeypatch.setattr(manifest, "problem", remove_and_look)
+  assert Checkpoints(run_dir, read_only=True).steps() == [4]
+  assert not caplog.text
 
 
 def test_without_any_good_step_all_are_named_and_nothing_starts_anew(tmp_path):
@@ -310,6 +352,26 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkey
   with pytest.raises(DivergenceError, match=r"Step 6 .*its gradients.*last good checkpoint is step 4.*non-finite"):
     imdb_jax.fit(config)
   assert Checkpoints(config.run_dir, read_only=True).steps() == [4]
+
+
+@pytest.mark.parametrize("route", [(4, 1, 4), (1, 4, 1)], ids=str)
+def test_a_run_goes_on_with_other_devices(whole, route, tmp_path, monkeypatch):
+  """A batch of 10 takes 12 rows on four devices. The stops lie within the two epochs of four steps."""
+  config = tiny(tmp_path / "run")
+  record_step = Recorder.record_step
+
+  def interrupted(recorder, number, metrics):
+    if number in (2, 7):
+      os.kill(os.getpid(), signal.SIGTERM)
+    record_step(recorder, number, metrics)
+
+  monkeypatch.setattr(Recorder, "record_step", interrupted)
+  for num_devices, step in zip(route, (2, 7), strict=False):
+    with pytest.raises(Interrupted) as stop:
+      imdb_jax.fit(with_runtime(config, num_devices=num_devices))
+    assert stop.value.step == step
+  imdb_jax.fit(with_runtime(config, num_devices=route[-1]))
+  assert_close_end(whole.run_dir, config.run_dir)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
