@@ -8,7 +8,7 @@ import jax
 import pytest
 
 # Asserts in a module that is no test file explain themselves only when asked to.
-pytest.register_assert_rewrite("lstm.contract")
+pytest.register_assert_rewrite("lstm.contract", "training.tiny")
 
 # Also for the commands that tests start. Must precede JAX's first computation.
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -10,7 +10,8 @@ import pytest
 import torture
 from reliability import trials
 from reliability.mutations import mutate
-from reliability.sandbox import Failure, Sandbox
+from reliability.sandbox import Failure, Sandbox, finish, last_line, newest_state
+from training.tiny import assert_close_end
 
 from imdb_jax.checkpoint import Checkpoints
 
@@ -67,7 +68,7 @@ def test_an_end_that_differs_is_a_failure(sandbox, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_forked_command_gets_signals_and_says_what_it_is_at(sandbox, tmp_path, number):
-  with sandbox.started(tmp_path / "run") as process:
+  with sandbox.started(tmp_path / "run") as (process,):
     deadline = time.monotonic() + 60
     while process.moment != "step":
       assert time.monotonic() < deadline
@@ -76,6 +77,21 @@ def test_a_forked_command_gets_signals_and_says_what_it_is_at(sandbox, tmp_path,
     assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
     assert "Compiled in" in process.stdout
     assert ("Saved step" in process.stderr) == (number != signal.SIGKILL)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(sandbox, tmp_path):
+  run_dir, at = tmp_path / "run", -1
+  for start in (sandbox.started, sandbox.two_started):
+    with start(run_dir) as processes:
+      while last_line(run_dir) < at + 7:
+        time.sleep(0.001)
+      processes[-1].send_signal(signal.SIGTERM)
+      assert [finish(process) for process in processes] == [143] * len(processes)
+    at, _ = newest_state(run_dir)
+    assert at % 50, "within an epoch"
+  with sandbox.started(run_dir) as (process,):
+    assert finish(process) == 0
+  assert_close_end(sandbox.whole, run_dir)
 
 
 def test_a_mutation_changes_something():

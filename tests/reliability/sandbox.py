@@ -67,26 +67,24 @@ class Sandbox:
   def _command(self, run_dir: Path, *arguments: str) -> list[str]:
     return [*TRAIN, "--run-dir", str(run_dir), "--cache-dir", str(self.folder / "cache"), *arguments]
 
+  def started(self, run_dir: Path, *arguments: str) -> contextlib.AbstractContextManager[list[Process]]:
+    return self._started([self._command(run_dir, *arguments)])
+
+  def two_started(self, run_dir: Path) -> contextlib.AbstractContextManager[list[Process]]:
+    return self._started(_commands_of_two(self._command(run_dir)))
+
   @contextlib.contextmanager
   def _started(self, commands: list[list[str]]) -> Iterator[list[Process]]:
     with contextlib.ExitStack() as stack:
       starts = (self._server.start(SCRIPT, command, self.folder) for command in commands)
       yield [stack.enter_context(contextlib.closing(process)) for process in starts]
 
-  @contextlib.contextmanager
-  def started(self, run_dir: Path, *arguments: str) -> Iterator[Process]:
-    with self._started([self._command(run_dir, *arguments)]) as (process,):
-      yield process
-
-  def two_started(self, run_dir: Path) -> contextlib.AbstractContextManager[list[Process]]:
-    return self._started(_commands_of_two(self._command(run_dir)))
-
   def copy_of_whole(self, folder: Path) -> Path:
     return Path(shutil.copytree(self.whole, folder / "run"))
 
   def require_end(self, run_dir: Path, *arguments: str) -> None:
     """Starts or resumes a run, which must end like the one that nothing disturbed."""
-    with self.started(run_dir, *arguments) as process:
+    with self.started(run_dir, *arguments) as (process,):
       require(finish(process) == 0, f"the run cannot be resumed, exit {process.returncode}: {process.stderr}")
     require(end_of(run_dir) == self._end, "the resumed run ends differently")
 

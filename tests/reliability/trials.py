@@ -41,7 +41,7 @@ def kill(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
   run_dir, cache = folder / "run", _cache(rng, folder)
   moments = []
   for _ in range(rng.randint(1, 3)):
-    with sandbox.started(run_dir, *cache) as process:
+    with sandbox.started(run_dir, *cache) as (process,):
       _go_on(process, rng.uniform(0, sandbox.seconds * 1.1))
       if rng.random() < 0.3:
         process.send_signal(signal.SIGTERM)
@@ -57,7 +57,7 @@ def kill(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
 def stop(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
   run_dir, cache = folder / "run", _cache(rng, folder)
   number = rng.choice(list(SIGNAL_EXITS))
-  with sandbox.started(run_dir, *cache) as process:
+  with sandbox.started(run_dir, *cache) as (process,):
     _go_on(process, rng.uniform(0, sandbox.seconds))
     moment = process.moment
     process.send_signal(number)
@@ -90,7 +90,7 @@ def fill_disk(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
   # A whole run takes about half a megabyte, and a save asks for a quarter of one beforehand.
   with _tmpfs(folder, rng.randint(16, 1000)):
     run_dir = folder / "run"
-    with sandbox.started(run_dir) as process:
+    with sandbox.started(run_dir) as (process,):
       code, stderr = finish(process), process.stderr
     if code:
       lines = [line for line in stderr.splitlines() if line.startswith("error: ")]

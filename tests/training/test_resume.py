@@ -12,8 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from reliability.sandbox import newest_state
-from training.tiny import tiny, without_times
+from training.tiny import assert_close_end, final_state, tiny, without_times
 
 import imdb_jax
 from imdb_jax import checkpoint, evaluation, manifest, state, steps
@@ -29,12 +28,6 @@ def with_runtime(config: Config, **settings) -> Config:
   return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **settings))
 
 
-def final_state(run_dir: Path) -> dict[str, np.ndarray]:
-  """Every array of the newest checkpoint."""
-  _, restored = newest_state(run_dir)
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
-
-
 def assert_same_end(one: Config, other: Config) -> None:
   """Bit for bit, but for times."""
   assert without_times(one.run_dir) == without_times(other.run_dir)
@@ -42,14 +35,6 @@ def assert_same_end(one: Config, other: Config) -> None:
   assert expected.keys() == found.keys()
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
-
-
-def assert_close_end(expected: Path, found: Path) -> None:
-  """But for rounding and times."""
-  for one, other in zip(without_times(found), without_times(expected), strict=True):
-    assert one == other | {name: pytest.approx(value, rel=1e-4) for name, value in other.items() if "loss" in name}
-  for name, value in final_state(expected).items():
-    np.testing.assert_allclose(final_state(found)[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
