@@ -9,17 +9,16 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from training.tiny import assert_close_end, final_state, tiny, without_times
 
 import imdb_jax
-from imdb_jax import checkpoint, evaluation, manifest, state, steps
+from imdb_jax import checkpoint, evaluation, manifest, run_directory, steps
 from imdb_jax.checkpoint import Checkpoints
-from imdb_jax.config import Config
+from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
-from imdb_jax.model import SentimentLSTM
+from imdb_jax.training import recorder
 from imdb_jax.training.recorder import Recorder
 from imdb_jax.training.signals import Interrupted
 
@@ -219,22 +218,6 @@ def test_a_stop_in_an_evaluation_then_a_kill_before_its_epoch_is_saved(whole, tm
   assert_same_end(whole, config)
 
 
-def test_a_checkpoint_of_values_that_are_no_numbers_is_refused(tmp_path):
-  config = tiny(tmp_path / "run")
-  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-  model, optimizer = SentimentLSTM.of_run(config), state.make_optimizer(config.optimizer, 8)
-  made = state.create(model, optimizer, 0, mesh)
-  bias = made.params["dense"]["bias"]
-  made = dataclasses.replace(made, params=made.params | {"dense": made.params["dense"] | {"bias": bias * np.nan}})
-  checkpoints = Checkpoints(config.run_dir, read_only=False)
-  checkpoints.save(4, made, {})
-  with pytest.raises(CheckpointError, match="not finite"):
-    checkpoints.restore(checkpoints.find(4), state.abstract(model, optimizer, mesh))
-  with pytest.raises(CheckpointError, match=r"no checkpoint can be used: step 4: .*not finite"):
-    checkpoints.restore_latest(state.abstract(model, optimizer, mesh))
-  checkpoints.close()
-
-
 def test_a_full_disk_fails_the_run_and_leaves_the_older_steps(whole, tmp_path, monkeypatch):
   config = tiny(tmp_path / "run")
   real = manifest.write
@@ -280,6 +263,43 @@ def test_a_second_trainer_is_refused_while_the_first_is_at_work(tmp_path):
     with pytest.raises(UsageError, match="another trainer is at work"):
       imdb_jax.fit(config)
   imdb_jax.fit(config)
+
+
+def test_a_run_that_was_laid_while_the_lock_was_waited_for_is_not_written_over(tmp_path, monkeypatch):
+  first, second = (tiny(tmp_path / "run", seed=seed) for seed in range(2))
+  locked = run_directory.locked
+
+  def late(run_dir):
+    monkeypatch.setattr(run_directory, "locked", locked)
+    imdb_jax.fit(first)
+    return locked(run_dir)
+
+  monkeypatch.setattr(run_directory, "locked", late)
+  with pytest.raises(UsageError, match="other settings"):
+    imdb_jax.fit(second)
+  assert run_directory.load_config(first.run_dir) == dataclasses.replace(first, runtime=RuntimeConfig())
+
+
+def test_what_is_too_large_is_not_read(tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  with monkeypatch.context() as patch:
+    patch.setattr(recorder, "_MAX_BYTES", 100)
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: .*larger than 100 bytes"):
+      imdb_jax.fit(config)
+  (config.run_dir / "config.json").write_text(" " * 2**20 + (config.run_dir / "config.json").read_text())
+  with pytest.raises(UsageError, match=r"config\.json: .*larger than 1,048,576 bytes"):
+    imdb_jax.fit(config)
+
+
+def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  before = (config.run_dir / "metrics.jsonl").read_bytes()
+  monkeypatch.setattr(Path, "replace", _die)
+  with pytest.raises(KeyboardInterrupt):
+    imdb_jax.fit(config)
+  assert (config.run_dir / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("cut_after", range(3))
