@@ -160,18 +160,28 @@ def test_ctrl_c_in_a_command_is_told_in_one_line(capsys):
   assert capsys.readouterr().err.startswith("Interrupted")
 
 
-def test_two_processes_train_as_one(tmp_path):
+def train_in_two(run_dir: Path, *of_second: str) -> list[tuple[int, str, str]]:
+  """Trains in two processes, of which the second gets arguments of its own."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
-  arguments = (*TINY, "--num-devices")
-  shared = ("--run-dir", tmp_path / "two", "--coordinator-address", address, "--num-processes", "2")
-  processes = [start("train", *arguments, "1", *shared, "--process-id", str(i)) for i in range(2)]
-  results = [finish(process) for process in processes]
+  shared = (*TINY, "--num-devices", "1", "--run-dir", run_dir, "--coordinator-address", address, "--num-processes", "2")
+  own = (("--process-id", "0"), ("--process-id", "1", *of_second))
+  return [finish(process) for process in [start("train", *shared, *arguments) for arguments in own]]
+
+
+def test_where_one_process_cannot_go_on_the_other_leaves_too(tmp_path):
+  first, second = train_in_two(tmp_path / "run", "--seed", "7")
+  assert_one_clear_line(second, 2, "training.seed: 0 -> 7")
+  assert_one_clear_line(first, 6, "Another process could not go on")
+
+
+def test_two_processes_train_as_one(tmp_path):
+  results = train_in_two(tmp_path / "two")
   assert [result[0] for result in results] == [0, 0], results
   # Gloo, which carries JAX's messages between CPUs, writes lines of its own to standard output.
   assert all(line.startswith("[Gloo]") for line in results[1][1].splitlines()), "only the first process writes"
-  assert run("train", *arguments, "1", "--run-dir", tmp_path / "one")[0] == 0
+  assert run("train", *TINY, "--num-devices", "1", "--run-dir", tmp_path / "one")[0] == 0
   for two, one in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
     assert two.pop("kind") == one.pop("kind")
     assert two == pytest.approx(one, rel=1e-4)
