@@ -135,14 +135,14 @@ def leaving() -> Iterator[None]:
   """
   try:
     yield
-  except SystemExit as leaving:
+  except SystemExit as early:
     if jax.distributed.is_initialized():
       farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
       farewell.start()
       # The coordinator last: JAX aborts those that lose it.
       farewell.join(_FAREWELL + (2 if jax.process_index() == 0 else 0))
       if farewell.is_alive():
-        os._exit(leaving.code if isinstance(leaving.code, int) else 1)
+        os._exit(early.code if isinstance(early.code, int) else 1)
     raise
 
 

@@ -44,7 +44,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_object_gives_the_config_that_it_describes_or_one_clear_line(data):
   fields = CHANGED.to_dict()
