@@ -73,6 +73,14 @@ def test_a_step_that_goes_loses_its_manifest_first(run, monkeypatch):
   assert removed == ["1", "2"]
 
 
+def test_the_best_step_stays_and_one_that_is_no_number_is_not_it(run):
+  for step, val_accuracy in enumerate([0.7, 0.9, 0.8, float("nan"), None], start=1):
+    run.checkpoints.save(step, run.made, {}, val_accuracy)
+  for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, read_only=True)):
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.find("best").step == 2
+
+
 def test_without_room_nothing_is_begun(run, monkeypatch):
   run.checkpoints.save(4, run.made, {})
   usage = collections.namedtuple("usage", "free")
