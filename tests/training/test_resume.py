@@ -71,6 +71,24 @@ def test_a_signal_at_any_step(whole, step, tmp_path, monkeypatch):
   assert_same_end(whole, config)
 
 
+def test_a_signal_between_two_epochs(whole, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  record_epoch = Recorder.record_epoch
+
+  def interrupted(*arguments, **settings):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return record_epoch(*arguments, **settings)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Recorder, "record_epoch", interrupted)
+    with pytest.raises(Interrupted) as stop:
+      imdb_jax.fit(config)
+  assert stop.value.step == 4
+  assert Checkpoints(config.run_dir, read_only=True).find(4).val_accuracy is not None, "its evaluation is not lost"
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
 @pytest.mark.parametrize("setting", [{"save_every_steps": 1}, {"save_every_seconds": 1e-9}, {"save_every_steps": 3}])
 def test_saves_within_an_epoch_change_nothing_and_bound_what_is_lost(whole, setting, tmp_path, monkeypatch):
   config = with_runtime(tiny(tmp_path / "run"), **setting)
