@@ -17,7 +17,7 @@ import imdb_jax
 from imdb_jax import checkpoint, evaluation, manifest, run_directory, steps
 from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.config import Config, RuntimeConfig
-from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
+from imdb_jax.errors import CheckpointError, DataError, DivergenceError, UsageError
 from imdb_jax.training import recorder
 from imdb_jax.training.recorder import Recorder
 from imdb_jax.training.signals import Interrupted
@@ -254,6 +254,15 @@ def test_a_full_disk_fails_the_run_and_leaves_the_older_steps(whole, tmp_path, m
   assert_same_end(whole, config)
 
 
+def test_other_reviews_are_refused(tmp_path):
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  provenance = config.run_dir / "provenance.json"
+  provenance.write_text(provenance.read_text().replace(run_directory.data_digest(config.run_dir), "0" * 64))
+  with pytest.raises(DataError, match="the reviews differ"):
+    imdb_jax.fit(config)
+
+
 def test_metrics_that_lack_an_epoch_are_refused(tmp_path):
   config = tiny(tmp_path / "run")
   imdb_jax.fit(config)
@@ -314,7 +323,13 @@ def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
   config = tiny(tmp_path / "run")
   imdb_jax.fit(config)
   before = (config.run_dir / "metrics.jsonl").read_bytes()
-  monkeypatch.setattr(Path, "replace", _die)
+  write_text = Path.write_text
+
+  def cut(path, text, **settings):
+    write_text(path, text[:10], **settings)
+    _die()
+
+  monkeypatch.setattr(Path, "write_text", cut)
   with pytest.raises(KeyboardInterrupt):
     imdb_jax.fit(config)
   assert (config.run_dir / "metrics.jsonl").read_bytes() == before
