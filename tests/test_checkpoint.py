@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from training.tiny import tiny
 
 from imdb_jax import checkpoint, state
@@ -79,6 +80,18 @@ def test_the_best_step_stays_and_one_that_is_no_number_is_not_it(run):
   for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, read_only=True)):
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.find("best").step == 2
+
+
+def test_processes_go_on_from_what_the_first_sees(run, monkeypatch):
+  for step in (4, 5):
+    run.checkpoints.save(step, run.made, {})
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda steps: np.array([4, -1]))
+  run.checkpoints._agree()
+  assert run.checkpoints.steps() == [4]
+  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda steps: np.array([4, 5]))
+  with pytest.raises(CheckpointError, match="step 5 is not whole as process 0 sees it"):
+    run.checkpoints._agree()
 
 
 def test_without_room_nothing_is_begun(run, monkeypatch):

@@ -144,7 +144,8 @@ def test_ctrl_c_while_python_imports_ends_it_without_a_traceback(tmp_path):
       assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.stderr.read()
-  assert process.wait(timeout=60) == -signal.SIGINT
+  # 130 where the imports were done before the signal came.
+  assert process.wait(timeout=60) in (-signal.SIGINT, 130)
 
 
 def test_ctrl_c_in_a_command_is_told_in_one_line(capsys):

@@ -14,6 +14,7 @@ from reliability.sandbox import Failure, Sandbox, finish, last_line, newest_stat
 from training.tiny import assert_close_end
 
 from imdb_jax.checkpoint import Checkpoints
+from imdb_jax.errors import CheckpointError, PlatformError
 
 COUNTS = torture.Options(
   kills=2, signals=2, damages=20, disk_full=1, process_stops=1, process_kills=1, mutations=200, seed=1
@@ -92,6 +93,15 @@ def test_a_run_goes_on_in_another_number_of_processes(sandbox, tmp_path):
   with sandbox.started(run_dir) as (process,):
     assert finish(process) == 0
   assert_close_end(sandbox.whole, run_dir)
+
+
+def test_a_coordinator_whose_partner_is_killed_leaves_with_its_own_exit_code(sandbox, tmp_path):
+  with sandbox.two_started(tmp_path / "run") as (coordinator, other):
+    while last_line(tmp_path / "run") < 0:
+      time.sleep(0.01)
+    other.send_signal(signal.SIGKILL)
+    assert finish(coordinator, trials.LEFT_ALONE) in (CheckpointError.exit_code, PlatformError.exit_code)
+    assert len(coordinator.stderr.splitlines()) == 1
 
 
 def test_a_mutation_changes_something():
