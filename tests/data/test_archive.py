@@ -246,6 +246,10 @@ class TestHostile:
     path = self.hostile(tmp_path, name, type=kind, linkname="/etc/passwd")
     assert "is a link or a device" in refusal(path)
 
+  def test_sparse_file(self, tmp_path):
+    path = self.hostile(tmp_path, "aclImdb/train/pos/7_9.txt", type=tarfile.GNUTYPE_SPARSE)
+    assert "is a sparse file" in refusal(path)
+
   @pytest.mark.parametrize("name", ["/etc/cron.d/job", "../outside", "aclImdb/../../outside", "aclImdb/.."])
   def test_unsafe_name(self, tmp_path, name):
     assert "unsafe name" in refusal(self.hostile(tmp_path, name, b"x"))
