@@ -136,7 +136,11 @@ def test_a_stopped_run_resumes_to_the_same_end(tmp_path, number, exit_code):
 
 
 def test_ctrl_c_while_python_imports_ends_it_without_a_traceback(tmp_path):
-  command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "train.py"), "--run-dir", str(tmp_path / "run")]
+  script = ROOT / "scripts" / "train.py"
+  # As in the foreground: tests in the background have their children ignore Ctrl-C.
+  code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+  code += f"runpy.run_path({str(script)!r}, run_name='__main__')"
+  command = [sys.executable, "-X", "importtime", "-c", code, "--run-dir", str(tmp_path / "run")]
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   assert process.stderr is not None
   with process.stderr:
