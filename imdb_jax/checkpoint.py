@@ -31,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 _NUM_KEPT = 2
 # More than are ever kept: several processes compare arrays of one size.
 _MOST_STEPS = 64
+# Looks of a reader at a run whose trainer removes what it was about to read.
+_MOST_LOOKS = 10
 # Of a checkpoint's many small files and of Orbax's metadata, generously.
 _OVERHEAD_BYTES = 2**18
 
@@ -71,8 +73,8 @@ class Checkpoints:
     self._manifests = run_dir.absolute() / "manifests"
     if read_only and not self.directory.is_dir():
       raise CheckpointError(f"{run_dir}: there are no checkpoints. Is this the folder of a run?")
-    self._saved: dict[int, Saved] = {}
-    self._damaged: dict[int, str] = {}
+    self._saved: dict[int, Saved]
+    self._damaged: dict[int, str]
     try:
       self._look()
       if not read_only:
@@ -89,6 +91,7 @@ class Checkpoints:
     self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
   def _look(self) -> None:
+    self._saved, self._damaged = {}, {}
     names = [path.stem for path in self._manifests.glob("*.json")]
     for step in sorted(int(name) for name in names if name.isdecimal() and name == str(int(name))):
       problem = manifest.problem(self.directory / str(step), self._manifest(step))
@@ -99,6 +102,9 @@ class Checkpoints:
           self._saved[step] = Saved(step=step, progress=progress, val_accuracy=val_accuracy)
           continue
         problem = "its manifest lacks progress or accuracy"
+      if not os.path.lexists(self._manifest(step)):
+        # The trainer of a live run has removed it.
+        continue
       self._damaged[step] = problem
       _LOG.warning("%s: damaged and not used: %s", self.directory / str(step), problem)
 
@@ -227,6 +233,26 @@ class Checkpoints:
         with sharding.together():
           if jax.process_index() == 0 and self._saved:
             self._set_aside(saved.step)
+
+  def find_and_restore(self, which: int | Literal["best", "latest"], abstract: TrainState) -> tuple[Saved, TrainState]:
+    """For a reader of a live run: looks again where the trainer removes the step that was found.
+
+    Raises:
+      CheckpointError: see `find` and `restore`.
+    """
+    for _ in range(_MOST_LOOKS):
+      saved = self.find(which)
+      try:
+        state = self.restore(saved, abstract)
+      except _UnreadableError:
+        if os.path.lexists(self._manifest(saved.step)):
+          raise
+      else:
+        # It is removed first, so everything that was read was still there.
+        if os.path.lexists(self._manifest(saved.step)):
+          return saved, state
+      self._look()
+    raise CheckpointError(f"{self.directory}: steps are removed faster than they can be read.")
 
   def restore(self, saved: Saved, abstract: TrainState) -> TrainState:
     """The state of a step.

@@ -1,15 +1,17 @@
 """Arguments to calls. What the scripts do stands elsewhere."""
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import tyro
 
@@ -20,15 +22,19 @@ from imdb_jax.errors import ImdbJaxError, UsageError
 _TEXTS_AT_ONCE = 256
 
 
-def _exit_with(code: int, message: str) -> None:
+def _exit_with(code: int, message: str) -> NoReturn:
   print(message, file=sys.stderr, flush=True)
   sys.exit(code)
 
 
-def _run(command: Callable[[], None]) -> None:
-  """Runs a command; what is meant for a person becomes one line and an exit code, never a traceback."""
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+  """What is meant for a person becomes one line and an exit code, never a traceback."""
+  # The scripts let Ctrl-C end them at once while they import.
+  if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
-    command()
+    yield
     sys.stdout.flush()
   except ImdbJaxError as error:
     _exit_with(error.exit_code, f"error: {error}")
@@ -53,20 +59,19 @@ def _parse_config(arguments: list[str], description: str) -> Config:
 def train() -> None:
   """The command `scripts/train.py`."""
   arguments = sys.argv[1:]
-
-  def command() -> None:
+  with _clear_errors():
     presets = ", ".join(config_lib.PRESETS)
     config = _parse_config(arguments, f"Train or resume a sentiment LSTM. Presets: {presets}.")
+    from imdb_jax import sharding
     from imdb_jax.training.loop import fit
     from imdb_jax.training.signals import Interrupted
 
-    try:
-      fit(config)
-    except Interrupted as stop:
-      again = shlex.join(["python", sys.argv[0], *arguments])
-      _exit_with(128 + stop.signal, f"Saved step {stop.step:,} in {config.run_dir}. Resume with:\n  {again}")
-
-  _run(command)
+    with sharding.leaving(), _clear_errors():
+      try:
+        fit(config)
+      except Interrupted as stop:
+        again = shlex.join(["python", sys.argv[0], *arguments])
+        _exit_with(128 + stop.signal, f"Saved step {stop.step:,} in {config.run_dir}. Resume with:\n  {again}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +129,8 @@ class _Evaluate(_Restoring):
 
 def evaluate() -> None:
   """The command `scripts/evaluate.py`."""
-  _run(lambda: tyro.cli(_Evaluate, description="Evaluate a run's checkpoint.")())
+  with _clear_errors():
+    tyro.cli(_Evaluate, description="Evaluate a run's checkpoint.")()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +174,8 @@ class _Predict(_Restoring):
 
 def predict() -> None:
   """The command `scripts/predict.py`."""
-  _run(lambda: tyro.cli(_Predict, description="Tell whether reviews are positive.")())
+  with _clear_errors():
+    tyro.cli(_Predict, description="Tell whether reviews are positive.")()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +195,8 @@ class _Plot:
 
 def plot() -> None:
   """The command `scripts/plot.py`."""
-  _run(lambda: tyro.cli(_Plot, description="Draw accuracy and loss of a run, training against validation.")())
+  with _clear_errors():
+    tyro.cli(_Plot, description="Draw accuracy and loss of a run, training against validation.")()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,4 +216,5 @@ class _Prepare:
 
 def prepare() -> None:
   """The command `scripts/prepare.py`."""
-  _run(lambda: tyro.cli(_Prepare, description="Prepare the tensorflow-datasets store from a local archive.")())
+  with _clear_errors():
+    tyro.cli(_Prepare, description="Prepare the tensorflow-datasets store from a local archive.")()

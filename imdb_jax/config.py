@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -237,7 +238,8 @@ def _require_keys(value: Any, names: set[str], where: str) -> None:
   if not isinstance(value, dict):
     raise UsageError(f"{where}: must be a JSON object.")
   for name in sorted(set(value) ^ names):
-    raise UsageError(f"{where}.{name}: {'unknown' if name in value else 'missing'}.")
+    # A name of somebody else's making may be long, or hold line breaks.
+    raise UsageError(f"{where}.{repr(name)[1:-1]:.80}: {'unknown' if name in value else 'missing'}.")
 
 
 def _section_from_dict(section: type, value: Any, where: str) -> Any:
@@ -255,7 +257,7 @@ def _has_type(value: Any, hint: Any) -> bool:
   if typing.get_origin(hint) is types.UnionType:
     return any(_has_type(value, option) for option in typing.get_args(hint))
   if hint is float:
-    return type(value) in (int, float)
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
   return type(value) is hint
 
 

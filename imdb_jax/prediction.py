@@ -64,10 +64,8 @@ class Classifier:
     jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
     model = SentimentLSTM.of_run(config)
     checkpoints = Checkpoints(run_dir, read_only=True)
-    saved = checkpoints.find(step)
-    restored = checkpoints.restore(
-      saved, state.abstract(model, state.make_optimizer(config.optimizer, num_steps=1), mesh)
-    )
+    abstract = state.abstract(model, state.make_optimizer(config.optimizer, num_steps=1), mesh)
+    saved, restored = checkpoints.find_and_restore(step, abstract)
     checkpoints.close()
     return cls(config, vocabulary, restored.params, mesh, saved.step)
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +19,8 @@ AXIS = "data"
 
 # Seconds to wait for other processes: at the start, at the end, and for a sign of life in between.
 _PATIENCE = 60
+# Seconds to wait for them after a failure or a signal, which all of them get within a step or never.
+_FAREWELL = 5
 
 # glibc, malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -122,6 +125,25 @@ def together() -> Iterator[None]:
       raise PlatformError("Another process could not go on; it says why.")
   if failure is not None:
     raise failure
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+  """Has a command that exits early wait for the other processes, but not for one that has gone.
+
+  JAX would wait for that one for a minute, and then abort.
+  """
+  try:
+    yield
+  except SystemExit as early:
+    if jax.distributed.is_initialized():
+      farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+      farewell.start()
+      # The coordinator last: JAX aborts those that lose it.
+      farewell.join(_FAREWELL + (2 if jax.process_index() == 0 else 0))
+      if farewell.is_alive():
+        os._exit(early.code if isinstance(early.code, int) else 1)
+    raise
 
 
 @contextlib.contextmanager

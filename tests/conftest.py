@@ -11,7 +11,7 @@ import jax
 import pytest
 
 # Asserts in a module that is no test file explain themselves only when asked to.
-pytest.register_assert_rewrite("lstm.contract")
+pytest.register_assert_rewrite("lstm.contract", "training.tiny")
 
 PLATFORM = os.environ.get("IMDB_JAX_TEST_PLATFORM", "cpu")
 # Also for the commands that tests start. Must precede JAX's first computation.

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imdb_jax import config
 from imdb_jax.config import (
@@ -33,6 +35,30 @@ CHANGED = Config(
 def test_round_trip_through_json(wanted):
   restored = Config.from_dict(json.loads(json.dumps(wanted.to_dict())), wanted.runtime)
   assert restored == wanted
+
+
+ANYTHING = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, "test", "mean", 0.5]),
+  lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+  max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_object_gives_the_config_that_it_describes_or_one_clear_line(data):
+  fields = CHANGED.to_dict()
+  sections = [fields[name] for name in ("dataset", "model", "optimizer", "training")]
+  for _ in range(data.draw(st.integers(0, 2))):
+    where = data.draw(st.sampled_from([fields, *sections]))
+    where[data.draw(st.sampled_from([*where, "a\nb"]))] = data.draw(ANYTHING)
+  try:
+    assert Config.from_dict(fields).to_dict() == fields
+  except UsageError as error:
+    assert len(str(error).splitlines()) == 1
+  else:
+    rate = Config.from_dict(fields).optimizer.learning_rate
+    assert 0 < float(rate) < math.inf
 
 
 def test_presets_bear_their_names():
@@ -107,6 +133,7 @@ def test_unknown_key_is_named(section):
     ("model.input_dropout_rate", "0.2"),
     ("model.input_dropout_rate", False),
     ("optimizer.learning_rate", None),
+    ("optimizer.learning_rate", 10**400),
     ("training.epochs", False),
   ],
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from imdb_jax import cli
+
 ROOT = Path(__file__).parent.parent
 TINY = ("--data", "sample", "--platform", "cpu", "--sequence-length", "24", "--embedding-size", "4")
 TINY += ("--hidden-size", "4", "--vocabulary-size", "200", "--limit", "200", "--epochs", "2")
@@ -133,18 +135,58 @@ def test_a_stopped_run_resumes_to_the_same_end(tmp_path, number, exit_code):
   assert history(tmp_path / "stopped") == history(tmp_path / "whole")
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_ctrl_c_while_python_imports_ends_it_without_a_traceback(tmp_path):
+  script = ROOT / "scripts" / "train.py"
+  # As in the foreground: tests in the background have their children ignore Ctrl-C.
+  code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+  code += f"runpy.run_path({str(script)!r}, run_name='__main__')"
+  command = [sys.executable, "-X", "importtime", "-c", code, "--run-dir", str(tmp_path / "run")]
+  process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  assert process.stderr is not None
+  with process.stderr:
+    while "tyro" not in process.stderr.readline():
+      assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.stderr.read()
+  # 130 where the imports were done before the signal came.
+  assert process.wait(timeout=60) in (-signal.SIGINT, 130)
+
+
+def test_ctrl_c_in_a_command_is_told_in_one_line(capsys):
+  previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    with pytest.raises(SystemExit) as leaving, cli._clear_errors():
+      # Else the next line would end the tests.
+      assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+      os.kill(os.getpid(), signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, previous)
+  assert leaving.value.code == 130
+  assert capsys.readouterr().err.startswith("Interrupted")
+
+
+def train_in_two(run_dir: Path, *of_second: str) -> list[tuple[int, str, str]]:
+  """Trains in two processes, of which the second gets arguments of its own."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
-  arguments = (*TINY, "--num-devices")
-  shared = ("--run-dir", tmp_path / "two", "--coordinator-address", address, "--num-processes", "2")
-  processes = [start("train", *arguments, "1", *shared, "--process-id", str(i)) for i in range(2)]
-  results = [finish(process) for process in processes]
+  shared = (*TINY, "--num-devices", "1", "--run-dir", run_dir, "--coordinator-address", address, "--num-processes", "2")
+  own = (("--process-id", "0"), ("--process-id", "1", *of_second))
+  return [finish(process) for process in [start("train", *shared, *arguments) for arguments in own]]
+
+
+def test_where_one_process_cannot_go_on_the_other_leaves_too(tmp_path):
+  first, second = train_in_two(tmp_path / "run", "--seed", "7")
+  assert_one_clear_line(second, 2, "training.seed: 0 -> 7")
+  assert_one_clear_line(first, 6, "Another process could not go on")
+
+
+def test_two_processes_train_as_one(tmp_path):
+  results = train_in_two(tmp_path / "two")
   assert [result[0] for result in results] == [0, 0], results
   # Gloo, which carries JAX's messages between CPUs, writes lines of its own to standard output.
   assert all(line.startswith("[Gloo]") for line in results[1][1].splitlines()), "only the first process writes"
-  assert run("train", *arguments, "1", "--run-dir", tmp_path / "one")[0] == 0
+  assert run("train", *TINY, "--num-devices", "1", "--run-dir", tmp_path / "one")[0] == 0
   for two, one in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
     assert two.pop("kind") == one.pop("kind")
     assert two == pytest.approx(one, rel=1e-4)

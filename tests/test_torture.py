@@ -1,12 +1,20 @@
 """A few of each of the trials of `make torture`, and that these notice what they are there for."""
 
+import contextlib
 import random
-from pathlib import Path
+import signal
+import time
+from collections.abc import Iterator
 
 import pytest
 import torture
+from reliability import trials
+from reliability.mutations import mutate
+from reliability.sandbox import Failure, Sandbox, finish, last_line, newest_state
+from training.tiny import assert_close_end
 
 from imdb_jax.checkpoint import Checkpoints
+from imdb_jax.errors import CheckpointError, PlatformError
 
 COUNTS = torture.Options(
   kills=2, signals=2, damages=20, disk_full=1, process_stops=1, process_kills=1, mutations=200, seed=1
@@ -14,51 +22,89 @@ COUNTS = torture.Options(
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory) -> torture.Sandbox:
-  return torture.Sandbox(tmp_path_factory.mktemp("torture"))
+def sandbox(tmp_path_factory) -> Iterator[Sandbox]:
+  with contextlib.closing(Sandbox(tmp_path_factory.mktemp("torture"))) as sandbox:
+    yield sandbox
 
 
-@pytest.mark.parametrize(
-  ("field", "trial", "at_once"), torture.TRIALS.values(), ids=[row[0] for row in torture.TRIALS.values()]
-)
-def test_nothing_is_lost(sandbox, field, trial, at_once):
+@pytest.mark.parametrize("name", trials.TRIALS)
+def test_nothing_is_lost(sandbox, name):
   try:
-    count, failures = torture.run_trials(sandbox, COUNTS, field, trial, at_once)
+    outcome = torture.run_trials(sandbox, COUNTS, name)
   except PermissionError as error:
     pytest.skip(f"a tmpfs cannot be mounted: {error}")
-  assert count == getattr(COUNTS, field)
-  assert not failures
+  assert outcome.count == getattr(COUNTS, name)
+  assert not outcome.failures
+  assert bool(outcome.moments) == (name not in ("damages", "disk_full"))
 
 
-def test_nothing_is_let_in(sandbox, tmp_path):
-  count, failures = torture.mutations(sandbox, COUNTS, tmp_path / "mutations")
-  assert count == COUNTS.mutations
-  assert not failures
+def test_nothing_is_let_in(sandbox):
+  outcome = torture.run_mutations(sandbox, COUNTS)
+  assert outcome.count == COUNTS.mutations
+  assert not outcome.failures
 
 
 def test_damage_that_goes_unnoticed_is_a_failure(sandbox, monkeypatch):
-  newest = max(int(path.name) for path in (sandbox.folder / "whole" / "checkpoints").iterdir())
-  monkeypatch.setattr(torture, "newest_state", lambda run_dir: (newest, None))
-  count, failures = torture.run_trials(sandbox, COUNTS, "damages", torture.damage, 1)
-  assert len(failures) == count
+  newest = max(int(path.name) for path in (sandbox.whole / "checkpoints").iterdir())
+  monkeypatch.setattr(trials, "newest_state", lambda run_dir: (newest, None))
+  outcome = torture.run_trials(sandbox, COUNTS, "damages")
+  assert len(outcome.failures) == outcome.count
 
 
 def test_an_end_that_differs_is_a_failure(sandbox, tmp_path, monkeypatch):
-  run_dir: Path = tmp_path / "run"
-  assert sandbox.train(run_dir)[0] == 0
-  assert torture.end_of(run_dir) == sandbox.end
+  run_dir = sandbox.copy_of_whole(tmp_path)
+  sandbox.require_end(run_dir)
   metrics = run_dir / "metrics.jsonl"
   text = metrics.read_text()
   metrics.write_text(text.replace('"accuracy": 0.', '"accuracy": 0.1', 1))
-  assert torture.end_of(run_dir) != sandbox.end
+  with pytest.raises(Failure, match="ends differently"):
+    sandbox.require_end(run_dir)
   metrics.write_text(text)
   # The newest step but one is another state.
   find = Checkpoints.find
   monkeypatch.setattr(Checkpoints, "find", lambda self, which: find(self, self.steps()[-2]))
-  assert torture.end_of(run_dir) != sandbox.end
+  with pytest.raises(Failure, match="ends differently"):
+    sandbox.require_end(run_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_forked_command_gets_signals_and_says_what_it_is_at(sandbox, tmp_path, number):
+  with sandbox.started(tmp_path / "run") as (process,):
+    deadline = time.monotonic() + 60
+    while process.moment != "step":
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+    process.send_signal(number)
+    assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
+    assert "Compiled in" in process.stdout
+    assert ("Saved step" in process.stderr) == (number != signal.SIGKILL)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(sandbox, tmp_path):
+  run_dir, at = tmp_path / "run", -1
+  for start in (sandbox.started, sandbox.two_started):
+    with start(run_dir) as processes:
+      while last_line(run_dir) < at + 7:
+        time.sleep(0.001)
+      processes[-1].send_signal(signal.SIGTERM)
+      assert [finish(process) for process in processes] == [143] * len(processes)
+    at, _ = newest_state(run_dir)
+    assert at % 50, "within an epoch"
+  with sandbox.started(run_dir) as (process,):
+    assert finish(process) == 0
+  assert_close_end(sandbox.whole, run_dir)
+
+
+def test_a_coordinator_whose_partner_is_killed_leaves_with_its_own_exit_code(sandbox, tmp_path):
+  with sandbox.two_started(tmp_path / "run") as (coordinator, other):
+    while last_line(tmp_path / "run") < 0:
+      time.sleep(0.01)
+    other.send_signal(signal.SIGKILL)
+    assert finish(coordinator, trials.LEFT_ALONE) in (CheckpointError.exit_code, PlatformError.exit_code)
+    assert len(coordinator.stderr.splitlines()) == 1
 
 
 def test_a_mutation_changes_something():
   content = bytes(range(256)) * 4
-  changed = [torture.mutate(content, random.Random(seed)) for seed in range(100)]
+  changed = [mutate(content, random.Random(seed)) for seed in range(100)]
   assert sum(one != content for one in changed) > 95

@@ -1,7 +1,9 @@
 """read_archive: one result from every form of the archive, one clear line for everything that is none."""
 
 import collections
+import gzip
 import io
+import lzma
 import os
 import pathlib
 import random
@@ -10,6 +12,8 @@ import tarfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imdb_jax import errors
 from imdb_jax.data import archive, reviews
@@ -242,6 +246,10 @@ class TestHostile:
     path = self.hostile(tmp_path, name, type=kind, linkname="/etc/passwd")
     assert "is a link or a device" in refusal(path)
 
+  def test_sparse_file(self, tmp_path):
+    path = self.hostile(tmp_path, "aclImdb/train/pos/7_9.txt", type=tarfile.GNUTYPE_SPARSE)
+    assert "is a sparse file" in refusal(path)
+
   @pytest.mark.parametrize("name", ["/etc/cron.d/job", "../outside", "aclImdb/../../outside", "aclImdb/.."])
   def test_unsafe_name(self, tmp_path, name):
     assert "unsafe name" in refusal(self.hostile(tmp_path, name, b"x"))
@@ -324,6 +332,58 @@ class TestHostile:
       except errors.DataError:
         outcomes["refused"] += 1
     assert outcomes["refused"] > 100
+
+
+HONEST = list(make_members().items())
+NAMES = st.one_of(
+  st.sampled_from([name for name, _ in HONEST]),
+  st.sampled_from(
+    ["../outside", "/outside", "aclImdb/../../outside", "aclImdb/train", "./aclImdb/train/pos/7_9.txt", ""]
+  ),
+  st.binary(max_size=300).map(lambda name: name.decode("utf-8", "surrogateescape")),
+)
+TYPES = st.sampled_from([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.AREGTYPE, *b"1234567gLKxSM"])
+SIZES = st.none() | st.sampled_from([-1, 1, 511, 2**20, 2**20 + 1, 2**31, 2**40]) | st.integers(-(2**63), 2**63)
+
+
+def header(name: str, kind: bytes | int, size: int) -> bytes:
+  info = tarfile.TarInfo(name)
+  info.type, info.size, info.linkname = bytes([kind]) if isinstance(kind, int) else kind, size, "/etc/passwd"
+  return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def test_any_tar_gives_reviews_or_one_clear_line_and_writes_nothing(tmp_path, monkeypatch):
+  outcomes = collections.Counter()
+  path = tmp_path / "inner" / "a.tar"
+  path.parent.mkdir()
+  monkeypatch.chdir(path.parent)
+
+  @settings(max_examples=150, deadline=None)
+  @given(
+    extra=st.lists(st.tuples(NAMES, TYPES, SIZES, st.binary(max_size=600)), max_size=3),
+    missing=st.sampled_from([None, *range(len(HONEST))]),
+    compress=st.sampled_from([bytes, gzip.compress, lzma.compress]),
+    data=st.data(),
+  )
+  def check(extra, missing, compress, data):
+    members = [(name, tarfile.REGTYPE, None, content) for i, (name, content) in enumerate(HONEST) if i != missing]
+    for member in extra:
+      members.insert(data.draw(st.integers(0, len(members))), member)
+    tar = b"".join(
+      header(name, kind, len(content) if size is None else size) + content + bytes(-len(content) % 512)
+      for name, kind, size, content in members
+    )
+    path.write_bytes(compress(tar + bytes(1024)))
+    try:
+      assert [len(split) for split in read(path).values()] in ([4, 4, 3], [4, 4, 0])
+      outcomes["read"] += 1
+    except errors.DataError as error:
+      assert len(str(error).splitlines()) == 1
+      outcomes["refused"] += 1
+    assert list(tmp_path.rglob("*")) == [path.parent, path]
+
+  check()
+  assert min(outcomes["read"], outcomes["refused"]) > 10
 
 
 class TestHostileFolder:

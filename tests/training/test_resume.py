@@ -2,24 +2,21 @@
 
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-import torture
-from training.tiny import tiny, without_times
+from training.tiny import assert_close_end, final_state, tiny, without_times
 
 import imdb_jax
-from imdb_jax import checkpoint, evaluation, manifest, state, steps
+from imdb_jax import checkpoint, evaluation, manifest, steps
 from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.config import Config
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
-from imdb_jax.model import SentimentLSTM
 from imdb_jax.training.recorder import Recorder
 from imdb_jax.training.signals import Interrupted
 
@@ -28,16 +25,10 @@ def with_runtime(config: Config, **settings) -> Config:
   return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **settings))
 
 
-def final_state(config: Config) -> dict[str, np.ndarray]:
-  """Every array of the newest checkpoint."""
-  _, restored = torture.newest_state(config.run_dir)
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
-
-
 def assert_same_end(one: Config, other: Config) -> None:
   """Bit for bit, but for times."""
   assert without_times(one.run_dir) == without_times(other.run_dir)
-  expected, found = final_state(one), final_state(other)
+  expected, found = final_state(one.run_dir), final_state(other.run_dir)
   assert expected.keys() == found.keys()
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -74,6 +65,24 @@ def test_a_signal_at_any_step(whole, step, tmp_path, monkeypatch):
   assert stop.value.signal == signal.SIGINT
   assert stop.value.step == step
   monkeypatch.undo()
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
+def test_a_signal_between_two_epochs(whole, tmp_path, monkeypatch):
+  config = tiny(tmp_path / "run")
+  record_epoch = Recorder.record_epoch
+
+  def interrupted(*arguments, **settings):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return record_epoch(*arguments, **settings)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Recorder, "record_epoch", interrupted)
+    with pytest.raises(Interrupted) as stop:
+      imdb_jax.fit(config)
+  assert stop.value.step == 4
+  assert Checkpoints(config.run_dir, read_only=True).find(4).val_accuracy is not None, "its evaluation is not lost"
   imdb_jax.fit(config)
   assert_same_end(whole, config)
 
@@ -134,6 +143,39 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, damage, tmp_p
   assert [path.name for path in (config.run_dir / "damaged").iterdir()] == ["8-1"], "nothing is thrown away"
 
 
+@pytest.mark.parametrize("is_read_first", [False, True])
+def test_a_reader_looks_again_when_the_trainer_removes_what_it_found(whole, is_read_first, tmp_path, monkeypatch):
+  run_dir = Path(shutil.copytree(whole.run_dir, tmp_path / "run"))
+  restore = Checkpoints.restore
+
+  def remove_and_restore(checkpoints, saved, abstract):
+    read = restore(checkpoints, saved, abstract) if is_read_first else None
+    (run_dir / "manifests" / f"{saved.step}.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / str(saved.step))
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    return read or restore(checkpoints, saved, abstract)
+
+  monkeypatch.setattr(Checkpoints, "restore", remove_and_restore)
+  assert imdb_jax.Classifier.load(run_dir, step="latest").step == 4
+  monkeypatch.setattr(Checkpoints, "restore", remove_and_restore)
+  with pytest.raises(CheckpointError, match="none has been saved yet"):
+    imdb_jax.Classifier.load(run_dir, step=4)
+
+
+def test_a_step_that_is_removed_while_a_reader_looks_is_not_damaged(whole, tmp_path, monkeypatch, caplog):
+  run_dir = Path(shutil.copytree(whole.run_dir, tmp_path / "run"))
+  problem = manifest.problem
+
+  def remove_and_look(folder, path):
+    if folder.name == "8":
+      path.unlink()
+    return problem(folder, path)
+
+  monkeypatch.setattr(manifest, "problem", remove_and_look)
+  assert Checkpoints(run_dir, read_only=True).steps() == [4]
+  assert not caplog.text
+
+
 def test_without_any_good_step_all_are_named_and_nothing_starts_anew(tmp_path):
   config = tiny(tmp_path / "run")
   imdb_jax.fit(config)
@@ -192,22 +234,6 @@ def test_a_stop_in_an_evaluation_then_a_kill_before_its_epoch_is_saved(whole, tm
   assert_same_end(whole, config)
 
 
-def test_a_checkpoint_of_values_that_are_no_numbers_is_refused(tmp_path):
-  config = tiny(tmp_path / "run")
-  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-  model, optimizer = SentimentLSTM.of_run(config), state.make_optimizer(config.optimizer, 8)
-  made = state.create(model, optimizer, 0, mesh)
-  bias = made.params["dense"]["bias"]
-  made = dataclasses.replace(made, params=made.params | {"dense": made.params["dense"] | {"bias": bias * np.nan}})
-  checkpoints = Checkpoints(config.run_dir, read_only=False)
-  checkpoints.save(4, made, {})
-  with pytest.raises(CheckpointError, match="not finite"):
-    checkpoints.restore(checkpoints.find(4), state.abstract(model, optimizer, mesh))
-  with pytest.raises(CheckpointError, match=r"no checkpoint can be used: step 4: .*not finite"):
-    checkpoints.restore_latest(state.abstract(model, optimizer, mesh))
-  checkpoints.close()
-
-
 def test_a_full_disk_fails_the_run_and_leaves_the_older_steps(whole, tmp_path, monkeypatch):
   config = tiny(tmp_path / "run")
   real = manifest.write
@@ -245,14 +271,20 @@ def test_metrics_that_are_none_are_named(text, tmp_path):
     imdb_jax.fit(config)
 
 
-def test_a_second_trainer_is_refused_while_the_first_is_at_work(tmp_path):
+def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
   config = tiny(tmp_path / "run")
-  config.run_dir.mkdir()
-  with (config.run_dir / "lock").open("w") as held:
-    fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(UsageError, match="another trainer is at work"):
-      imdb_jax.fit(config)
   imdb_jax.fit(config)
+  before = (config.run_dir / "metrics.jsonl").read_bytes()
+  write_text = Path.write_text
+
+  def cut(path, text, **settings):
+    write_text(path, text[:10], **settings)
+    _die()
+
+  monkeypatch.setattr(Path, "write_text", cut)
+  with pytest.raises(KeyboardInterrupt):
+    imdb_jax.fit(config)
+  assert (config.run_dir / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("cut_after", range(3))
@@ -285,20 +317,6 @@ def test_metrics_for_which_there_is_no_room_end_the_run_in_one_line(whole, tmp_p
   assert_same_end(whole, config)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl.new", ".laying", "lock", "config.json", "checkpoints"])
-def test_a_run_that_holds_links_is_left_alone(name, tmp_path):
-  config = tiny(tmp_path / "run")
-  imdb_jax.fit(config)
-  path, outside = config.run_dir / name, tmp_path / "outside"
-  if path.exists():
-    path.rename(outside)
-  path.symlink_to(outside)
-  for use in (lambda: imdb_jax.fit(config), lambda: imdb_jax.Classifier.load(config.run_dir)):
-    with pytest.raises(UsageError, match="links"):
-      use()
-  assert outside.exists() == (name not in ("metrics.jsonl.new", ".laying")), "nothing is written through it"
-
-
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
   config = tiny(tmp_path / "run")
   read = Recorder._read
@@ -310,6 +328,26 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkey
   with pytest.raises(DivergenceError, match=r"Step 6 .*its gradients.*last good checkpoint is step 4.*non-finite"):
     imdb_jax.fit(config)
   assert Checkpoints(config.run_dir, read_only=True).steps() == [4]
+
+
+@pytest.mark.parametrize("route", [(4, 1, 4), (1, 4, 1)], ids=str)
+def test_a_run_goes_on_with_other_devices(whole, route, tmp_path, monkeypatch):
+  """A batch of 10 takes 12 rows on four devices. The stops lie within the two epochs of four steps."""
+  config = tiny(tmp_path / "run")
+  record_step = Recorder.record_step
+
+  def interrupted(recorder, number, metrics):
+    if number in (2, 7):
+      os.kill(os.getpid(), signal.SIGTERM)
+    record_step(recorder, number, metrics)
+
+  monkeypatch.setattr(Recorder, "record_step", interrupted)
+  for num_devices, step in zip(route, (2, 7), strict=False):
+    with pytest.raises(Interrupted) as stop:
+      imdb_jax.fit(with_runtime(config, num_devices=num_devices))
+    assert stop.value.step == step
+  imdb_jax.fit(with_runtime(config, num_devices=route[-1]))
+  assert_close_end(whole.run_dir, config.run_dir)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

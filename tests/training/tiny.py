@@ -2,6 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from reliability.sandbox import newest_state
 
 from imdb_jax.config import PRESETS, Config
 
@@ -24,3 +30,17 @@ def lines(run_dir) -> list[dict]:
 
 def without_times(run_dir) -> list[dict]:
   return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines(run_dir)]
+
+
+def final_state(run_dir: Path) -> dict[str, np.ndarray]:
+  """Every array of the newest checkpoint."""
+  _, restored = newest_state(run_dir)
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
+
+
+def assert_close_end(expected: Path, found: Path) -> None:
+  """But for rounding and times."""
+  for one, other in zip(without_times(found), without_times(expected), strict=True):
+    assert one == other | {name: pytest.approx(value, rel=1e-4) for name, value in other.items() if "loss" in name}
+  for name, value in final_state(expected).items():
+    np.testing.assert_allclose(final_state(found)[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
