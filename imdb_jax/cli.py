@@ -119,9 +119,14 @@ class _Evaluate(_Restoring):
     run_directory.check_data(self.run_dir, data.digest())
     result = dataclasses.asdict(classifier.evaluate(getattr(data, self.split)))
     result = {"run_dir": str(self.run_dir), "step": classifier.step, "split": self.split, **result}
+    if "seeds" in result:
+      numbers = classifier.config.training.seeds
+      result["seeds"] = [{"seed": seed, **each} for seed, each in zip(numbers, result["seeds"], strict=True)]
     if self.json:
       print(json.dumps(result))
       return
+    for of_seed in result.pop("seeds", []):
+      result[f"accuracy, seed {of_seed['seed']}"] = of_seed["accuracy"]
     for name, value in result.items():
       shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
       print(f"{name.replace('_', ' '):<16} {shown}")

@@ -123,6 +123,8 @@ class TrainingConfig:
   """Reviews per step, over all devices together."""
   seed: int = 0
   """Initial parameters, order of the reviews and dropout all follow from it."""
+  num_seeds: int = 1
+  """Models to train at once, of this seed and the next ones, on batches of their own; the run is their ensemble."""
   bucket_by_length: bool = False
   """Form batches of reviews of similar length. With --mask-padding a batch costs its own length."""
   matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
@@ -132,6 +134,13 @@ class TrainingConfig:
     _require_whole(self, "epochs", 1, 100_000)
     _require_whole(self, "batch_size", 1, 65_536)
     _require_whole(self, "seed", 0, 2**31 - 1)
+    _require_whole(self, "num_seeds", 1, 1024)
+    most = 2**31 - self.seed
+    _require(self.num_seeds <= most, self, "num_seeds", f"at most {most:,}, for the last seed is 2,147,483,647")
+
+  @property
+  def seeds(self) -> range:
+    return range(self.seed, self.seed + self.num_seeds)
 
 
 def default_cache_dir() -> Path:

@@ -32,20 +32,30 @@ class Evaluation:
   true_positives: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleEvaluation(Evaluation):
+  """Of the averaged probabilities of several seeds, and of each."""
+
+  seeds: list[Evaluation]
+
+
 def predict_logits(
   predict_step: PredictStep, params: dict, split: TokenSplit, mesh: Mesh, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields (rows, logits) batch by batch; a batch is read after the next is dispatched, so devices never wait."""
+  """Yields (rows, logits f32[rows] or f32[seeds, rows]) batch by batch.
+
+  A batch is read after the next is dispatched, so devices never wait.
+  """
   size = sharding.padded_batch_size(batch_size, mesh)
   pending = None
   for rows in batches.prediction_batches(split.lengths, batch_size=size):
     examples = sharding.shard_reviews(split.gather(rows, size), mesh)
     dispatched = predict_step(params, examples["tokens"], examples["lengths"])
     if pending is not None:
-      yield pending[0], jax.device_get(pending[1])[: len(pending[0])]
+      yield pending[0], jax.device_get(pending[1])[..., : len(pending[0])]
     pending = rows, dispatched
   if pending is not None:
-    yield pending[0], jax.device_get(pending[1])[: len(pending[0])]
+    yield pending[0], jax.device_get(pending[1])[..., : len(pending[0])]
 
 
 def evaluate(
@@ -55,8 +65,9 @@ def evaluate(
   mesh: Mesh,
   batch_size: int,
   on_progress: Callable[[int], None] = lambda num_reviews: None,
+  num_seeds: int = 1,
 ) -> Evaluation:
-  """Metrics over every review of a split.
+  """Metrics over every review of a split; an `EnsembleEvaluation` where there are several seeds.
 
   Args:
     predict_step: from `steps.make_predict_step`.
@@ -65,14 +76,28 @@ def evaluate(
     mesh: devices to use.
     batch_size: reviews per step.
     on_progress: gets the number of reviews done after each batch.
+    num_seeds: of params and predict_step.
   """
-  logits = np.zeros(len(split), np.float32)
+  logits = np.zeros((num_seeds, len(split)), np.float32)
   done = 0
   for rows, values in predict_logits(predict_step, params, split, mesh, batch_size):
-    logits[rows] = values
+    logits[:, rows] = values
     done += len(rows)
     on_progress(done)
-  return summarize(logits, split.labels)
+  seeds = [summarize(of_seed, split.labels) for of_seed in logits]
+  if num_seeds == 1:
+    return seeds[0]
+  return EnsembleEvaluation(**vars(summarize(average(logits), split.labels)), seeds=seeds)
+
+
+def average(logits: np.ndarray) -> np.ndarray:
+  """The logit f64[n] of the mean of the probabilities that logits [seeds, n] stand for.
+
+  From the logarithms of p and of 1 - p, both of which are exact however certain a model is.
+  """
+  x = logits.astype(np.float64)
+  log_p, log_not_p = -np.logaddexp(0, -x), -np.logaddexp(0, x)
+  return np.logaddexp.reduce(log_p) - np.logaddexp.reduce(log_not_p)
 
 
 def summarize(logits: np.ndarray, labels: np.ndarray) -> Evaluation:

@@ -33,11 +33,14 @@ def plot_history(run_dir: Path, output: Path) -> None:
   from matplotlib.ticker import MaxNLocator
 
   rows = _read_history(run_dir)
-  epochs = [row["epoch"] for row in rows]
+  epochs, has_seeds = [row["epoch"] for row in rows], "ensemble_accuracy" in rows[0]
   figure = Figure(figsize=(11, 4.5), layout="constrained")
   for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
     for field, label, color in ((name, "training", _TRAIN_COLOR), (f"val_{name}", "validation", _VALIDATION_COLOR)):
       axes.plot(epochs, [row[field] for row in rows], marker="o", color=color, label=label)
+      if has_seeds:
+        low, high = ([row[f"{field}_{end}"] for row in rows] for end in ("min", "max"))
+        axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
     top = (max if name == "accuracy" else min)(rows, key=lambda row: row[f"val_{name}"])
     axes.annotate(
       f"{top[f'val_{name}']:.4f}",
@@ -52,5 +55,6 @@ def plot_history(run_dir: Path, output: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
-  figure.suptitle(f"{run_dir.name}: {len(rows)} epoch{'s' if len(rows) != 1 else ''}")
+  of_seeds = ", mean of the seeds and their range" if has_seeds else ""
+  figure.suptitle(f"{run_dir.name}: {len(rows)} epoch{'s' if len(rows) != 1 else ''}{of_seeds}")
   figure.savefig(output, dpi=120, format="png")

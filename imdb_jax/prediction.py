@@ -19,7 +19,7 @@ from imdb_jax.model import SentimentLSTM
 
 
 class Classifier:
-  """A restored model with its vocabulary.
+  """A restored model with its vocabulary. A run of several seeds is one ensemble, which averages their probabilities.
 
   Attributes:
     config: of the run.
@@ -30,7 +30,7 @@ class Classifier:
   def __init__(self, config: Config, vocabulary: Vocabulary, params: dict, mesh: Mesh, step: int):
     self.config, self.vocabulary, self.step = config, vocabulary, step
     self._params, self._mesh = params, mesh
-    self._predict_step = steps.make_predict_step(SentimentLSTM.of_run(config), mesh)
+    self._predict_step = steps.make_predict_step(SentimentLSTM.of_run(config), mesh, config.training.num_seeds)
 
   @classmethod
   def load(
@@ -64,7 +64,8 @@ class Classifier:
     jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
     model = SentimentLSTM.of_run(config)
     checkpoints = Checkpoints(run_dir, read_only=True)
-    abstract = state.abstract(model, state.make_optimizer(config.optimizer, num_steps=1), mesh)
+    optimizer = state.make_optimizer(config.optimizer, num_steps=1)
+    abstract = state.abstract(model, optimizer, mesh, config.training.num_seeds)
     saved, restored = checkpoints.find_and_restore(step, abstract)
     checkpoints.close()
     return cls(config, vocabulary, restored.params, mesh, saved.step)
@@ -76,14 +77,14 @@ class Classifier:
     # Powers of two: few shapes to compile, little waste.
     wanted = 1 << max(len(texts) - 1, 0).bit_length()
     batch_size = min(wanted, self.config.runtime.evaluation_batch_size)
-    logits = np.zeros(len(texts), np.float64)
+    logits = np.zeros((self.config.training.num_seeds, len(texts)), np.float64)
     with sharding.device_errors():
       for rows, values in predict_logits(self._predict_step, self._params, split, self._mesh, batch_size):
-        logits[rows] = values
-    return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
+        logits[:, rows] = values
+    return np.mean(0.5 * (1 + np.tanh(0.5 * logits)), axis=0).astype(np.float32)
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Metrics over encoded reviews, see `imdb_jax.evaluation`."""
-    batch_size = self.config.runtime.evaluation_batch_size
+    size, num_seeds = self.config.runtime.evaluation_batch_size, self.config.training.num_seeds
     with sharding.device_errors():
-      return evaluate(self._predict_step, self._params, split, self._mesh, batch_size)
+      return evaluate(self._predict_step, self._params, split, self._mesh, size, num_seeds=num_seeds)

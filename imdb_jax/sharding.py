@@ -157,7 +157,7 @@ def device_errors() -> Iterator[None]:
     yield
   except jax.errors.JaxRuntimeError as error:
     raise PlatformError(
-      f"The computation failed: {first_line(error)}. If memory did not suffice, smaller batches need less."
+      f"The computation failed: {first_line(error)}. If memory did not suffice, take smaller batches or fewer seeds."
     ) from error
 
 
@@ -185,9 +185,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def over_reviews(mesh: Mesh) -> NamedSharding:
-  """The first axis, the reviews, is spread over the devices."""
-  return NamedSharding(mesh, PartitionSpec(AXIS))
+def over_reviews(mesh: Mesh, num_seeds: int = 1) -> NamedSharding:
+  """The first axis, the reviews, is spread over the devices; the second one after an axis of several seeds."""
+  return NamedSharding(mesh, PartitionSpec(AXIS) if num_seeds == 1 else PartitionSpec(None, AXIS))
 
 
 def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
@@ -195,9 +195,9 @@ def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
   return -(-batch_size // mesh.size) * mesh.size
 
 
-def shard_reviews(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Spreads host arrays over the devices by their first axis; every process passes the same global arrays."""
-  sharding = over_reviews(mesh)
+def shard_reviews(arrays: dict[str, np.ndarray], mesh: Mesh, num_seeds: int = 1) -> dict[str, jax.Array]:
+  """Spreads host arrays as `over_reviews` says; every process passes the same global arrays."""
+  sharding = over_reviews(mesh, num_seeds)
   if jax.process_count() == 1:
     return jax.device_put(arrays, sharding)
   return {

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -16,7 +17,9 @@ from imdb_jax.model import SentimentLSTM
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """Attributes:
+  """Of one seed. Of several every array has a first axis [seeds].
+
+  Attributes:
   step: i32[], updates made.
   params: of the model, a plain tree of dicts.
   opt_state: of the optimizer.
@@ -63,24 +66,37 @@ def _initial_state(model: SentimentLSTM, optimizer: optax.GradientTransformation
   )
 
 
-def create(model: SentimentLSTM, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-  """The state before the first step, on every device of the mesh."""
-  init = jax.jit(_initial_state, static_argnums=(0, 1), out_shardings=sharding.replicated(mesh))
-  return init(model, optimizer, jnp.uint32(seed))
+def _initial_states(model: SentimentLSTM, optimizer: optax.GradientTransformation, seed: jax.Array, num_seeds: int):
+  if num_seeds == 1:
+    return _initial_state(model, optimizer, seed)
+  # One by one: in a batch the decomposition that makes the recurrent kernel may round differently.
+  seeds = seed + jnp.arange(num_seeds, dtype=jnp.uint32)
+  return jax.lax.map(lambda seed: _initial_state(model, optimizer, seed), seeds)
 
 
-def abstract(model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def create(
+  model: SentimentLSTM, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, num_seeds: int = 1
+) -> TrainState:
+  """The state before the first step, of `seed` and the `num_seeds` - 1 after it, on every device of the mesh."""
+  init = jax.jit(_initial_states, static_argnums=(0, 1, 3), out_shardings=sharding.replicated(mesh))
+  return init(model, optimizer, jnp.uint32(seed), num_seeds)
+
+
+def abstract(
+  model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh, num_seeds: int = 1
+) -> TrainState:
   """Shapes, dtypes and shardings of the state, without computing it: what a checkpoint is restored into."""
-  shapes = jax.eval_shape(lambda seed: _initial_state(model, optimizer, seed), jnp.uint32(0))
+  shapes = jax.eval_shape(lambda seed: _initial_states(model, optimizer, seed, num_seeds), jnp.uint32(0))
   place = sharding.replicated(mesh)
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
 
-def num_skipped(state: TrainState) -> int:
-  """Non-finite steps in a row, just now; see `make_optimizer`."""
+def num_skipped(state: TrainState) -> np.ndarray:
+  """Non-finite steps in a row, just now, of each seed; see `make_optimizer`."""
   opt_state = state.opt_state
-  return int(opt_state.notfinite_count) if isinstance(opt_state, optax.ApplyIfFiniteState) else 0
+  return np.asarray(opt_state.notfinite_count if isinstance(opt_state, optax.ApplyIfFiniteState) else 0)
 
 
 def num_parameters(state: TrainState) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  """Of one seed."""
+  return sum(leaf.size for leaf in jax.tree.leaves(state.params)) // state.step.size

@@ -2,7 +2,13 @@
 
 Both take a global batch spread over the mesh. `shard_map` gives each device its reviews, so that the gradients are
 summed across devices once a step and not once a time step.
+
+With several seeds the same step is taken for each of them: every array of the state and of the batch has a first axis
+[seeds], and so have the metrics and logits.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +25,20 @@ Metrics = dict[str, jax.Array]
 _REVIEWS, _EVERYWHERE = PartitionSpec(sharding.AXIS), PartitionSpec()
 
 
-def make_train_step(model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
+def _for_each_seed(function: Callable[..., Any], mesh: Mesh, num_seeds: int) -> Callable[..., Any]:
+  """A function of one seed's arrays as one of all seeds'."""
+  if num_seeds == 1:
+    return function
+  if mesh.devices.flat[0].platform != "cpu":
+    return jax.vmap(function)
+  # One seed keeps the cores busy, together all would pay for the longest review of any, and a batched step stands still
+  # for good on several CPU devices (jaxlib 0.10.2).
+  return lambda *arrays: jax.lax.map(lambda of_seed: function(*of_seed), arrays)
+
+
+def make_train_step(
+  model: SentimentLSTM, optimizer: optax.GradientTransformation, mesh: Mesh, num_seeds: int = 1
+) -> jax.stages.Wrapped:
   """A jitted step: state and batch -> new state and the batch's metrics. The old state's buffers are donated.
 
   The batch holds tokens int[b, t], lengths i32[b], labels f32[b] and weights f32[b]; b must divide over the mesh.
@@ -70,15 +89,18 @@ def make_train_step(model: SentimentLSTM, optimizer: optax.GradientTransformatio
 
   place = sharding.replicated(mesh)
   return jax.jit(
-    train_step,
+    _for_each_seed(train_step, mesh, num_seeds),
     donate_argnums=0,
-    in_shardings=(place, sharding.over_reviews(mesh)),
+    in_shardings=(place, sharding.over_reviews(mesh, num_seeds)),
     out_shardings=place,
   )
 
 
-def make_predict_step(model: SentimentLSTM, mesh: Mesh) -> jax.stages.Wrapped:
-  """A jitted step: params, tokens int[b, t] and lengths i32[b] -> logits f32[b], the same on every device."""
+def make_predict_step(model: SentimentLSTM, mesh: Mesh, num_seeds: int = 1) -> jax.stages.Wrapped:
+  """A jitted step: params, tokens int[b, t] and lengths i32[b] -> logits f32[b], the same on every device.
+
+  Several seeds see the same reviews.
+  """
 
   def logits(params, tokens, lengths):
     return model.apply({"params": params}, tokens, lengths)
@@ -86,5 +108,9 @@ def make_predict_step(model: SentimentLSTM, mesh: Mesh) -> jax.stages.Wrapped:
   sharded_logits = jax.shard_map(
     logits, mesh=mesh, in_specs=(_EVERYWHERE, _REVIEWS, _REVIEWS), out_specs=_REVIEWS, check_vma=False
   )
+
+  def predict_step(params, tokens, lengths):
+    return _for_each_seed(lambda params: sharded_logits(params, tokens, lengths), mesh, num_seeds)(params)
+
   place, reviews = sharding.replicated(mesh), sharding.over_reviews(mesh)
-  return jax.jit(sharded_logits, in_shardings=(place, reviews, reviews), out_shardings=place)
+  return jax.jit(predict_step, in_shardings=(place, reviews, reviews), out_shardings=place)

@@ -27,7 +27,7 @@ CHANGED = Config(
   dataset=DataConfig(data="sample", limit=7, validation="split", validation_fraction=0.25, strip_html=False),
   model=ModelConfig(hidden_size=3, dropout_masks="per_gate", mask_padding=True, pooling="max"),
   optimizer=OptimizerConfig(learning_rate=1, epsilon=1e-8),
-  training=TrainingConfig(epochs=2, seed=5, matmul_precision="bfloat16"),
+  training=TrainingConfig(epochs=2, seed=5, num_seeds=3, matmul_precision="bfloat16"),
 )
 
 
@@ -167,6 +167,7 @@ def test_no_object_is_refused(value):
     (TrainingConfig, "epochs", 1, 100_000),
     (TrainingConfig, "batch_size", 1, 65_536),
     (TrainingConfig, "seed", 0, 2**31 - 1),
+    (TrainingConfig, "num_seeds", 1, 1024),
     (RuntimeConfig, "num_devices", 1, 65_536),
     (RuntimeConfig, "evaluation_batch_size", 1, 65_536),
     (RuntimeConfig, "log_every", 1, 1_000_000),
@@ -206,6 +207,12 @@ def test_range_is_checked_in_a_file_too():
   fields["training"]["epochs"] = 0
   with pytest.raises(UsageError, match="--epochs 0"):
     Config.from_dict(fields)
+
+
+def test_the_last_seed_is_in_range_too():
+  assert list(TrainingConfig(seed=2**31 - 2, num_seeds=2).seeds) == [2**31 - 2, 2**31 - 1]
+  with pytest.raises(UsageError, match=r"^--num-seeds 3: must be at most 2,"):
+    TrainingConfig(seed=2**31 - 2, num_seeds=3)
 
 
 def test_joining_by_hand_needs_all_three():
@@ -275,7 +282,14 @@ OTHER_VALUES = {
     "schedule": "one_cycle",
     "non_finite": "skip",
   },
-  "training": {"epochs": 5, "batch_size": 5, "seed": 5, "bucket_by_length": True, "matmul_precision": "bfloat16"},
+  "training": {
+    "epochs": 5,
+    "batch_size": 5,
+    "seed": 5,
+    "num_seeds": 5,
+    "bucket_by_length": True,
+    "matmul_precision": "bfloat16",
+  },
 }
 
 

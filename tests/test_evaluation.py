@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from imdb_jax import evaluation, sharding
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.evaluation import evaluate, summarize
+from imdb_jax.evaluation import EnsembleEvaluation, average, evaluate, summarize
 
 
 def assert_same_as_sklearn(logits: np.ndarray, labels: np.ndarray) -> None:
@@ -70,6 +70,19 @@ def test_certain_and_wrong_is_finite():
   assert summarize(np.array([-1e4, 1e4], np.float32), np.array([1, 0])).loss == 1e4
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1, 20])
+def test_an_ensemble_averages_probabilities(scale):
+  logits = (scale * np.random.default_rng(0).standard_normal((3, 50))).astype(np.float32)
+  probabilities = np.mean(1 / (1 + np.exp(-logits.astype(np.float64))), axis=0)
+  np.testing.assert_allclose(1 / (1 + np.exp(-average(logits))), probabilities, rtol=1e-12)
+  # Not the sign of the mean logit: one model that is certain does not outvote two that lean the other way.
+  assert average(np.array([[9.0], [-2.0], [-2.0]]))[0] < 0
+
+
+def test_an_ensemble_that_is_certain_stays_finite():
+  np.testing.assert_allclose(average(np.array([[1e4, 1e4], [1e4, 1.0]])), [1e4, np.log(2 * (1 + np.e) - 1)])
+
+
 def mesh_of(num_devices: int) -> Mesh:
   return Mesh(np.array(jax.devices()[:num_devices]), (sharding.AXIS,))
 
@@ -104,6 +117,19 @@ def test_every_review_counts_once(num_rows, batch_size, num_devices):
   assert result.num_reviews == num_rows
   assert done == sorted(set(done))
   assert done[-1] == num_rows
+
+
+def test_several_seeds_are_one_ensemble():
+  split, biases = make_split(17), np.array([-1.5, 0.0, 1.0], np.float32)
+
+  def of_seeds(params, tokens, lengths):
+    return jax.vmap(lambda bias: predict_step({"bias": bias}, tokens, lengths))(params["bias"])
+
+  result = evaluate(of_seeds, {"bias": biases}, split, mesh_of(2), 5, num_seeds=3)
+  logits = logits_of(split) + 1.5 + biases[:, None]
+  assert isinstance(result, EnsembleEvaluation)
+  assert result.seeds == [summarize(of_seed, split.labels) for of_seed in logits]
+  assert result == EnsembleEvaluation(**vars(summarize(average(logits), split.labels)), seeds=result.seeds)
 
 
 def test_logits_come_with_their_rows():

@@ -244,3 +244,91 @@ def test_an_update_that_is_not_finite_is_skipped_only_if_asked(non_finite):
     assert metrics["is_finite"] == 1
     assert state.num_skipped(moved) == 0
     assert_close(jax.device_get(moved.params), jax.device_get(expected.params), atol=0)
+
+
+# Reviews of up to three chunks of time. Those of the first seed are short, so that its loop over chunks ends sooner.
+SEEDS_LENGTH = 50
+MASKED = dataclasses.replace(CONFIG, mask_padding=True, pooling="max")
+
+
+FIRST_SEED, NUM_SEEDS = 4, 3
+
+
+def batches_of_seeds() -> list[dict[str, np.ndarray]]:
+  """Three batches [seeds, b, ...]; no two seeds see the same."""
+  rng = np.random.default_rng(3)
+  made = []
+  for _ in range(3):
+    longest = np.linspace(10, SEEDS_LENGTH, NUM_SEEDS).astype(int)
+    lengths = rng.integers(0, longest[:, None] + 1, (NUM_SEEDS, 8)).astype(np.int32)
+    is_real = np.arange(SEEDS_LENGTH) >= SEEDS_LENGTH - lengths[..., None]
+    tokens = np.where(is_real, rng.integers(1, VOCABULARY_SIZE, is_real.shape), 0).astype(np.int16)
+    labels = rng.integers(0, 2, lengths.shape).astype(np.float32)
+    made.append({"tokens": tokens, "lengths": lengths, "labels": labels, "weights": np.ones_like(labels)})
+  return made
+
+
+@functools.cache
+def trainer_of_seeds(num_seeds: int, num_devices: int, is_batched: bool = False):
+  """A function that makes a fresh state from a seed, and the step; `is_batched` only keeps what was traced apart."""
+  mesh, model = mesh_of(num_devices), SentimentLSTM(MASKED, VOCABULARY_SIZE)
+  optimizer = state.make_optimizer(OptimizerConfig(non_finite="skip"), num_steps=10)
+  step = steps.make_train_step(model, optimizer, mesh, num_seeds)
+  return lambda seed: state.create(model, optimizer, seed, mesh, num_seeds), step
+
+
+def train_seeds(batches, num_devices: int, is_batched: bool = False) -> tuple[list[dict], state.TrainState]:
+  """All seeds at once: the metrics of each step, and the state after the last one."""
+  make_state, step = trainer_of_seeds(NUM_SEEDS, num_devices, is_batched)
+  current, metrics = make_state(FIRST_SEED), []
+  for examples in batches:
+    current, values = step(current, sharding.shard_reviews(examples, mesh_of(num_devices), NUM_SEEDS))
+    metrics.append(jax.device_get(values))
+  return metrics, current
+
+
+def of_seed(tree, i: int):
+  return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def assert_trained_as_if_alone(batches, metrics: list[dict], together: state.TrainState) -> None:
+  """To rounding; see `test_devices_do_not_change_the_result`."""
+  make_state, step = trainer_of_seeds(1, 1)
+  for i in range(NUM_SEEDS):
+    alone = make_state(FIRST_SEED + i)
+    for examples, values in zip(batches, metrics, strict=True):
+      alone, expected = step(alone, sharding.shard_reviews(of_seed(examples, i), mesh_of(1)))
+      assert_close(of_seed(values, i), jax.device_get(expected), atol=1e-5)
+    assert_close(of_seed(jax.device_get(together), i), jax.device_get(alone), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("num_devices", "is_batched"), [(2, False), (1, True)], ids=["two devices", "as on accelerators"]
+)
+def test_each_seed_is_trained_and_predicts_as_if_alone(num_devices, is_batched, monkeypatch):
+  if is_batched:
+    monkeypatch.setattr(jax.lax, "map", lambda function, arrays: jax.vmap(function)(arrays))
+  batches, mesh, model = batches_of_seeds(), mesh_of(num_devices), SentimentLSTM(MASKED, VOCABULARY_SIZE)
+  metrics, together = train_seeds(batches, num_devices, is_batched)
+  assert_trained_as_if_alone(batches, metrics, together)
+
+  examples = of_seed(batches[0], NUM_SEEDS - 1)
+  placed = sharding.shard_reviews(examples, mesh)
+  logits = steps.make_predict_step(model, mesh, NUM_SEEDS)(together.params, placed["tokens"], placed["lengths"])
+  for i in range(NUM_SEEDS):
+    variables = {"params": of_seed(jax.device_get(together.params), i)}
+    expected = model.apply(variables, examples["tokens"], examples["lengths"])
+    np.testing.assert_allclose(logits[i], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_finite_is_skipped_in_its_own_seed():
+  batches = batches_of_seeds()
+  batches[2]["weights"][1, 0] = np.inf
+  metrics, together = train_seeds(batches, 2)
+  assert [values["is_finite"].tolist() for values in metrics] == [[1, 1, 1], [1, 1, 1], [1, 0, 1]]
+  assert state.num_skipped(together).tolist() == [0, 1, 0]
+  _, expected = train_seeds(batches_of_seeds(), 2)
+  for i in (0, 2):
+    assert_close(of_seed(jax.device_get(together), i), of_seed(jax.device_get(expected), i), atol=0)
+  _, before = train_seeds(batches[:2], 2)
+  assert_close(of_seed(jax.device_get(together.params), 1), of_seed(jax.device_get(before.params), 1), atol=0)

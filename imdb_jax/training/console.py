@@ -63,7 +63,7 @@ class Console:
       self._task = progress.add_task(self._label, total=num_steps, completed=done, status="")
 
   def show_step(self, done: int, means: Mapping[str, float], num_reviews: int, *, is_logged: bool) -> None:
-    """After `done` steps of the epoch: means so far, and the reviews seen since it started here."""
+    """After `done` steps of the epoch: means so far, and the reviews that all seeds have seen since it started here."""
     seconds = max(time.perf_counter() - self._started, 1e-9)
     rate = num_reviews / seconds
     status = f"loss {means['loss']:.4f}  accuracy {means['accuracy']:.4f}  {rate:,.0f} reviews/s"

@@ -6,8 +6,10 @@ checkpoint therefore never lacks its line; a line whose checkpoint was lost is d
 
 import contextlib
 import dataclasses
+import itertools
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +112,10 @@ class _Trainer:
     stack.callback(self._checkpoints.close)
     if self._checkpoints.is_empty():
       saved = Saved(step=0, progress={}, val_accuracy=None)
-      self._state = state.create(model, optimizer, config.training.seed, mesh)
+      self._state = state.create(model, optimizer, config.training.seed, mesh, config.training.num_seeds)
     else:
-      saved, self._state = self._checkpoints.restore_latest(state.abstract(model, optimizer, mesh))
+      abstract = state.abstract(model, optimizer, mesh, config.training.num_seeds)
+      saved, self._state = self._checkpoints.restore_latest(abstract)
     self._step, self._progress = saved.step, saved.progress
     self._saved_at = time.monotonic()
     self._print_header(model)
@@ -122,6 +125,7 @@ class _Trainer:
     self._recorder = Recorder(
       config.run_dir,
       console,
+      seeds=config.training.seeds,
       log_every=config.runtime.log_every,
       steps_per_epoch=self._steps_per_epoch,
       step=self._step,
@@ -134,12 +138,14 @@ class _Trainer:
     stack.callback(console.end_epoch)
 
   def _print_header(self, model: SentimentLSTM) -> None:
-    config, data = self._config, self._data
+    config, data, seeds = self._config, self._data, self._config.training.seeds
     device = self._mesh.devices.flat[0]
     position = f"resumed at step {self._step:,}" if self._step else "new"
+    several = {"Seeds": f"{seeds[0]} to {seeds[-1]}: {len(seeds)} models at once"} if len(seeds) > 1 else {}
     self._console.header(
       {
         "Preset": config.preset,
+        **several,
         "Devices": f"{self._mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
         "Recurrence": self._recurrence(model),
         "Precision": f"float32, matrix products {config.training.matmul_precision}",
@@ -161,21 +167,20 @@ class _Trainer:
     """Of the positions that the first epoch processes."""
     lengths, t = self._data.train.lengths, self._config.dataset.sequence_length
     processed = 0
-    for rows in self._plan(1):
+    for rows in itertools.chain.from_iterable(self._plan(1)):
       longest = int(lengths[rows].max()) if model.config.mask_padding else t
       processed += len(rows) * lstm.num_processed(t, longest, model.implementation)
-    return 1 - int(lengths.sum()) / processed
+    return 1 - self._config.training.num_seeds * int(lengths.sum()) / processed
 
   def _compile(self, model: SentimentLSTM, optimizer) -> None:
     """Compiles both steps ahead, so that no time of training or evaluation holds a compilation."""
     started = time.perf_counter()
-    nothing = np.arange(0)
-    examples = sharding.shard_reviews(self._data.train.gather(nothing, self._batch_size), self._mesh)
-    train_step = steps.make_train_step(model, optimizer, self._mesh)
-    self._train_step = train_step.lower(self._state, examples).compile()
+    nothing, num_seeds = np.arange(0), self._config.training.num_seeds
+    train_step = steps.make_train_step(model, optimizer, self._mesh, num_seeds)
+    self._train_step = train_step.lower(self._state, self._examples([nothing] * num_seeds)).compile()
     size = sharding.padded_batch_size(self._config.runtime.evaluation_batch_size, self._mesh)
     examples = sharding.shard_reviews(self._data.validation.gather(nothing, size), self._mesh)
-    predict_step = steps.make_predict_step(model, self._mesh)
+    predict_step = steps.make_predict_step(model, self._mesh, num_seeds)
     self._predict_step = predict_step.lower(self._state.params, examples["tokens"], examples["lengths"]).compile()
     self._compile_seconds = time.perf_counter() - started
     self._console.line(f"Compiled in {self._compile_seconds:.1f} s")
@@ -213,12 +218,22 @@ class _Trainer:
     number, is_due = np.max(multihost_utils.process_allgather(mine), axis=0).tolist()
     return signal.Signals(number) if number else None, bool(is_due)
 
-  def _plan(self, epoch: int) -> list[np.ndarray]:
-    """The batches of an epoch."""
+  def _plan(self, epoch: int) -> list[tuple[np.ndarray, ...]]:
+    """The batches of an epoch, one of each seed a step."""
     training, lengths = self._config.training, self._data.train.lengths
-    if training.bucket_by_length:
-      return batches.epoch_batches_by_length(lengths, batch_size=training.batch_size, seed=training.seed, epoch=epoch)
-    return batches.epoch_batches(len(lengths), batch_size=training.batch_size, seed=training.seed, epoch=epoch)
+
+    def of_seed(seed: int) -> list[np.ndarray]:
+      if training.bucket_by_length:
+        return batches.epoch_batches_by_length(lengths, batch_size=training.batch_size, seed=seed, epoch=epoch)
+      return batches.epoch_batches(len(lengths), batch_size=training.batch_size, seed=seed, epoch=epoch)
+
+    return list(zip(*map(of_seed, training.seeds), strict=True))
+
+  def _examples(self, rows: Sequence[np.ndarray]) -> steps.Examples:
+    """A batch of each seed, on the devices."""
+    arrays = [self._data.train.gather(of_seed, self._batch_size) for of_seed in rows]
+    stacked = arrays[0] if len(arrays) == 1 else {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
+    return sharding.shard_reviews(stacked, self._mesh, len(arrays))
 
   def _run_epoch(self, epoch: int) -> None:
     training, runtime = self._config.training, self._config.runtime
@@ -240,7 +255,7 @@ class _Trainer:
       # At the beginning of an epoch the end of the last one has just been saved.
       if number or (is_due and self._step > (epoch - 1) * self._steps_per_epoch):
         self._save_within_epoch(number, seconds_before + time.perf_counter() - started)
-      examples = sharding.shard_reviews(self._data.train.gather(rows, self._batch_size), self._mesh)
+      examples = self._examples(rows)
       with jax.transfer_guard("disallow"):
         self._state, metrics = self._train_step(self._state, examples)
       self._step += 1
@@ -265,17 +280,14 @@ class _Trainer:
       self._mesh,
       runtime.evaluation_batch_size,
       on_progress,
+      training.num_seeds,
     )
     line = self._recorder.record_epoch(
-      self._step,
-      val_loss=result.loss,
-      val_accuracy=result.accuracy,
-      seconds=seconds,
-      evaluation_seconds=time.perf_counter() - started,
+      self._step, result, seconds=seconds, evaluation_seconds=time.perf_counter() - started
     )
     self._console.end_epoch()
     self._console.line(report.epoch_line(line, training.epochs))
-    self._save({}, val_accuracy=result.accuracy)
+    self._save({}, val_accuracy=line["val_accuracy"])
     if jax.process_index() == 0:
       write_history(self._config.run_dir, self._recorder.history)
 

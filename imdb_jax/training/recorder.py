@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
+from imdb_jax.evaluation import EnsembleEvaluation, Evaluation
 from imdb_jax.training.console import Console
 
 EPOCH_FIELDS: tuple[str, ...] = (
@@ -28,23 +30,27 @@ _MAX_BYTES = 2**28
 
 
 class Sums:
-  """Weighted sums that become means when they are asked for."""
+  """Weighted sums, f64[] or f64[seeds], that become means when they are asked for."""
 
-  def __init__(self, loss: float = 0.0, correct: float = 0.0, weight: float = 0.0):
-    self.loss, self.correct, self.weight = loss, correct, weight
+  def __init__(self, loss: Any = 0.0, correct: Any = 0.0, weight: Any = 0.0):
+    self.loss, self.correct, self.weight = (np.asarray(value, np.float64) for value in (loss, correct, weight))
 
-  def add(self, metrics: dict[str, Any]) -> None:
-    self.loss += float(metrics["loss"])
-    self.correct += float(metrics["correct"])
-    self.weight += float(metrics["weight"])
+  def add(self, metrics: dict[str, np.ndarray]) -> None:
+    self.loss = self.loss + metrics["loss"]
+    self.correct = self.correct + metrics["correct"]
+    self.weight = self.weight + metrics["weight"]
 
-  def means(self) -> dict[str, float]:
-    """Not a number where every step was skipped."""
-    weight = self.weight or math.nan
+  def of_seeds(self) -> dict[str, np.ndarray]:
+    """Means of each seed; not a number where every step was skipped."""
+    weight = np.where(self.weight > 0, self.weight, np.nan)
     return {"loss": self.loss / weight, "accuracy": self.correct / weight}
 
-  def to_dict(self) -> dict[str, float]:
-    return {"loss": self.loss, "correct": self.correct, "weight": self.weight}
+  def means(self) -> dict[str, float]:
+    """Over the seeds too."""
+    return {name: float(np.mean(values)) for name, values in self.of_seeds().items()}
+
+  def to_dict(self) -> dict[str, Any]:
+    return {"loss": self.loss.tolist(), "correct": self.correct.tolist(), "weight": self.weight.tolist()}
 
 
 class Recorder:
@@ -55,31 +61,33 @@ class Recorder:
     run_dir: Path,
     console: Console,
     *,
+    seeds: range,
     log_every: int,
     steps_per_epoch: int,
     step: int,
     finished_epochs: int,
     is_writer: bool,
     skips_non_finite: bool,
-    num_skipped: int,
+    num_skipped: np.ndarray,
   ):
     """Continues the files of a run: what they hold beyond its checkpoint goes.
 
     Args:
       run_dir: of the run.
       console: to show metrics on.
+      seeds: of the run.
       log_every: steps between two lines.
       steps_per_epoch: of the run.
       step: of the checkpoint.
       finished_epochs: evaluated epochs that the checkpoint holds.
       is_writer: whether this process writes the files.
       skips_non_finite: whether steps that are not finite are left out, instead of ending the run.
-      num_skipped: how many of them in a row lie just before `step`.
+      num_skipped: how many of them in a row lie just before `step`, of each seed.
 
     Raises:
       CheckpointError: they do not hold the epochs before `step`.
     """
-    self._skips_non_finite, self._num_skipped = skips_non_finite, num_skipped
+    self._seeds, self._skips_non_finite, self._num_skipped = seeds, skips_non_finite, num_skipped
     self._path, self._console = run_dir / "metrics.jsonl", console
     self._log_every, self._steps_per_epoch = log_every, steps_per_epoch
     kept = [
@@ -126,15 +134,15 @@ class Recorder:
       self._read(*pending)
 
   def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    values = jax.device_get(metrics)
-    if values["is_finite"]:
-      self._num_skipped = 0
-    else:
-      self._refuse(step, values)
-      values = {"loss": 0.0, "correct": 0.0, "weight": 0.0}
+    values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
+    is_finite = values["is_finite"] > 0
+    self._num_skipped = np.where(is_finite, 0, self._num_skipped + 1)
+    if not is_finite.all():
+      self._refuse(step, values["loss"])
+      values = {name: np.where(is_finite, value, 0) for name, value in values.items()}
     self._epoch_sums.add(values)
     self._window_sums.add(values)
-    self._seen_here += float(values["weight"])
+    self._seen_here += float(values["weight"].sum())
     done = step - (self._epoch - 1) * self._steps_per_epoch
     is_logged = step % self._log_every == 0 or done == self._steps_per_epoch
     if is_logged:
@@ -142,32 +150,51 @@ class Recorder:
       self._window_sums = Sums()
     self._console.show_step(done, self._epoch_sums.means(), int(self._seen_here), is_logged=is_logged)
 
-  def _refuse(self, step: int, values: dict[str, Any]) -> None:
+  def _refuse(self, step: int, losses: np.ndarray) -> None:
     """Raises:
-    DivergenceError: non-finite steps are not to be skipped, or there are too many in a row.
+    DivergenceError: non-finite steps are not to be skipped, or there are too many of a seed in a row.
     """
-    self._num_skipped += 1
-    what = "its gradients" if math.isfinite(values["loss"]) else f"its loss is {values['loss']}"
     if not self._skips_non_finite:
-      raise DivergenceError(f"Step {step:,} is not finite ({what}).")
-    if self._num_skipped == _MOST_SKIPPED:
-      raise DivergenceError(f"Steps {step - _MOST_SKIPPED + 1:,} to {step:,} are not finite (the last: {what}).")
-    self._console.line(f"Step {step:,} is not finite ({what}): its update was skipped")
+      raise DivergenceError(f"Step {step:,} is not finite ({self._causes(losses, 1)}).")
+    if np.any(self._num_skipped >= _MOST_SKIPPED):
+      causes = self._causes(losses, _MOST_SKIPPED)
+      raise DivergenceError(f"Steps {step - _MOST_SKIPPED + 1:,} to {step:,} are not finite (the last: {causes}).")
+    self._console.line(f"Step {step:,} is not finite ({self._causes(losses, 1)}): its update was skipped")
 
-  def record_epoch(
-    self, step: int, *, val_loss: float, val_accuracy: float, seconds: float, evaluation_seconds: float
-  ) -> dict[str, Any]:
-    """Writes the line of a finished epoch and returns it."""
+  def _causes(self, losses: np.ndarray, num_skipped: int) -> str:
+    """What is not finite of the seeds that have so many steps in a row behind them."""
+    causes = []
+    for seed, skipped, loss in zip(self._seeds, self._num_skipped.flat, losses.flat, strict=True):
+      if skipped >= num_skipped:
+        of_seed = f"seed {seed}: " if len(self._seeds) > 1 else ""
+        causes.append(of_seed + ("its gradients" if math.isfinite(loss) else f"its loss is {loss}"))
+    return "; ".join(causes)
+
+  def record_epoch(self, step: int, result: Evaluation, *, seconds: float, evaluation_seconds: float) -> dict[str, Any]:
+    """Writes the line of a finished epoch and returns it.
+
+    With several seeds its values are their means, and those of each seed and the accuracy of the ensemble follow.
+    """
+    results = result.seeds if isinstance(result, EnsembleEvaluation) else [result]
     line = {
       "kind": "epoch",
       "epoch": self._epoch,
       "step": step,
       **self._epoch_sums.means(),
-      "val_loss": val_loss,
-      "val_accuracy": val_accuracy,
+      "val_loss": float(np.mean([result.loss for result in results])),
+      "val_accuracy": float(np.mean([result.accuracy for result in results])),
       "seconds": round(seconds, 3),
       "evaluation_seconds": round(evaluation_seconds, 3),
     }
+    if isinstance(result, EnsembleEvaluation):
+      means = self._epoch_sums.of_seeds()
+      line["seeds"] = [
+        {"seed": seed, "loss": loss, "accuracy": accuracy, "val_loss": each.loss, "val_accuracy": each.accuracy}
+        for seed, loss, accuracy, each in zip(
+          self._seeds, means["loss"].tolist(), means["accuracy"].tolist(), result.seeds, strict=True
+        )
+      ]
+      line["ensemble_accuracy"] = result.accuracy
     self.history.append(line)
     self._write(line)
     return line
@@ -207,8 +234,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_history(run_dir: Path, history: list[dict[str, Any]]) -> None:
-  """One row an epoch, for spreadsheets."""
+  """One row an epoch, for spreadsheets; with several seeds also their ranges and the accuracy of the ensemble."""
+  rows = [{name: line[name] for name in EPOCH_FIELDS} | _of_several_seeds(line) for line in history]
   with (run_dir / "history.csv").open("w", encoding="utf-8", newline="") as file:
-    writer = csv.DictWriter(file, EPOCH_FIELDS, extrasaction="ignore")
+    writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
+
+
+def _of_several_seeds(line: dict[str, Any]) -> dict[str, float]:
+  if "seeds" not in line:
+    return {}
+  columns = {}
+  for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+    values = [of_seed[name] for of_seed in line["seeds"]]
+    columns |= {f"{name}_min": min(values), f"{name}_max": max(values)}
+  return columns | {"ensemble_accuracy": line["ensemble_accuracy"]}

@@ -143,7 +143,8 @@ def newest_state(run_dir: Path) -> tuple[int, Any]:
   """Step and state of the newest checkpoint that can be used."""
   config = run_directory.load_config(run_dir)
   mesh = jax.make_mesh((1,), ("data",), devices=jax.devices("cpu")[:1])
-  abstract = state.abstract(SentimentLSTM.of_run(config), state.make_optimizer(config.optimizer, 1), mesh)
+  model, optimizer = SentimentLSTM.of_run(config), state.make_optimizer(config.optimizer, 1)
+  abstract = state.abstract(model, optimizer, mesh, config.training.num_seeds)
   with _RESTORING:
     checkpoints = Checkpoints(run_dir, read_only=True)
     try:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from imdb_jax.errors import DivergenceError
+from imdb_jax.evaluation import EnsembleEvaluation, summarize
 from imdb_jax.training.console import Console
 from imdb_jax.training.recorder import Recorder
 
@@ -11,7 +12,7 @@ from imdb_jax.training.recorder import Recorder
 class Watched:
   """A value on a device that remembers whether it was read."""
 
-  def __init__(self, value: float):
+  def __init__(self, value: float | list[float]):
     self.value, self.is_read = value, False
 
   def __array__(self, dtype=None, copy=None):
@@ -19,7 +20,7 @@ class Watched:
     return np.asarray(self.value, dtype)
 
 
-NEW = {"finished_epochs": 0, "is_writer": True, "skips_non_finite": False, "num_skipped": 0}
+NEW = {"seeds": range(1), "finished_epochs": 0, "is_writer": True, "skips_non_finite": False, "num_skipped": 0}
 
 
 def test_metrics_are_read_one_step_late(tmp_path):
@@ -43,7 +44,7 @@ def test_metrics_are_read_one_step_late(tmp_path):
 GOOD = {"loss": 4.0, "correct": 1.0, "weight": 2.0, "is_finite": 1.0}
 
 
-def record(tmp_path, steps: list[dict[str, float]], *, skips: bool, num_skipped: int = 0) -> dict[str, float]:
+def record(tmp_path, steps: list[dict], *, skips: bool, num_skipped: int = 0, num_seeds: int = 1) -> dict:
   """The line of an epoch of these steps."""
   console = Console(is_quiet=True)
   console.start_epoch(1, 1, num_steps=len(steps), done=0)
@@ -53,14 +54,17 @@ def record(tmp_path, steps: list[dict[str, float]], *, skips: bool, num_skipped:
     log_every=100,
     steps_per_epoch=len(steps),
     step=0,
-    **NEW | {"skips_non_finite": skips, "num_skipped": num_skipped},
+    **NEW | {"skips_non_finite": skips, "num_skipped": num_skipped, "seeds": range(3, 3 + num_seeds)},
   )
   try:
     recorder.start_epoch(1)
     for step, values in enumerate(steps, 1):
       recorder.record_step(step, {name: Watched(value) for name, value in values.items()})
     recorder.flush()
-    return recorder.record_epoch(len(steps), val_loss=0, val_accuracy=0, seconds=0, evaluation_seconds=0)
+    result = summarize(np.zeros(1), np.zeros(1))
+    if num_seeds > 1:
+      result = EnsembleEvaluation(**vars(result), seeds=[result] * num_seeds)
+    return recorder.record_epoch(len(steps), result, seconds=0, evaluation_seconds=0)
   finally:
     recorder.close()
 
@@ -80,3 +84,29 @@ def test_ten_skipped_steps_in_a_row_are_too_many(tmp_path):
     record(tmp_path, [GOOD, *[bad] * 10], skips=True)
   with pytest.raises(DivergenceError, match="Steps -8 to 1 are not finite"):
     record(tmp_path, [bad], skips=True, num_skipped=9)
+
+
+ALL_GOOD = {name: [value, value] for name, value in GOOD.items()}
+SECOND_BAD = ALL_GOOD | {"loss": [4.0, np.nan], "is_finite": [1.0, 0.0]}
+
+
+def test_a_seed_that_is_not_finite_is_named_and_left_out_alone(tmp_path, capsys):
+  with pytest.raises(DivergenceError, match=r"^Step 2 is not finite \(seed 4: its loss is nan\)"):
+    record(tmp_path, [ALL_GOOD, SECOND_BAD], skips=False, num_seeds=2)
+  line = record(tmp_path, [ALL_GOOD, SECOND_BAD, ALL_GOOD | {"loss": [1.0, 0.0]}], skips=True, num_seeds=2)
+  # Of 6 reviews and of 4.
+  assert [of_seed["loss"] for of_seed in line["seeds"]] == [9 / 6, 4 / 4]
+  assert [of_seed["seed"] for of_seed in line["seeds"]] == [3, 4]
+  assert line["loss"] == (9 / 6 + 4 / 4) / 2
+
+
+def test_skipped_steps_in_a_row_are_those_of_one_seed(tmp_path):
+  first_bad = ALL_GOOD | {"is_finite": [0.0, 1.0]}
+  record(tmp_path, [*[first_bad] * 9, *[SECOND_BAD] * 9], skips=True, num_seeds=2)
+  with pytest.raises(DivergenceError, match=r"Steps 2 to 11 are not finite \(the last: seed 4: its loss is nan\)"):
+    record(
+      tmp_path,
+      [first_bad, *[SECOND_BAD] * 9, ALL_GOOD | {"is_finite": [0.0, 0.0], "loss": [0.0, np.nan]}],
+      skips=True,
+      num_seeds=2,
+    )
