@@ -36,7 +36,7 @@ class Options(measuring.Options):
   """Measure a training step, system by system, window by window."""
 
   quick: bool = False
-  """Windows of a few seconds instead of whole epochs: five minutes instead of hours."""
+  """Windows of a few seconds instead of a whole epoch in as many windows: five minutes instead of half an hour."""
   windows: int = 5
   """Timed windows of each system."""
   systems: tuple[str, ...] = tuple(SYSTEMS)
@@ -86,8 +86,8 @@ def _reviews(options: Options) -> tuple[tokens.TokenSplit, str]:
 
 def _measure(options: Options, arrays: Path, steps_per_epoch: int) -> list[Measurement]:
   """Starts the systems one after another, then has them take turns. The first is the ceiling."""
-  # Short windows stay within the first epoch, before its last, smaller batch.
-  num_steps = max(steps_per_epoch - 1, options.windows) if options.quick else options.windows * steps_per_epoch
+  # Short windows stay before the epoch's last, smaller batch.
+  num_steps = max(steps_per_epoch - 1 if options.quick else steps_per_epoch, options.windows)
   measurements = []
   try:
     for name in (ours.SGEMM, *dict.fromkeys(options.systems)):
@@ -102,9 +102,9 @@ def _measure(options: Options, arrays: Path, steps_per_epoch: int) -> list[Measu
       for measurement in measurements:
         if measurement.ready is None:
           continue
-        fitting = measurement.steps_within(_WINDOW_SECONDS)
+        share = num_steps * (window + 1) // options.windows - num_steps * window // options.windows
         is_short = options.quick or measurement.name == ours.SGEMM
-        measurement.run_window(min(fitting, num_steps // options.windows) if is_short else steps_per_epoch)
+        measurement.run_window(min(measurement.steps_within(_WINDOW_SECONDS), share) if is_short else share)
   finally:
     for measurement in measurements:
       measurement.stop()
@@ -130,7 +130,7 @@ def _row(measurement: Measurement, options: Options, steps_per_epoch: int, gflop
   _, last = measurement.windows[-1]
   return row | {
     "device": measurement.ready.device,
-    "seconds_per_epoch": seconds_per_step * steps_per_epoch,
+    "seconds_per_epoch": seconds_per_step * steps_per_epoch if options.quick else measurement.seconds,
     "compile_seconds": measurement.compile_seconds,
     "peak_memory_mb": last.peak_memory_mb,
     "share_of_ceiling": gflops_here / gflops if gflops and system.work == "article" else None,

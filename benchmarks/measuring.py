@@ -192,6 +192,11 @@ class Measurement:
     return max(1, round(seconds / self.ready.step_seconds)) if self.ready else 1
 
   @property
+  def seconds(self) -> float:
+    """Of all windows."""
+    return sum(window.seconds for _, window in self.windows)
+
+  @property
   def seconds_per_step(self) -> list[float]:
     return [window.seconds / num_steps for num_steps, window in self.windows]
 

@@ -64,6 +64,18 @@ def test_only_the_work_that_is_counted_has_a_share_of_the_ceiling(measured):
   assert rows["ours-bucketed"]["share_of_ceiling"] is None
 
 
+def test_windows_of_a_whole_epoch_are_its_parts(tmp_path):
+  done = run(
+    "epoch_time.py",
+    *(argument for argument in TINY if argument != "--quick"),
+    *("--platform", "cpu", "--num-devices", "1", "--systems", "ours-chunked", "--json", tmp_path / "results.json"),
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+  two_steps, three_steps = row["ms_per_step_windows"]
+  assert row["seconds_per_epoch"] == pytest.approx((2 * two_steps + 3 * three_steps) / 1e3), "five steps an epoch"
+
+
 def test_the_machine_is_described(measured):
   machine = measured[1]["machine"]
   assert {"processor", "cores", "versions", "precision", "command", "data"} <= set(machine)

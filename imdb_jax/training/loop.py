@@ -141,6 +141,7 @@ class _Trainer:
     config, data, seeds = self._config, self._data, self._config.training.seeds
     device = self._mesh.devices.flat[0]
     position = f"resumed at step {self._step:,}" if self._step else "new"
+    rounded = ", those of the recurrence bfloat16" if model.implementation == "mosaic_gpu" else ""
     several = {"Seeds": f"{seeds[0]} to {seeds[-1]}: {len(seeds)} models at once"} if len(seeds) > 1 else {}
     self._console.header(
       {
@@ -148,7 +149,7 @@ class _Trainer:
         **several,
         "Devices": f"{self._mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
         "Recurrence": self._recurrence(model),
-        "Precision": f"float32, matrix products {config.training.matmul_precision}",
+        "Precision": f"float32, matrix products {config.training.matmul_precision}{rounded}",
         "Parameters": f"{state.num_parameters(self._state):,}",
         "Examples": f"{len(data.train):,} train, {len(data.validation):,} validation ({config.dataset.validation})",
         "Steps": f"{self._steps_per_epoch:,} an epoch, {config.training.epochs} epochs",
