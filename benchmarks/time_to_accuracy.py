@@ -39,7 +39,7 @@ class Options(measuring.Options):
   target: float = 0.8844
   """The test accuracy to reach; the article's best epoch by default."""
   seeds: int = 5
-  """Runs of each preset, seeds from 0."""
+  """Runs of each preset, each of other models; seeds from 0."""
   keras_seeds: int = 1
   """Runs of each Keras."""
   epochs: int | None = None
@@ -143,8 +143,10 @@ def epochs_to(target: float, epochs: Sequence[Epoch]) -> tuple[Sequence[Epoch], 
 
 def _train_preset(options: Options, preset: str, folder: Path, runs: list[Run]) -> Generator[None, None, None]:
   """Adds runs of the trainer to `runs`, a run a turn."""
-  num_epochs = options.epochs or config.preset(preset).training.epochs
-  for seed in range(options.seeds):
+  training = config.preset(preset).training
+  num_epochs = options.epochs or training.epochs
+  # No model is part of two runs.
+  for seed in range(0, options.seeds * training.num_seeds, training.num_seeds):
     run = _begin(runs, preset, seed, num_epochs)
     home = folder / f"{preset}-{seed}"
     cache_dir = home / "cache"
@@ -176,7 +178,8 @@ def _train_preset(options: Options, preset: str, folder: Path, runs: list[Run]) 
           Epoch(
             training_seconds=line["seconds"],
             evaluation_seconds=line["evaluation_seconds"],
-            test_accuracy=line["val_accuracy"],
+            # A run of several models is one ensemble.
+            test_accuracy=line["ensemble_accuracy" if training.num_seeds > 1 else "val_accuracy"],
           )
         )
     except measuring.WorkerError as error:
