@@ -42,12 +42,12 @@ class Sums:
 
   def of_seeds(self) -> dict[str, np.ndarray]:
     """Means of each seed; not a number where every step was skipped."""
-    weight = np.where(self.weight > 0, self.weight, np.nan)
-    return {"loss": self.loss / weight, "accuracy": self.correct / weight}
+    with np.errstate(invalid="ignore"):
+      return {"loss": self.loss / self.weight, "accuracy": self.correct / self.weight}
 
   def means(self) -> dict[str, float]:
     """Over the seeds too."""
-    return {name: float(np.mean(values)) for name, values in self.of_seeds().items()}
+    return {name: float(values.mean()) for name, values in self.of_seeds().items()}
 
   def to_dict(self) -> dict[str, Any]:
     return {"loss": self.loss.tolist(), "correct": self.correct.tolist(), "weight": self.weight.tolist()}
@@ -136,7 +136,7 @@ class Recorder:
   def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
     values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
     is_finite = values["is_finite"] > 0
-    self._num_skipped = np.where(is_finite, 0, self._num_skipped + 1)
+    self._num_skipped = (self._num_skipped + 1) * ~is_finite
     if not is_finite.all():
       self._refuse(step, values["loss"])
       values = {name: np.where(is_finite, value, 0) for name, value in values.items()}
