@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 # A run of about a second of training, with a save every few steps and an evaluation that a signal can hit.
 TRAIN = ("--data", "sample", "--platform", "cpu", "--num-devices", "1", "--sequence-length", "24", "--limit", "400")
 TRAIN += ("--embedding-size", "8", "--hidden-size", "8", "--vocabulary-size", "200", "--batch-size", "8")
-TRAIN += ("--epochs", "3", "--save-every-steps", "10", "--log-every", "7", "--evaluation-batch-size", "4")
+TRAIN += ("--epochs", "3", "--save-every-steps", "10", "--log-every", "7", "--evaluation-batch-size", "2")
 # Processes that meet at each save and each batch of an evaluation take their time for it.
 OF_TWO = ("--save-every-steps", "20", "--evaluation-batch-size", "16", "--num-processes", "2")
 # Of 150 steps, with a line every seven and at an epoch's end.
