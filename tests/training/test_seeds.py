@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import sklearn.metrics
-import torture
+from reliability.sandbox import newest_state
 from training.tiny import lines, tiny, without_times
 
 import imdb_jax
@@ -39,7 +39,7 @@ def config_of(run_dir, **training) -> Config:
 
 def newest(config: Config) -> dict[str, np.ndarray]:
   """Every array of the newest checkpoint."""
-  step, restored = torture.newest_state(config.run_dir)
+  step, restored = newest_state(config.run_dir)
   assert step == 8
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
 
