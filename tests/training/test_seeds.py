@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 import sklearn.metrics
-from reliability.sandbox import newest_state
-from training.tiny import lines, tiny, without_times
+from training.tiny import final_state, lines, tiny, without_times
 
 import imdb_jax
 from imdb_jax import cli
@@ -37,13 +36,6 @@ def config_of(run_dir, **training) -> Config:
   )
 
 
-def newest(config: Config) -> dict[str, np.ndarray]:
-  """Every array of the newest checkpoint."""
-  step, restored = newest_state(config.run_dir)
-  assert step == 8
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
-
-
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Config:
   config = config_of(tmp_path_factory.mktemp("seeds") / "together", seed=SEEDS[0], num_seeds=len(SEEDS))
@@ -61,7 +53,7 @@ def alone(tmp_path_factory) -> list[Config]:
 
 def test_each_seed_ends_where_its_own_run_ends(together, alone):
   """To rounding: Adam moves each parameter by about 0.1 a step, so other masks or batches would show at that size."""
-  found, singles = newest(together), [newest(config) for config in alone]
+  found, singles = final_state(together.run_dir), [final_state(config.run_dir) for config in alone]
   for name, values in found.items():
     expected = np.stack([single[name] for single in singles])
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=2e-5, err_msg=name)
@@ -146,4 +138,4 @@ def test_a_stop_within_an_epoch_changes_nothing(tmp_path, together, monkeypatch)
       imdb_jax.fit(stopped)
   imdb_jax.fit(stopped)
   assert without_times(stopped.run_dir) == without_times(together.run_dir)
-  jax.tree.map(np.testing.assert_array_equal, newest(stopped), newest(together))
+  jax.tree.map(np.testing.assert_array_equal, final_state(stopped.run_dir), final_state(together.run_dir))
