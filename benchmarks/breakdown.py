@@ -64,7 +64,7 @@ def _parts(options: Options) -> dict[str, Callable[[], Any]]:
   e, h, t = sizes["embedding_size"], sizes["hidden_size"], options.sequence_length
   b = sharding.padded_batch_size(options.batch_size, mesh)
   split = measuring.random_reviews(b, t, sizes["vocabulary_size"])
-  examples = sharding.shard_reviews(split.gather(np.arange(b), b), mesh)
+  examples = sharding.put(split.gather(np.arange(b), b), sharding.over_reviews(mesh))
   model = SentimentLSTM(measuring.ARTICLE.model, sizes["vocabulary_size"])
 
   def training(optimizer: optax.GradientTransformation) -> Callable[[], Any]:

@@ -43,7 +43,7 @@ SGEMM = "sgemm"
 
 
 class _Training:
-  """The step of `imdb_jax.steps` over the batches of `imdb_jax.data.batches`, as `imdb_jax.training.loop` runs it."""
+  """The steps of `imdb_jax.steps` over the batches of `imdb_jax.data.batches`, as `imdb_jax.training.loop` runs it."""
 
   modules: tuple[str, ...] = ("jax", "flax", "optax")
 
@@ -76,7 +76,9 @@ class _Training:
     model = SentimentLSTM(model_config, job.vocabulary_size, self._system.implementation)
     optimizer = state.make_optimizer(article.optimizer, job.num_steps)
     self._state = state.create(model, optimizer, job.seed, self._mesh)
-    self._step = steps.make_train_step(model, optimizer, self._mesh)
+    self._num_steps = config.RuntimeConfig().steps_per_dispatch
+    self._reviews = sharding.put(vars(self._split), sharding.replicated(self._mesh))
+    self._steps = steps.make_train_steps(steps.make_train_step(model, optimizer, self._mesh), self._mesh)
 
   def epoch(self, epoch: int) -> list[np.ndarray]:
     from imdb_jax.data import batches
@@ -94,20 +96,23 @@ class _Training:
   def train(self, batches: list[np.ndarray]) -> float:
     import jax
 
+    from imdb_jax.data.batches import filled
     from imdb_jax.training.recorder import Sums
 
-    sums, pending = Sums(), None
-    for rows in batches:
-      examples = self._sharding.shard_reviews(self._split.gather(rows, self._batch_size), self._mesh)
-      self._state, metrics = self._step(self._state, examples)
-      # As the trainer's recorder does: read after the next step is dispatched.
+    sharding, sums, pending = self._sharding, Sums(), None
+    for start in range(0, len(batches), self._num_steps):
+      some = batches[start : start + self._num_steps]
+      rows = sharding.put(filled(some, self._num_steps, self._batch_size), sharding.over_reviews(self._mesh, 1))
+      num_steps = sharding.put(np.array(len(some), np.int32), sharding.replicated(self._mesh))
+      self._state, metrics = self._steps(self._state, self._reviews, rows, num_steps)
+      # As the trainer's recorder does: read after the next steps are dispatched.
       if pending is not None:
         sums.add(jax.device_get(pending))
       pending = metrics
     if pending is not None:
       sums.add(jax.device_get(pending))
     jax.block_until_ready(self._state)
-    return sums.means()["loss"]
+    return float(sums.loss.sum() / sums.weight.sum())
 
 
 class _Sgemm:

@@ -165,6 +165,8 @@ class RuntimeConfig:
   """Prepared reviews and encoded arrays are kept here."""
   run_dir: Path | None = None
   """Where the run is kept; runs/PRESET by default. The same command again resumes it."""
+  steps_per_dispatch: int = 8
+  """Training steps that the devices make on their own; a signal is heeded after them."""
   evaluation_batch_size: int = 128
   """Reviews per evaluation step."""
   save_every_steps: int | None = None
@@ -187,6 +189,7 @@ class RuntimeConfig:
   def __post_init__(self):
     if self.num_devices is not None:
       _require_whole(self, "num_devices", 1, 65_536)
+    _require_whole(self, "steps_per_dispatch", 1, 10_000)
     _require_whole(self, "evaluation_batch_size", 1, 65_536)
     _require_whole(self, "log_every", 1, 1_000_000)
     if self.save_every_steps is not None:

@@ -49,7 +49,7 @@ def predict_logits(
   size = sharding.padded_batch_size(batch_size, mesh)
   pending = None
   for rows in batches.prediction_batches(split.lengths, batch_size=size):
-    examples = sharding.shard_reviews(split.gather(rows, size), mesh)
+    examples = sharding.put(split.gather(rows, size), sharding.over_reviews(mesh))
     dispatched = predict_step(params, examples["tokens"], examples["lengths"])
     if pending is not None:
       yield pending[0], jax.device_get(pending[1])[..., : len(pending[0])]

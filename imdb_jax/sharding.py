@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -185,9 +186,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def over_reviews(mesh: Mesh, num_seeds: int = 1) -> NamedSharding:
-  """The first axis, the reviews, is spread over the devices; the second one after an axis of several seeds."""
-  return NamedSharding(mesh, PartitionSpec(AXIS) if num_seeds == 1 else PartitionSpec(None, AXIS))
+def over_reviews(mesh: Mesh, num_axes_before: int = 0) -> NamedSharding:
+  """The axis of the reviews is spread over the devices; axes of steps or seeds may stand before it."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * num_axes_before, AXIS))
 
 
 def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
@@ -195,12 +196,10 @@ def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
   return -(-batch_size // mesh.size) * mesh.size
 
 
-def shard_reviews(arrays: dict[str, np.ndarray], mesh: Mesh, num_seeds: int = 1) -> dict[str, jax.Array]:
-  """Spreads host arrays as `over_reviews` says; every process passes the same global arrays."""
-  sharding = over_reviews(mesh, num_seeds)
+def put(arrays: Any, place: NamedSharding) -> Any:
+  """Host arrays, one or a tree, on the devices; every process passes the same global arrays."""
   if jax.process_count() == 1:
-    return jax.device_put(arrays, sharding)
-  return {
-    name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
-    for name, array in arrays.items()
-  }
+    return jax.device_put(arrays, place)
+  return jax.tree.map(
+    lambda array: jax.make_array_from_callback(array.shape, place, lambda index: array[index]), arrays
+  )

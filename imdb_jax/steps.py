@@ -1,6 +1,6 @@
-"""The jitted entry points: one training step, one prediction step.
+"""The jitted entry points: one training step, several in one dispatch, one prediction step.
 
-Both take a global batch spread over the mesh. `shard_map` gives each device its reviews, so that the gradients are
+They take a global batch spread over the mesh. `shard_map` gives each device its reviews, so that the gradients are
 summed across devices once a step and not once a time step.
 
 With several seeds the same step is taken for each of them: every array of the state and of the batch has a first axis
@@ -91,9 +91,55 @@ def make_train_step(
   return jax.jit(
     _for_each_seed(train_step, mesh, num_seeds),
     donate_argnums=0,
-    in_shardings=(place, sharding.over_reviews(mesh, num_seeds)),
+    in_shardings=(place, sharding.over_reviews(mesh, int(num_seeds > 1))),
     out_shardings=place,
   )
+
+
+def make_train_steps(train_step: jax.stages.Wrapped, mesh: Mesh, num_seeds: int = 1) -> jax.stages.Wrapped:
+  """Several steps in one dispatch, jitted: state, split, rows and num_steps -> new state and metrics.
+
+  Between two dispatches the devices wait for the host, and for each other. Within one they go from step to step, over
+  reviews that lie on them. One program makes any number of steps up to k, so where a run stops changes no bit of it.
+
+  Args:
+    train_step: from `make_train_step`, for the same mesh and seeds.
+    mesh: devices to use.
+    num_seeds: of the state.
+
+  Returns:
+    A function of the state, whose buffers are donated; of the split, tokens int[n, t], lengths i32[n] and labels
+    i32[n], whole on every device; of rows i32[k, b], or i32[k, seeds, b], the reviews of each step, where -1 is none;
+    and of num_steps i32[]. The metrics of `train_step` have a first axis [k]; beyond num_steps they are 0.
+  """
+  place, over_reviews = sharding.replicated(mesh), sharding.over_reviews(mesh, int(num_seeds > 1))
+
+  def gather(split, rows):
+    is_review = rows >= 0
+    return {
+      "tokens": jnp.where(is_review[..., None], split["tokens"][rows], 0),
+      "lengths": jnp.where(is_review, split["lengths"][rows], 0),
+      "labels": jnp.where(is_review, split["labels"][rows], 0).astype(jnp.float32),
+      "weights": is_review.astype(jnp.float32),
+    }
+
+  # Each device looks its own reviews up.
+  gather = jax.shard_map(
+    gather, mesh=mesh, in_specs=(_EVERYWHERE, over_reviews.spec), out_specs=over_reviews.spec, check_vma=False
+  )
+
+  def train_steps(state: TrainState, split: dict[str, jax.Array], rows: jax.Array, num_steps: jax.Array):
+    def step(i, carry):
+      state, metrics = carry
+      state, of_step = train_step(state, gather(split, rows[i]))
+      return state, jax.tree.map(lambda values, value: values.at[i].set(value), metrics, of_step)
+
+    _, shapes = jax.eval_shape(lambda: train_step(state, gather(split, rows[0])))
+    metrics = jax.tree.map(lambda leaf: jnp.zeros((len(rows), *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, num_steps, step, (state, metrics))
+
+  rows_place = sharding.over_reviews(mesh, 1 + int(num_seeds > 1))
+  return jax.jit(train_steps, donate_argnums=0, in_shardings=(place, place, rows_place, place), out_shardings=place)
 
 
 def make_predict_step(model: SentimentLSTM, mesh: Mesh, num_seeds: int = 1) -> jax.stages.Wrapped:

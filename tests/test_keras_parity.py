@@ -146,7 +146,7 @@ def test_losses_and_updates_are_those_of_keras(keras_results, mask_padding):
       "weights": np.ones(BATCH_SIZE, np.float32),
     }
     before = weights_of(current.params)
-    current, metrics = step(current, sharding.shard_reviews(examples, mesh))
+    current, metrics = step(current, sharding.put(examples, sharding.over_reviews(mesh)))
     loss = float(metrics["loss"] / metrics["weight"])
     np.testing.assert_allclose(loss, keras_results[f"{mask_padding}_loss_{i}"], rtol=1e-6)
     for j, (name, weight) in enumerate(zip(WEIGHTS, weights_of(current.params), strict=True)):

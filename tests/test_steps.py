@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from imdb_jax import sharding, state, steps
 from imdb_jax.config import ModelConfig, OptimizerConfig
+from imdb_jax.data.batches import filled
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.model import SentimentLSTM
 
@@ -35,7 +36,7 @@ def mesh_of(num_devices: int) -> Mesh:
 
 
 def gather(rows, size: int, mesh: Mesh) -> dict[str, jax.Array]:
-  return sharding.shard_reviews(make_split().gather(np.asarray(rows), size), mesh)
+  return sharding.put(make_split().gather(np.asarray(rows), size), sharding.over_reviews(mesh))
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def test_reviews_of_weight_0_change_nothing():
   clean = jax.device_get(gather(range(8), 32, mesh))
   noisy = {name: array.copy() for name, array in clean.items()}
   noisy["tokens"][8:], noisy["lengths"][8:], noisy["labels"][8:] = 7, LENGTH, 1
-  results = [step(make_state(), sharding.shard_reviews(examples, mesh)) for examples in (clean, noisy)]
+  results = [step(make_state(), sharding.put(examples, sharding.over_reviews(mesh))) for examples in (clean, noisy)]
   (left, left_metrics), (right, right_metrics) = jax.device_get([(after.params, m) for after, m in results])
   assert left_metrics == right_metrics
   jax.tree.map(np.testing.assert_array_equal, left, right)
@@ -172,6 +173,54 @@ def test_one_trace_a_shape():
   assert len(traces) == once
   step.lower(current, gather(range(6), 6, mesh))
   assert len(traces) > once
+
+
+@functools.cache
+def trainer_of_several(num_devices: int):
+  """Makes up to 3 steps in one dispatch: the final state and the metrics, from groups of batches of `make_split`."""
+  make_state, train_step = trainer(num_devices)
+  mesh = mesh_of(num_devices)
+  train_steps = steps.make_train_steps(train_step, mesh)
+  reviews = sharding.put(vars(make_split()), sharding.replicated(mesh))
+  size = sharding.padded_batch_size(32, mesh)
+
+  def train(groups: list[list[range]]) -> tuple[state.TrainState, list[dict]]:
+    current, metrics = make_state(), []
+    for group in groups:
+      rows = sharding.put(filled(group, 3, size), sharding.over_reviews(mesh, 1))
+      number = sharding.put(np.array(len(group), np.int32), sharding.replicated(mesh))
+      current, of_group = train_steps(current, reviews, rows, number)
+      metrics.append(jax.device_get(of_group))
+    return jax.device_get(current), metrics
+
+  return train
+
+
+EPOCH = [range(32), range(32, 64), range(64, 96), range(96, 104)]
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+def test_steps_of_one_dispatch_are_those_of_several(num_devices):
+  """To rounding, since the two are different programs; the last batch is smaller."""
+  current, (first, second) = trainer_of_several(num_devices)([EPOCH[:3], EPOCH[3:]])
+  losses = np.r_[first["loss"] / first["weight"], second["loss"][:1] / second["weight"][:1]]
+  make_state, step = trainer(num_devices)
+  expected, expected_losses = make_state(), []
+  for rows in EPOCH:
+    size = sharding.padded_batch_size(32, mesh_of(num_devices))
+    expected, metrics = step(expected, gather(rows, size, mesh_of(num_devices)))
+    expected_losses.append(metrics["loss"] / metrics["weight"])
+  np.testing.assert_allclose(losses, jax.device_get(expected_losses), rtol=2e-6)
+  assert_close(current.params, jax.device_get(expected.params), atol=1e-5)
+  assert current.step == 4
+  assert not any(value[1:].any() for value in second.values()), "steps that were not made have no metrics"
+
+
+def test_where_a_dispatch_ends_changes_no_bit():
+  train = trainer_of_several(2)
+  whole, _ = train([EPOCH[:3], EPOCH[3:]])
+  for groups in ([EPOCH[:1], EPOCH[1:]], [EPOCH[:2], EPOCH[2:3], EPOCH[3:]]):
+    jax.tree.map(np.testing.assert_array_equal, train(groups)[0], whole)
 
 
 def test_old_state_is_donated():
@@ -282,7 +331,7 @@ def train_seeds(batches, num_devices: int, is_batched: bool = False) -> tuple[li
   make_state, step = trainer_of_seeds(NUM_SEEDS, num_devices, is_batched)
   current, metrics = make_state(FIRST_SEED), []
   for examples in batches:
-    current, values = step(current, sharding.shard_reviews(examples, mesh_of(num_devices), NUM_SEEDS))
+    current, values = step(current, sharding.put(examples, sharding.over_reviews(mesh_of(num_devices), 1)))
     metrics.append(jax.device_get(values))
   return metrics, current
 
@@ -297,7 +346,7 @@ def assert_trained_as_if_alone(batches, metrics: list[dict], together: state.Tra
   for i in range(NUM_SEEDS):
     alone = make_state(FIRST_SEED + i)
     for examples, values in zip(batches, metrics, strict=True):
-      alone, expected = step(alone, sharding.shard_reviews(of_seed(examples, i), mesh_of(1)))
+      alone, expected = step(alone, sharding.put(of_seed(examples, i), sharding.over_reviews(mesh_of(1))))
       assert_close(of_seed(values, i), jax.device_get(expected), atol=1e-5)
     assert_close(of_seed(jax.device_get(together), i), jax.device_get(alone), atol=2e-5)
 
@@ -313,7 +362,7 @@ def test_each_seed_is_trained_and_predicts_as_if_alone(num_devices, is_batched, 
   assert_trained_as_if_alone(batches, metrics, together)
 
   examples = of_seed(batches[0], NUM_SEEDS - 1)
-  placed = sharding.shard_reviews(examples, mesh)
+  placed = sharding.put(examples, sharding.over_reviews(mesh))
   logits = steps.make_predict_step(model, mesh, NUM_SEEDS)(together.params, placed["tokens"], placed["lengths"])
   for i in range(NUM_SEEDS):
     variables = {"params": of_seed(jax.device_get(together.params), i)}

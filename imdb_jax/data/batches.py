@@ -4,6 +4,7 @@ A batch is an int64 array of rows of a split.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,6 +53,14 @@ def epoch_batches_by_length(lengths: np.ndarray, *, batch_size: int, seed: int, 
   for window in _cut(order, _WINDOW * batch_size):
     made += _cut(window[np.argsort(lengths[window], kind="stable")], batch_size)
   return [made[i] for i in shuffled(len(made), seed=seed, epoch=epoch)]
+
+
+def filled(batches: Sequence[np.ndarray], num_batches: int, batch_size: int) -> np.ndarray:
+  """Batches as int32[num_batches, batch_size], with -1 where there is no row."""
+  rows = np.full((num_batches, batch_size), -1, np.int32)
+  for i, batch in enumerate(batches):
+    rows[i, : len(batch)] = batch
+  return rows
 
 
 def prediction_batches(lengths: np.ndarray, *, batch_size: int) -> list[np.ndarray]:

@@ -29,8 +29,8 @@ from imdb_jax.training.console import Console
 from imdb_jax.training.recorder import Recorder, write_history
 from imdb_jax.training.signals import Interrupted, StopRequest
 
-# Steps, or batches of an evaluation, between two agreements of several processes, which wait for each other then.
-_POLL_EVERY = 16
+# Dispatches of training or evaluation between two agreements of several processes, which wait for each other then.
+_POLL_EVERY = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,7 @@ class _Trainer:
     self._step, self._progress = saved.step, saved.progress
     self._saved_at = time.monotonic()
     self._print_header(model)
+    self._reviews = sharding.put(vars(data.train), sharding.replicated(mesh))
     self._compile(model, optimizer)
     # Without an accuracy the last step of an epoch still has its evaluation before it.
     evaluated = saved.step if saved.val_accuracy is not None else max(saved.step - 1, 0)
@@ -176,11 +177,12 @@ class _Trainer:
   def _compile(self, model: SentimentLSTM, optimizer) -> None:
     """Compiles both steps ahead, so that no time of training or evaluation holds a compilation."""
     started = time.perf_counter()
-    nothing, num_seeds = np.arange(0), self._config.training.num_seeds
+    num_seeds = self._config.training.num_seeds
     train_step = steps.make_train_step(model, optimizer, self._mesh, num_seeds)
-    self._train_step = train_step.lower(self._state, self._examples([nothing] * num_seeds)).compile()
+    train_steps = steps.make_train_steps(train_step, self._mesh, num_seeds)
+    self._train_steps = train_steps.lower(self._state, self._reviews, *self._rows([])).compile()
     size = sharding.padded_batch_size(self._config.runtime.evaluation_batch_size, self._mesh)
-    examples = sharding.shard_reviews(self._data.validation.gather(nothing, size), self._mesh)
+    examples = sharding.put(self._data.validation.gather(np.arange(0), size), sharding.over_reviews(self._mesh))
     predict_step = steps.make_predict_step(model, self._mesh, num_seeds)
     self._predict_step = predict_step.lower(self._state.params, examples["tokens"], examples["lengths"]).compile()
     self._compile_seconds = time.perf_counter() - started
@@ -230,11 +232,21 @@ class _Trainer:
 
     return list(zip(*map(of_seed, training.seeds), strict=True))
 
-  def _examples(self, rows: Sequence[np.ndarray]) -> steps.Examples:
-    """A batch of each seed, on the devices."""
-    arrays = [self._data.train.gather(of_seed, self._batch_size) for of_seed in rows]
-    stacked = arrays[0] if len(arrays) == 1 else {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
-    return sharding.shard_reviews(stacked, self._mesh, len(arrays))
+  def _rows(self, plan: Sequence[tuple[np.ndarray, ...]]) -> tuple[jax.Array, jax.Array]:
+    """The rows of some batches and their number, as `steps.make_train_steps` takes them."""
+    num_seeds, num_steps = self._config.training.num_seeds, self._config.runtime.steps_per_dispatch
+    of_seeds = [batches.filled([step[i] for step in plan], num_steps, self._batch_size) for i in range(num_seeds)]
+    rows = of_seeds[0] if num_seeds == 1 else np.stack(of_seeds, axis=1)
+    place = sharding.over_reviews(self._mesh, rows.ndim - 1)
+    return sharding.put(rows, place), sharding.put(np.array(len(plan), np.int32), sharding.replicated(self._mesh))
+
+  def _num_steps(self, left: int) -> int:
+    """How many of the steps left in the epoch come next: no more than to the next save that is due."""
+    runtime = self._config.runtime
+    num_steps = min(left, runtime.steps_per_dispatch)
+    if runtime.save_every_steps is not None:
+      num_steps = min(num_steps, runtime.save_every_steps - self._step % runtime.save_every_steps)
+    return num_steps
 
   def _run_epoch(self, epoch: int) -> None:
     training, runtime = self._config.training, self._config.runtime
@@ -249,18 +261,20 @@ class _Trainer:
     poll_every = 1 if jax.process_count() == 1 else _POLL_EVERY
 
     started = time.perf_counter()
-    for rows in plan[done:]:
-      number, is_due = self._agree() if self._step % poll_every == 0 else (None, False)
+    dispatches = itertools.count()
+    while done < len(plan):
+      number, is_due = self._agree() if next(dispatches) % poll_every == 0 else (None, False)
       if runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0:
         is_due = True
       # At the beginning of an epoch the end of the last one has just been saved.
       if number or (is_due and self._step > (epoch - 1) * self._steps_per_epoch):
         self._save_within_epoch(number, seconds_before + time.perf_counter() - started)
-      examples = self._examples(rows)
+      num_steps = self._num_steps(len(plan) - done)
+      rows = self._rows(plan[done : done + num_steps])
       with jax.transfer_guard("disallow"):
-        self._state, metrics = self._train_step(self._state, examples)
-      self._step += 1
-      self._recorder.record_step(self._step, metrics)
+        self._state, metrics = self._train_steps(self._state, self._reviews, *rows)
+      self._recorder.record_steps(range(self._step + 1, self._step + num_steps + 1), metrics)
+      self._step, done = self._step + num_steps, done + num_steps
     self._recorder.flush()
     seconds = seconds_before + time.perf_counter() - started
 

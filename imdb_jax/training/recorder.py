@@ -1,8 +1,8 @@
 """Metrics from the device to the run directory.
 
-The metrics of a step are read after the next step is dispatched, so the device never waits for the host. Nothing
-else in the training loop reads a device value. It also keeps at most two steps under way: jaxlib 0.10.2 stands still
-for good where several CPU devices, which meet to sum gradients, have more than 32.
+The metrics of some steps are read after the next ones are dispatched, so the device never waits for the host. Nothing
+else in the training loop reads a device value. It also keeps at most two dispatches under way: jaxlib 0.10.2 stands
+still for good where several CPU devices, which meet to sum gradients, have more than 32.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class Recorder:
       rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
       rewritten.replace(self._path)
       self._file = self._path.open("a", encoding="utf-8")
-    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._pending: tuple[range, dict[str, jax.Array]] | None = None
     self._epoch = 0
     self._seen_here = 0.0
     self._epoch_sums, self._window_sums = Sums(), Sums()
@@ -121,9 +121,14 @@ class Recorder:
     """What a checkpoint must hold to continue within an epoch. Call `flush` first."""
     return {"epoch_sums": self._epoch_sums.to_dict(), "window_sums": self._window_sums.to_dict()}
 
-  def record_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of the step just dispatched, and reads those of the one before."""
-    previous, self._pending = self._pending, (step, metrics)
+  def record_steps(self, numbers: range, metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of the steps just dispatched, and reads those of the ones before.
+
+    Args:
+      numbers: of the steps, from 1.
+      metrics: from `steps.make_train_steps`.
+    """
+    previous, self._pending = self._pending, (numbers, metrics)
     if previous is not None:
       self._read(*previous)
 
@@ -133,8 +138,12 @@ class Recorder:
       pending, self._pending = self._pending, None
       self._read(*pending)
 
-  def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+  def _read(self, numbers: range, metrics: dict[str, jax.Array]) -> None:
     values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
+    for i, number in enumerate(numbers):
+      self._add(number, {name: value[i] for name, value in values.items()})
+
+  def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
     is_finite = values["is_finite"] > 0
     self._num_skipped = (self._num_skipped + 1) * ~is_finite
     if not is_finite.all():

@@ -108,3 +108,10 @@ def test_prediction_has_every_review_once_and_like_lengths_together():
   np.testing.assert_array_equal(np.sort(np.concatenate(made)), np.arange(20_000))
   longest = [int(LENGTHS[rows].max()) for rows in made]
   assert longest == sorted(longest)
+
+
+def test_batches_are_filled_up_with_rows_that_are_none():
+  filled = batches.filled([np.array([3, 1]), np.array([2])], 3, 2)
+  assert filled.dtype == np.int32
+  assert filled.tolist() == [[3, 1], [2, -1], [-1, -1]]
+  assert batches.filled([], 1, 2).tolist() == [[-1, -1]]

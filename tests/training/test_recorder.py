@@ -6,13 +6,13 @@ import pytest
 from imdb_jax.errors import DivergenceError
 from imdb_jax.evaluation import EnsembleEvaluation, summarize
 from imdb_jax.training.console import Console
-from imdb_jax.training.recorder import Recorder
+from imdb_jax.training.recorder import Recorder, read_metrics
 
 
 class Watched:
   """A value on a device that remembers whether it was read."""
 
-  def __init__(self, value: float | list[float]):
+  def __init__(self, value: list[float] | list[list[float]]):
     self.value, self.is_read = value, False
 
   def __array__(self, dtype=None, copy=None):
@@ -23,28 +23,35 @@ class Watched:
 NEW = {"seeds": range(1), "finished_epochs": 0, "is_writer": True, "skips_non_finite": False, "num_skipped": 0}
 
 
-def test_metrics_are_read_one_step_late(tmp_path):
-  console = Console(is_quiet=True)
-  console.start_epoch(1, 1, num_steps=2, done=0)
-  recorder = Recorder(tmp_path, console, log_every=1, steps_per_epoch=2, step=0, **NEW)
-  recorder.start_epoch(1)
-  steps = [
-    {"loss": Watched(4.0), "correct": Watched(1.0), "weight": Watched(2.0), "is_finite": Watched(1.0)} for _ in range(2)
-  ]
-  recorder.record_step(1, steps[0])
-  assert not steps[0]["loss"].is_read
-  recorder.record_step(2, steps[1])
-  assert steps[0]["loss"].is_read
-  assert not steps[1]["loss"].is_read
-  recorder.flush()
-  assert steps[1]["loss"].is_read
-  recorder.close()
-
-
 GOOD = {"loss": 4.0, "correct": 1.0, "weight": 2.0, "is_finite": 1.0}
+# Of steps that are not made.
+NOTHING = dict.fromkeys(GOOD, 0.0)
 
 
-def record(tmp_path, steps: list[dict], *, skips: bool, num_skipped: int = 0, num_seeds: int = 1) -> dict:
+def watched(steps: list[dict]) -> dict[str, Watched]:
+  return {name: Watched([values[name] for values in steps]) for name in GOOD}
+
+
+def test_metrics_are_read_one_dispatch_late_and_step_by_step(tmp_path):
+  console = Console(is_quiet=True)
+  console.start_epoch(1, 1, num_steps=3, done=0)
+  recorder = Recorder(tmp_path, console, log_every=1, steps_per_epoch=3, step=0, **NEW)
+  recorder.start_epoch(1)
+  first, second = watched([GOOD, GOOD | {"loss": 2.0}]), watched([GOOD | {"loss": 1.0}, NOTHING])
+  recorder.record_steps(range(1, 3), first)
+  assert not first["loss"].is_read
+  recorder.record_steps(range(3, 4), second)
+  assert first["loss"].is_read
+  assert not second["loss"].is_read
+  recorder.flush()
+  assert second["loss"].is_read
+  recorder.close()
+  assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 2.0), (2, 1.0), (3, 0.5)]
+
+
+def record(
+  tmp_path, steps: list[dict], *, skips: bool, num_skipped: int = 0, num_seeds: int = 1, per_dispatch: int = 1
+) -> dict:
   """The line of an epoch of these steps."""
   console = Console(is_quiet=True)
   console.start_epoch(1, 1, num_steps=len(steps), done=0)
@@ -58,8 +65,9 @@ def record(tmp_path, steps: list[dict], *, skips: bool, num_skipped: int = 0, nu
   )
   try:
     recorder.start_epoch(1)
-    for step, values in enumerate(steps, 1):
-      recorder.record_step(step, {name: Watched(value) for name, value in values.items()})
+    for start in range(0, len(steps), per_dispatch):
+      some = steps[start : start + per_dispatch]
+      recorder.record_steps(range(start + 1, start + len(some) + 1), watched(some))
     recorder.flush()
     result = summarize(np.zeros(1), np.zeros(1))
     if num_seeds > 1:
@@ -69,11 +77,12 @@ def record(tmp_path, steps: list[dict], *, skips: bool, num_skipped: int = 0, nu
     recorder.close()
 
 
+@pytest.mark.parametrize("per_dispatch", [1, 2])
 @pytest.mark.parametrize("bad", [{"loss": np.nan, "is_finite": 0.0}, {"is_finite": 0.0}])
-def test_a_step_that_is_not_finite_stops_or_is_left_out(bad, tmp_path):
+def test_a_step_that_is_not_finite_stops_or_is_left_out(bad, per_dispatch, tmp_path):
   with pytest.raises(DivergenceError, match="Step 2 is not finite"):
-    record(tmp_path, [GOOD, GOOD | bad, GOOD], skips=False)
-  line = record(tmp_path / ".", [GOOD, GOOD | bad, GOOD], skips=True)
+    record(tmp_path, [GOOD, GOOD | bad, GOOD], skips=False, per_dispatch=per_dispatch)
+  line = record(tmp_path / ".", [GOOD, GOOD | bad, GOOD], skips=True, per_dispatch=per_dispatch)
   assert (line["loss"], line["accuracy"]) == (2, 0.5)
 
 

@@ -52,14 +52,14 @@ def test_a_signal_at_any_step(whole, step, tmp_path, monkeypatch):
       steps, "make_train_step", lambda *args: os.kill(os.getpid(), signal.SIGINT) or make_train_step(*args)
     )
   else:
-    record_step = Recorder.record_step
+    record_steps = Recorder.record_steps
 
-    def interrupted(recorder, number, metrics):
-      if number == step:
+    def interrupted(recorder, numbers, metrics):
+      if step in numbers:
         os.kill(os.getpid(), signal.SIGINT)
-      record_step(recorder, number, metrics)
+      record_steps(recorder, numbers, metrics)
 
-    monkeypatch.setattr(Recorder, "record_step", interrupted)
+    monkeypatch.setattr(Recorder, "record_steps", interrupted)
   with pytest.raises(Interrupted) as stop:
     imdb_jax.fit(config)
   assert stop.value.signal == signal.SIGINT
@@ -319,12 +319,12 @@ def test_metrics_for_which_there_is_no_room_end_the_run_in_one_line(whole, tmp_p
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
   config = tiny(tmp_path / "run")
-  read = Recorder._read
+  record_steps = Recorder.record_steps
 
-  def poisoned(recorder, step, metrics):
-    read(recorder, step, metrics if step != 6 else metrics | {"is_finite": np.float32(0)})
+  def poisoned(recorder, numbers, metrics):
+    record_steps(recorder, numbers, metrics if 6 not in numbers else metrics | {"is_finite": np.zeros(1)})
 
-  monkeypatch.setattr(Recorder, "_read", poisoned)
+  monkeypatch.setattr(Recorder, "record_steps", poisoned)
   with pytest.raises(DivergenceError, match=r"Step 6 .*its gradients.*last good checkpoint is step 4.*non-finite"):
     imdb_jax.fit(config)
   assert Checkpoints(config.run_dir, read_only=True).steps() == [4]
@@ -334,20 +334,61 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkey
 def test_a_run_goes_on_with_other_devices(whole, route, tmp_path, monkeypatch):
   """A batch of 10 takes 12 rows on four devices. The stops lie within the two epochs of four steps."""
   config = tiny(tmp_path / "run")
-  record_step = Recorder.record_step
+  record_steps = Recorder.record_steps
 
-  def interrupted(recorder, number, metrics):
-    if number in (2, 7):
+  def interrupted(recorder, numbers, metrics):
+    if numbers[-1] in (2, 7):
       os.kill(os.getpid(), signal.SIGTERM)
-    record_step(recorder, number, metrics)
+    record_steps(recorder, numbers, metrics)
 
-  monkeypatch.setattr(Recorder, "record_step", interrupted)
+  monkeypatch.setattr(Recorder, "record_steps", interrupted)
   for num_devices, step in zip(route, (2, 7), strict=False):
     with pytest.raises(Interrupted) as stop:
       imdb_jax.fit(with_runtime(config, num_devices=num_devices))
     assert stop.value.step == step
   imdb_jax.fit(with_runtime(config, num_devices=route[-1]))
   assert_close_end(whole.run_dir, config.run_dir)
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [3, 8])
+def test_how_many_steps_a_dispatch_has_changes_nothing(whole, steps_per_dispatch, tmp_path):
+  """The last one of an epoch of four steps has fewer."""
+  config = with_runtime(tiny(tmp_path / "run"), steps_per_dispatch=steps_per_dispatch)
+  imdb_jax.fit(config)
+  assert_close_end(whole.run_dir, config.run_dir)
+
+
+def test_a_dispatch_ends_where_a_save_is_due(whole, tmp_path, monkeypatch):
+  config = with_runtime(tiny(tmp_path / "run"), steps_per_dispatch=8, save_every_steps=2)
+  saved = []
+  save = Checkpoints.save
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", lambda self, step, *args: saved.append(step) or save(self, step, *args))
+    imdb_jax.fit(config)
+  assert saved == [2, 4, 6, 8]
+  assert_close_end(whole.run_dir, config.run_dir)
+
+
+def test_a_signal_is_heeded_after_the_dispatch(tmp_path, monkeypatch):
+  """And to go on after it changes no bit."""
+  undisturbed, config = (
+    with_runtime(tiny(tmp_path / name), steps_per_dispatch=3) for name in ("undisturbed", "stopped")
+  )
+  imdb_jax.fit(undisturbed)
+  record_steps = Recorder.record_steps
+
+  def interrupted(recorder, numbers, metrics):
+    if 2 in numbers:
+      os.kill(os.getpid(), signal.SIGTERM)
+    record_steps(recorder, numbers, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Recorder, "record_steps", interrupted)
+    with pytest.raises(Interrupted) as stop:
+      imdb_jax.fit(config)
+  assert stop.value.step == 3
+  imdb_jax.fit(config)
+  assert_same_end(undisturbed, config)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

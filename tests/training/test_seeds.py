@@ -122,18 +122,18 @@ def test_the_report_tells_how_far_the_seeds_spread(tmp_path):
 
 
 def test_a_stop_within_an_epoch_changes_nothing(tmp_path, together, monkeypatch):
-  record_step = Recorder.record_step
+  record_steps = Recorder.record_steps
 
-  def interrupted(recorder, number, metrics):
-    if number == 6:
+  def interrupted(recorder, numbers, metrics):
+    if 6 in numbers:
       os.kill(os.getpid(), signal.SIGINT)
-    record_step(recorder, number, metrics)
+    record_steps(recorder, numbers, metrics)
 
   stopped = dataclasses.replace(
     together, runtime=dataclasses.replace(together.runtime, run_dir=tmp_path / "stopped", save_every_steps=1)
   )
   with monkeypatch.context() as patch:
-    patch.setattr(Recorder, "record_step", interrupted)
+    patch.setattr(Recorder, "record_steps", interrupted)
     with pytest.raises(Interrupted):
       imdb_jax.fit(stopped)
   imdb_jax.fit(stopped)

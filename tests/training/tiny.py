@@ -20,7 +20,9 @@ def tiny(run_dir, **training) -> Config:
     dataset=dataclasses.replace(sample.dataset, limit=32, sequence_length=16),
     model=dataclasses.replace(sample.model, embedding_size=4, hidden_size=4),
     training=dataclasses.replace(sample.training, **({"epochs": 2, "batch_size": 10} | training)),
-    runtime=dataclasses.replace(sample.runtime, run_dir=run_dir, platform="cpu", num_devices=1, log_every=3),
+    runtime=dataclasses.replace(
+      sample.runtime, run_dir=run_dir, platform="cpu", num_devices=1, log_every=3, steps_per_dispatch=1
+    ),
   )
 
 
