@@ -1,12 +1,16 @@
 """Which implementation serves a call, and whether the kernel may."""
 
 import concurrent.futures
+import contextlib
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from imdb_jax.lstm import chunked, cudnn, scan
@@ -83,10 +87,33 @@ def gpu_problem(capability: float) -> str | None:
 
 @functools.cache
 def _self_check_problem(hidden_size: int) -> str | None:
-  """What is wrong with the kernel on the default device, once a process; None if it agrees with `chunked`."""
+  """What is wrong with the kernel on the default device; None if it agrees with `chunked`.
+
+  It is tried once a process. Where JAX caches its programs, a kernel that has agreed is not tried again.
+  """
+  agreed = _mark_of_agreement(hidden_size)
+  if agreed is not None and agreed.exists():
+    return None
   # The call may be under trace, which is a thread's own affair.
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    return executor.submit(_self_check, hidden_size).result()
+    problem = executor.submit(_self_check, hidden_size).result()
+  if problem is None and agreed is not None:
+    # Without room the kernel is as good, and is tried again.
+    with contextlib.suppress(OSError):
+      agreed.parent.mkdir(parents=True, exist_ok=True)
+      agreed.touch()
+  return problem
+
+
+def _mark_of_agreement(hidden_size: int) -> Path | None:
+  """The file that says so, for this device, these versions and this kernel; None if JAX caches no programs."""
+  folder = jax.config.jax_compilation_cache_dir
+  if folder is None:
+    return None
+  device, kernel = jax.local_devices()[0], Path(__file__).with_name("mosaic_gpu.py")
+  facts = device.device_kind, device.client.platform_version, jax.__version__, jaxlib.__version__, hidden_size
+  digest = hashlib.sha256(repr(facts).encode() + kernel.read_bytes())
+  return Path(folder) / f"mosaic_gpu-agrees-{digest.hexdigest()}"
 
 
 def _self_check(hidden_size: int) -> str | None:

@@ -111,10 +111,32 @@ def test_device_that_cannot_run_it_is_named():
 
 class TestChoice:
   @pytest.fixture(autouse=True)
-  def clean(self):
+  def clean(self, tmp_path):
     choice._self_check_problem.cache_clear()
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     yield
+    jax.config.update("jax_compilation_cache_dir", before)
     choice._self_check_problem.cache_clear()
+
+  @pytest.mark.parametrize(("problem", "num_checks"), [(None, 1), ("it is wrong", 2)])
+  @pytest.mark.parametrize("has_cache", [True, False])
+  def test_a_kernel_that_has_agreed_is_not_tried_again(self, problem, num_checks, has_cache, monkeypatch):
+    """By the next process; one that has not is."""
+    if not has_cache:
+      jax.config.update("jax_compilation_cache_dir", None)
+    checks = []
+    monkeypatch.setattr(choice, "_self_check", lambda hidden_size: checks.append(hidden_size) or problem)
+    for _ in range(2):
+      choice._self_check_problem.cache_clear()
+      assert choice._self_check_problem(H) == choice._self_check_problem(H) == problem
+    assert len(checks) == (num_checks if has_cache else 2)
+    # Nor does it speak for another device, version or size.
+    monkeypatch.setattr(jax, "__version__", "1")
+    choice._self_check_problem.cache_clear()
+    choice._self_check_problem(H)
+    choice._self_check_problem(64 + H)
+    assert len(checks) == (num_checks if has_cache else 2) + 2
 
   @pytest.mark.usefixtures("interpreter")
   def test_kernel_that_agrees_is_taken(self):
