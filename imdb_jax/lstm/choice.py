@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from imdb_jax.lstm import chunked, cudnn, scan
@@ -107,11 +106,11 @@ def _self_check_problem(hidden_size: int) -> str | None:
 
 def _mark_of_agreement(hidden_size: int) -> Path | None:
   """The file that says so, for this device, these versions and this kernel; None if JAX caches no programs."""
-  folder = jax.config.jax_compilation_cache_dir
+  folder = jax.config.values["jax_compilation_cache_dir"]
   if folder is None:
     return None
   device, kernel = jax.local_devices()[0], Path(__file__).with_name("mosaic_gpu.py")
-  facts = device.device_kind, device.client.platform_version, jax.__version__, jaxlib.__version__, hidden_size
+  facts = device.device_kind, device.client.platform_version, jax.__version__, jax.lib.__version__, hidden_size
   digest = hashlib.sha256(repr(facts).encode() + kernel.read_bytes())
   return Path(folder) / f"mosaic_gpu-agrees-{digest.hexdigest()}"
 

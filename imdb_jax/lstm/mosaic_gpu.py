@@ -23,6 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _ROWS = 16
 # Hidden units of a warpgroup: the rows of a tensor core product.
 _UNITS = 64
+# JAX 0.10, the last one for Python 3.11, asks for an index beside the reference; 0.11 warns of one.
+_NO_INDEX = () if jax.__version_info__ >= (0, 11) else (None,)
 # Closes a gate whatever the state adds: sigmoid and hard sigmoid are 0 there, exactly.
 _CLOSED = -1e4
 
@@ -58,7 +60,7 @@ def _slope(gate: jax.Array, gate_activation: str) -> jax.Array:
 
 def _load(ref, *index):
   # Rows of 64 bytes, straight to registers: the accumulators' layout is what the compiler would not call optimal.
-  return plgpu.load(ref, index, optimized=False)
+  return plgpu.load(ref.at[index], *_NO_INDEX, optimized=False)
 
 
 def _load_weights(weights, weights_smem, is_loaded, block) -> None:

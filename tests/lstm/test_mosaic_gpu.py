@@ -20,7 +20,7 @@ def interpreter(monkeypatch):
   """Runs kernels on the CPU: memory that nothing has written is NaN, and a race is a failure."""
   monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
   # The interpreter of jax 0.10.2 knows the brackets only.
-  monkeypatch.setattr(plgpu, "load", lambda ref, index, *, optimized: ref[index])
+  monkeypatch.setattr(plgpu, "load", lambda ref, *no_index, optimized: ref[...])
   set_gpu_interpret_mode(InterpretGPUParams(detect_races=True))
   try:
     yield
@@ -113,7 +113,7 @@ class TestChoice:
   @pytest.fixture(autouse=True)
   def clean(self, tmp_path):
     choice._self_check_problem.cache_clear()
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     yield
     jax.config.update("jax_compilation_cache_dir", before)
