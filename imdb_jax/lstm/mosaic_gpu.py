@@ -128,14 +128,15 @@ def _forward_kernel(
     z = [x + h for x, h in zip(from_inputs, from_state, strict=True)]
     i, f, o = (_activate(z[gate], gate_activation) for gate in (0, 1, 3))
     g = _tanh(z[2])
-    c_out[tile, position, block] = c
-    c = f * c + i * g
-    hidden = o * _tanh(c)
+    c_after = f * c + i * g
+    hidden = o * _tanh(c_after)
+    # First what the other warpgroups wait for: the compiler puts a barrier before and after each store.
     publish(hidden, position + 1)
+    c_out[tile, position, block] = c
     for gate, value in enumerate((i, f, g, o)):
       gates_out[tile, position, gate, block] = value
     hidden_out[tile, position, block] = hidden
-    return c, next_from_inputs
+    return c_after, next_from_inputs
 
   c, _ = lax.fori_loop(begin, t, step, (zeros, load(jnp.minimum(begin, t - 1))))
   c_out[tile, t, block] = c
@@ -180,12 +181,14 @@ def _backward_kernel(
     tanh_c = _tanh(c_after)
     dc = dc + dh * o * (1 - tanh_c * tanh_c)
     dz = dc * g * slope(i), dc * c_before * slope(f), dc * i * (1 - g * g), dh * tanh_c * slope(o)
-    for gate, value in enumerate(dz):
-      rounded = value.astype(jnp.bfloat16)
-      dz_smem[position % 2, gate, block] = rounded
-      dz_out[tile, position, gate, block] = rounded
+    rounded = [value.astype(jnp.bfloat16) for value in dz]
+    for gate, value in enumerate(rounded):
+      dz_smem[position % 2, gate, block] = value
     plgpu.commit_smem()
     plgpu.barrier_arrive(is_written)
+    # Meanwhile the other warpgroups get as far.
+    for gate, value in enumerate(rounded):
+      dz_out[tile, position, gate, block] = value
     plgpu.barrier_wait(is_written)
 
     def multiply(*accumulators):
