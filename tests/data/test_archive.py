@@ -358,10 +358,10 @@ def test_any_tar_gives_reviews_or_one_clear_line_and_writes_nothing(tmp_path, mo
   path.parent.mkdir()
   monkeypatch.chdir(path.parent)
 
-  @settings(max_examples=150, deadline=None)
+  @settings(max_examples=200, deadline=None)
   @given(
-    extra=st.lists(st.tuples(NAMES, TYPES, SIZES, st.binary(max_size=600)), max_size=3),
-    # Nothing in half of the cases, so that enough of them can be read.
+    # Nothing of either in a good part of the cases, so that enough of them can be read.
+    extra=st.just([]) | st.lists(st.tuples(NAMES, TYPES, SIZES, st.binary(max_size=600)), max_size=3),
     missing=st.none() | st.sampled_from(range(len(HONEST))),
     compress=st.sampled_from([bytes, gzip.compress, lzma.compress]),
     data=st.data(),
@@ -384,8 +384,7 @@ def test_any_tar_gives_reviews_or_one_clear_line_and_writes_nothing(tmp_path, mo
     assert list(tmp_path.rglob("*")) == [path.parent, path]
 
   check()
-  # Both are seen: a tenth or so of the cases can be read.
-  assert min(outcomes["read"], outcomes["refused"]) > 0
+  assert min(outcomes["read"], outcomes["refused"]) > 10
 
 
 class TestHostileFolder:
