@@ -54,6 +54,7 @@ def alone(tmp_path_factory) -> list[Config]:
 def test_each_seed_ends_where_its_own_run_ends(together, alone):
   """To rounding: Adam moves each parameter by about 0.1 a step, so other masks or batches would show at that size."""
   found, singles = final_state(together.run_dir), [final_state(config.run_dir) for config in alone]
+  assert all(np.all(of_run[".step"] == 8) for of_run in (found, *singles))
   for name, values in found.items():
     expected = np.stack([single[name] for single in singles])
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=2e-5, err_msg=name)
