@@ -11,6 +11,7 @@ gradients as well. All other products are XLA's, at `jax_default_matmul_precisio
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ _ROWS = 16
 _UNITS = 64
 # JAX 0.10, the last one for Python 3.11, asks for an index beside the reference; 0.11 warns of one.
 _NO_INDEX = () if jax.__version_info__ >= (0, 11) else (None,)
+_LOG2_E = math.log2(math.e)
 # Closes a gate whatever the state adds: sigmoid and hard sigmoid are 0 there, exactly.
 _CLOSED = -1e4
 
@@ -40,14 +42,18 @@ class _Masks(NamedTuple):
   recurrent: jax.Array
 
 
-def _tanh(x: jax.Array) -> jax.Array:
+def _sigmoid(x: jax.Array) -> jax.Array:
   """By the hardware's exponential, whose error is 2e-7; its tanh has 5e-4."""
-  return 1 - 2 / (1 + jnp.exp(2 * x))
+  return 1 / (1 + jnp.exp2(-_LOG2_E * x))
+
+
+def _tanh(x: jax.Array) -> jax.Array:
+  return 2 * _sigmoid(2 * x) - 1
 
 
 def _activate(z: jax.Array, gate_activation: str) -> jax.Array:
   if gate_activation == "sigmoid":
-    return 1 / (1 + jnp.exp(-z))
+    return _sigmoid(z)
   return jnp.minimum(jnp.maximum(0.2 * z + 0.5, 0.0), 1.0)
 
 
@@ -104,6 +110,7 @@ def _forward_kernel(
   def load(position):
     return tuple(_load(projected, tile, position, gate, block) for gate in range(4))
 
+  activate = functools.partial(_activate, gate_activation=gate_activation)
   begin = first[tile]
   zeros = jnp.zeros((_UNITS, _ROWS), jnp.float32)
   publish(zeros, begin)
@@ -115,26 +122,34 @@ def _forward_kernel(
     # Under way while this position is computed.
     next_from_inputs = load(jnp.minimum(position + 1, t - 1))
 
-    def multiply(*accumulators):
-      for k in range(num_blocks):
-        for gate, accumulator in enumerate(accumulators):
-          m = gate % num_masks
+    def compute(*accumulators):
+      """A gate is activated while the tensor cores compute the next ones."""
+      for gate, accumulator in enumerate(accumulators):
+        for k in range(num_blocks):
           weights = recurrent_smem.at[(gate * num_blocks + block) * num_blocks + k]
-          plgpu.wgmma(accumulator, weights, hidden_smem.at[position % 2, m, k])
-      plgpu.wgmma_wait(0)
-      return tuple(accumulator[...] for accumulator in accumulators)
+          plgpu.wgmma(accumulator, weights, hidden_smem.at[position % 2, gate % num_masks, k])
 
-    from_state = pl.run_scoped(multiply, *[plgpu.ACC((_UNITS, _ROWS))] * 4)
-    z = [x + h for x, h in zip(from_inputs, from_state, strict=True)]
-    i, f, o = (_activate(z[gate], gate_activation) for gate in (0, 1, 3))
-    g = _tanh(z[2])
-    c_after = f * c + i * g
-    hidden = o * _tanh(c_after)
-    # First what the other warpgroups wait for: the compiler puts a barrier before and after each store.
+      def preactivation(gate):
+        remaining = (3 - gate) * num_blocks
+        return from_inputs[gate] + plgpu.wgmma_accumulator_load(accumulators[gate], wait_n=remaining)
+
+      def keep(gate, value):
+        # At once: the assembler moves arithmetic across the next wait, but no store.
+        gates_out[tile, position, gate, block] = value
+        return value
+
+      c_out[tile, position, block] = c
+      i, f = (keep(gate, activate(preactivation(gate))) for gate in (0, 1))
+      g = keep(2, _tanh(preactivation(2)))
+      c_after = f * c + i * g
+      tanh_c = _tanh(c_after)
+      return c_after, tanh_c, activate(preactivation(3))
+
+    c_after, tanh_c, o = pl.run_scoped(compute, *[plgpu.ACC((_UNITS, _ROWS))] * 4)
+    hidden = o * tanh_c
+    # First what the other warpgroups wait for.
     publish(hidden, position + 1)
-    c_out[tile, position, block] = c
-    for gate, value in enumerate((i, f, g, o)):
-      gates_out[tile, position, gate, block] = value
+    gates_out[tile, position, 3, block] = o
     hidden_out[tile, position, block] = hidden
     return c_after, next_from_inputs
 
@@ -170,41 +185,47 @@ def _backward_kernel(
     own_gates = (_load(gates, tile, position, gate, block) for gate in range(4))
     return *own_gates, _load(c, tile, position, block), _load(d_hidden, tile, position, block)
 
+  def slopes(i, f, g, o, c_before, tanh_c):
+    """Derivatives of c by hidden state, and of the pre-activations by c, c, c and hidden state."""
+    return o * (1 - tanh_c * tanh_c), (g * slope(i), c_before * slope(f), i * (1 - g * g), tanh_c * slope(o))
+
   plgpu.barrier_wait(is_loaded)
 
   def step(count, carry):
-    dc, dh, c_after, (i, f, g, o, c_before, d_hidden) = carry
+    dc, dh, c_before, f, d_hidden, (dc_dh, (dc_di, dc_df, dc_dg, dh_do)) = carry
     position = t - 1 - count
-    # Under way while this position is computed.
-    earlier = load(jnp.maximum(position - 1, 0))
     dh = dh + d_hidden
-    tanh_c = _tanh(c_after)
-    dc = dc + dh * o * (1 - tanh_c * tanh_c)
-    dz = dc * g * slope(i), dc * c_before * slope(f), dc * i * (1 - g * g), dh * tanh_c * slope(o)
-    rounded = [value.astype(jnp.bfloat16) for value in dz]
+    dc = dc + dh * dc_dh
+    rounded = [value.astype(jnp.bfloat16) for value in (dc * dc_di, dc * dc_df, dc * dc_dg, dh * dh_do)]
     for gate, value in enumerate(rounded):
       dz_smem[position % 2, gate, block] = value
     plgpu.commit_smem()
     plgpu.barrier_arrive(is_written)
     # Meanwhile the other warpgroups get as far.
+    earlier = load(jnp.maximum(position - 1, 0))
     for gate, value in enumerate(rounded):
       dz_out[tile, position, gate, block] = value
     plgpu.barrier_wait(is_written)
 
-    def multiply(*accumulators):
+    def compute(*accumulators):
+      """What the step before takes from memory is turned into slopes while the tensor cores compute."""
       for gate in range(4):
         for k in range(num_blocks):
           weights = recurrent_smem.at[(block * 4 + gate) * num_blocks + k]
           plgpu.wgmma(accumulators[gate % num_masks], weights, dz_smem.at[position % 2, gate, k])
+      i, f, g, o, c_earlier, d_hidden = earlier
+      ahead = c_earlier, f, d_hidden, slopes(i, f, g, o, c_earlier, _tanh(c_before))
       plgpu.wgmma_wait(0)
-      return tuple(accumulator[...] for accumulator in accumulators)
+      return ahead, tuple(accumulator[...] for accumulator in accumulators)
 
-    from_gates = pl.run_scoped(multiply, *[plgpu.ACC((_UNITS, _ROWS))] * num_masks)
+    ahead, from_gates = pl.run_scoped(compute, *[plgpu.ACC((_UNITS, _ROWS))] * num_masks)
     dh = functools.reduce(jnp.add, (d * mask for d, mask in zip(from_gates, own_masks, strict=True)))
-    return dc * f, dh, c_before, earlier
+    return dc * f, dh, *ahead
 
   zeros = jnp.zeros((_UNITS, _ROWS), jnp.float32)
-  lax.fori_loop(0, t - begin, step, (zeros, zeros, _load(c, tile, t, block), load(t - 1)))
+  i, f, g, o, c_before, last_d_hidden = load(t - 1)
+  last = c_before, f, last_d_hidden, slopes(i, f, g, o, c_before, _tanh(_load(c, tile, t, block)))
+  lax.fori_loop(0, t - begin, step, (zeros, zeros, *last))
 
 
 def _launch(body, out_type, smem_shapes, gate_activation: str, num_tiles: int, num_blocks: int):
@@ -218,7 +239,14 @@ def _launch(body, out_type, smem_shapes, gate_activation: str, num_tiles: int, n
     grid_names=("tile",),
     num_threads=num_blocks,
     thread_name="block",
-    compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      # Without it a barrier stands before and after each store. None is needed: in global memory a thread reads back
+      # nothing that it has written, and a slot of shared memory is written again only after `is_written` of the step
+      # between, which no warpgroup reaches before all of its warps have awaited the products that read the slot.
+      unsafe_no_auto_barriers=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
   )
 
 
