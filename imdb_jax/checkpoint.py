@@ -217,16 +217,19 @@ class Checkpoints:
       raise OSError(errno.ENOSPC, f"No space left on device: {free:,} bytes are free, {needed:,} are wanted")
 
   def restore_latest(self, abstract: TrainState) -> tuple[Saved, TrainState]:
-    """The newest step that can be restored; one that agrees with its manifest and cannot be read is passed over.
+    """The newest step; one that holds values that are not finite is passed over and set aside.
+
+    One that agrees with its manifest and cannot be read all the same is left where it is: nothing is wrong with it, but
+    with memory, file system or another process, and the next attempt may have more luck.
 
     Raises:
-      CheckpointError: there is none, or it does not fit.
+      CheckpointError: there is none, or it cannot be read or does not fit.
     """
     while True:
       saved = self.find("latest")
       try:
         return saved, self.restore(saved, abstract)
-      except _UnreadableError as error:
+      except _NotFiniteError as error:
         _LOG.warning("%s", error)
         self._damaged[saved.step] = str(error)
         del self._saved[saved.step]
@@ -282,7 +285,7 @@ class Checkpoints:
     except Exception as error:
       raise _UnreadableError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}") from error
     if not all(jax.tree.leaves(jax.jit(_are_finite)((state.params, state.opt_state)))):
-      raise _UnreadableError(f"{folder}: the checkpoint holds values that are not finite.")
+      raise _NotFiniteError(f"{folder}: the checkpoint holds values that are not finite.")
     return state
 
   def close(self) -> None:
@@ -290,6 +293,10 @@ class Checkpoints:
 
 
 class _UnreadableError(CheckpointError):
+  """A step that agrees with its manifest, or did when it was looked at, could not be read."""
+
+
+class _NotFiniteError(CheckpointError):
   """A step agrees with its manifest, and is of no use all the same."""
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import shutil
 from pathlib import Path
 
@@ -101,3 +102,19 @@ def test_without_room_nothing_is_begun(run, monkeypatch):
   with pytest.raises(CheckpointError, match=r"1,000 bytes are free.*Earlier steps are intact"):
     run.checkpoints.save(5, run.made, {})
   assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_whole_step_that_cannot_be_read_now_stays_where_it_is(run, monkeypatch):
+  """Nothing is wrong with it: files were short, or memory, or another process has gone."""
+  for step in (4, 5):
+    run.checkpoints.save(step, run.made, {})
+
+  def fail(*args, **kwargs):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(run.checkpoints._orbax, "restore", fail)
+    with pytest.raises(CheckpointError, match=r"/5: the checkpoint cannot be restored: .*Too many open files"):
+      run.checkpoints.restore_latest(run.abstract)
+  assert not (run.run_dir / "damaged").exists()
+  assert run.checkpoints.restore_latest(run.abstract)[0].step == 5
