@@ -103,6 +103,7 @@ class SentimentLSTM(nn.Module):
       hidden_size=model.hidden_size,
       recurrent_dropout=model.recurrent_dropout_rate > 0,
       gate_activation=model.gate_activation,
+      several_models=config.training.num_seeds > 1,
     )
     if problem is not None:
       raise UsageError(f"--implementation {name}: {problem}.")

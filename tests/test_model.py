@@ -1,5 +1,6 @@
 """Parameters as Keras makes them, logits as float64 computes them, dropout masks as the recipe asks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from lstm import reference
 
-from imdb_jax.config import ModelConfig
+from imdb_jax.config import PRESETS, ModelConfig
+from imdb_jax.errors import UsageError
+from imdb_jax.lstm import choice
 from imdb_jax.model import SentimentLSTM, draw_dropout_masks
 
 SMALL = {"embedding_size": 3, "hidden_size": 5}
@@ -214,3 +217,16 @@ def test_a_padded_batch_starts_with_the_same_masks(dropout_masks):
   config = ModelConfig(dropout_masks=dropout_masks)
   for exact, padded in zip(*(draw_dropout_masks(jax.random.key(0), config, size) for size in (32, 33)), strict=True):
     np.testing.assert_array_equal(exact, padded[:32])
+
+
+def test_cudnn_computes_one_model_at_a_time(monkeypatch):
+  """Else JAX says that it has no batching rule, once the run is under way."""
+  monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
+  config = dataclasses.replace(
+    PRESETS["sample"],
+    model=ModelConfig(recurrent_dropout_rate=0.0),
+    runtime=dataclasses.replace(PRESETS["sample"].runtime, implementation="cudnn"),
+  )
+  assert SentimentLSTM.of_run(config).implementation == "cudnn"
+  with pytest.raises(UsageError, match=r"--implementation cudnn: .*several models"):
+    SentimentLSTM.of_run(dataclasses.replace(config, training=dataclasses.replace(config.training, num_seeds=2)))

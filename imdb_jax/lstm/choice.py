@@ -52,9 +52,22 @@ def choose(hidden_size: int) -> Choice:
 
 
 def unsupported(
-  implementation: str, *, hidden_size: int, recurrent_dropout: bool, gate_activation: GateActivation
+  implementation: str,
+  *,
+  hidden_size: int,
+  recurrent_dropout: bool,
+  gate_activation: GateActivation,
+  several_models: bool = False,
 ) -> str | None:
-  """Why an implementation cannot serve such calls on the default device, or None if it can."""
+  """Why an implementation cannot serve such calls on the default device, or None if it can.
+
+  Args:
+    implementation: a name of `IMPLEMENTATIONS`.
+    hidden_size: of the call.
+    recurrent_dropout: there is a mask for it.
+    gate_activation: of the call.
+    several_models: the call is under `jax.vmap`.
+  """
   if implementation == "mosaic_gpu":
     return _kernel_problem(hidden_size)
   if implementation != "cudnn":
@@ -63,6 +76,8 @@ def unsupported(
     return "cuDNN knows no recurrent dropout"
   if gate_activation != "sigmoid":
     return f"cuDNN knows no {gate_activation}"
+  if several_models:
+    return "jax.experimental.rnn knows no jax.vmap, by which several models are computed"
   return gpu_problem(0.0)
 
 
@@ -150,7 +165,9 @@ def _self_check(hidden_size: int) -> str | None:
     found = run("mosaic_gpu")
   # Whatever a compiler or driver raises: a kernel that does not run must not keep a model from training.
   except Exception as error:
-    return f"it failed its self-check: {str(error).strip().splitlines()[0]}"
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"it failed its self-check: {reason[0]}"
   norm = np.linalg.norm
-  distance = max(float(norm(x - y) / norm(y)) for x, y in zip(found, run("chunked"), strict=True))
+  # np.max: Python's own passes over a NaN that is not the first.
+  distance = np.max([norm(x - y) / norm(y) for x, y in zip(found, run("chunked"), strict=True)])
   return None if distance <= _SELF_CHECK_TOLERANCE else f"it differs from chunked on this device by {distance:.1e}"

@@ -149,6 +149,21 @@ class TestChoice:
     assert name == "chunked"
     assert "differs from chunked" in reason
 
+  @pytest.mark.usefixtures("interpreter")
+  def test_kernel_whose_gradient_is_not_a_number_is_not(self, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_slope", lambda gate, gate_activation: jnp.full_like(gate, jnp.nan))
+    name, reason = choose(H)
+    assert name == "chunked"
+    assert "differs from chunked on this device by nan" in reason
+
+  def test_kernel_that_fails_without_a_word_is_not(self, monkeypatch):
+    def fail(*args, **kwargs):
+      raise AssertionError
+
+    monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
+    monkeypatch.setattr(mosaic_gpu, "lstm", fail)
+    assert choose(H) == ("chunked", "mosaic_gpu: it failed its self-check: AssertionError")
+
   def test_kernel_that_does_not_run_is_not(self, monkeypatch):
     """Here for want of a GPU."""
     monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
