@@ -13,7 +13,6 @@ from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import CheckpointError
 from imdb_jax.evaluation import Evaluation, evaluate, predict_logits
 from imdb_jax.model import SentimentLSTM
 
@@ -55,11 +54,6 @@ class Classifier:
     run_dir, runtime = Path(run_dir), runtime or RuntimeConfig()
     config = run_directory.load_config(run_dir, runtime)
     vocabulary = run_directory.load_vocabulary(run_dir)
-    if vocabulary.size != config.dataset.vocabulary_size:
-      raise CheckpointError(
-        f"{run_dir / 'vocab.json'}: is of size {vocabulary.size}, "
-        f"but the checkpoint has an embedding for {config.dataset.vocabulary_size} ids."
-      )
     mesh = sharding.start(runtime)
     jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
     model = SentimentLSTM.of_run(config)

@@ -2,7 +2,7 @@
 
 config.json      every setting that defines the result
 vocab.json       the words
-provenance.json  versions, devices and the digest of the data
+provenance.json  versions, devices, the digests of data and words
 metrics.jsonl    a line every few steps and one an epoch
 history.csv, history.png, report.md
 checkpoints/, manifests/, damaged/     see `imdb_jax.checkpoint`
@@ -11,6 +11,7 @@ lock             held by the trainer that is at work
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -79,17 +80,23 @@ def load_vocabulary(run_dir: Path) -> Vocabulary:
   """The words of a run.
 
   Raises:
-    UsageError: the file is not a vocabulary.
+    UsageError: the file is not a vocabulary, or not the one that the run was trained with.
   """
-  return Vocabulary.load(run_dir / "vocab.json")
+  vocabulary = Vocabulary.load(run_dir / "vocab.json")
+  if _sha256(vocabulary) != _digest(run_dir, "vocabulary_sha256"):
+    raise UsageError(f"{run_dir / 'vocab.json'}: is not the vocabulary that this run was trained with.")
+  return vocabulary
 
 
-def data_digest(run_dir: Path) -> str:
-  """`TokenData.digest()` of what the run was trained on."""
+def _sha256(vocabulary: Vocabulary) -> str:
+  return hashlib.sha256(vocabulary.to_json().encode()).hexdigest()
+
+
+def _digest(run_dir: Path, name: str) -> str:
   provenance = _read_json(run_dir / "provenance.json")
-  if not isinstance(provenance, dict) or not isinstance(provenance.get("data_digest"), str):
-    raise UsageError(f"{run_dir / 'provenance.json'}: has no data_digest.")
-  return provenance["data_digest"]
+  if not isinstance(provenance, dict) or not isinstance(provenance.get(name), str):
+    raise UsageError(f"{run_dir / 'provenance.json'}: has no {name}.")
+  return provenance[name]
 
 
 def check(config: Config) -> bool:
@@ -148,6 +155,7 @@ def create(config: Config, vocabulary: Vocabulary, digest: str, mesh: Mesh) -> N
   """
   provenance = {
     "data_digest": digest,
+    "vocabulary_sha256": _sha256(vocabulary),
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     "python": platform.python_version(),
     "devices": [device.device_kind for device in mesh.devices.flat],
@@ -181,5 +189,5 @@ def check_data(run_dir: Path, digest: str) -> None:
   Raises:
     DataError: the digests differ.
   """
-  if data_digest(run_dir) != digest:
+  if _digest(run_dir, "data_digest") != digest:
     raise DataError(f"{run_dir}: the reviews differ from those that this run was trained on. See --archive.")

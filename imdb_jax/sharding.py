@@ -1,11 +1,16 @@
 """Processes, devices and one mesh with one axis, over which the reviews of a batch are spread."""
 
+import collections
 import contextlib
 import ctypes
+import hashlib
 import os
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imdb_jax.config import RuntimeConfig
-from imdb_jax.errors import PlatformError, first_line
+from imdb_jax.errors import PlatformError, UsageError, first_line
 
 AXIS = "data"
 
@@ -37,8 +42,8 @@ def keep_freed_memory(runtime: RuntimeConfig) -> None:
 
   XLA allocates the temporary arrays of a step anew each time: tens of MB, a third of a step's time. Call it before
   `start`: a thread that has already allocated keeps an arena of its own, to which large arrays do not return. Nothing
-  happens on a GPU or TPU, or where the memory is not glibc's. It holds for the whole process, so only commands over a
-  whole split ask for it, not the prediction of a few texts within somebody's program.
+  happens where a GPU or TPU is asked for, or where the memory is not glibc's. It holds for the whole process, so `fit`
+  and the commands ask for it, but not a `Classifier` within somebody's program.
   """
   if runtime.platform in ("gpu", "tpu") or sys.platform != "linux":
     return
@@ -87,6 +92,8 @@ def _join_processes(runtime: RuntimeConfig) -> None:
     return
   # JAX would take SIGTERM for itself; the trainer's own handler has all processes save the same step.
   jax.config.update("jax_enable_preemption_service", False)
+  if runtime.process_id:
+    _await_coordinator(str(runtime.coordinator_address))
   try:
     if runtime.coordinator_address is not None:
       jax.distributed.initialize(
@@ -107,12 +114,27 @@ def _join_processes(runtime: RuntimeConfig) -> None:
     raise PlatformError(f"The other processes could not be joined: {first_line(error)}.") from error
 
 
+def _await_coordinator(address: str) -> None:
+  """Where nobody listens JAX would end the process after that time, with a stack trace."""
+  host, port = address.rsplit(":", 1)
+  give_up_at = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except OSError as error:
+      if time.monotonic() > give_up_at:
+        raise PlatformError(f"--coordinator-address {address}: the first process does not answer: {error}.") from error
+      time.sleep(0.2)
+    else:
+      return
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
   """A part that all processes pass or none: where one fails, the others leave too, instead of waiting for it.
 
   Raises:
-    PlatformError: another process failed.
+    PlatformError: another process failed, or has gone.
   """
   failure = None
   try:
@@ -121,11 +143,33 @@ def together() -> Iterator[None]:
   except Exception as error:
     failure = error
   if jax.process_count() > 1:
-    has_failed = multihost_utils.process_allgather(np.int32(failure is not None))
+    try:
+      has_failed = multihost_utils.process_allgather(np.int32(failure is not None))
+    # A few kinds, as in `device_errors`.
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+      raise failure or PlatformError(f"Another process has gone: {first_line(error)}.") from error
     if failure is None and has_failed.any():
       raise PlatformError("Another process could not go on; it says why.")
   if failure is not None:
     raise failure
+
+
+def require_alike(settings: Mapping[str, Any]) -> None:
+  """Makes sure that all processes were started with the same settings, where computing together depends on them.
+
+  Args:
+    settings: of this process, by the names that people know; of each the `repr` is compared.
+
+  Raises:
+    UsageError: they differ, in every process.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in settings.values()]
+  of_all = multihost_utils.process_allgather(np.stack(digests))
+  differing = [name for name, rows in zip(settings, np.moveaxis(of_all, 1, 0), strict=True) if (rows != rows[0]).any()]
+  if differing:
+    raise UsageError(f"The processes were started with different values of {', '.join(differing)}.")
 
 
 @contextlib.contextmanager
@@ -136,14 +180,17 @@ def leaving() -> Iterator[None]:
   """
   try:
     yield
-  except SystemExit as early:
+  except BaseException as early:
     if jax.distributed.is_initialized():
       farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
       farewell.start()
       # The coordinator last: JAX aborts those that lose it.
       farewell.join(_FAREWELL + (2 if jax.process_index() == 0 else 0))
       if farewell.is_alive():
-        os._exit(early.code if isinstance(early.code, int) else 1)
+        code = early.code if isinstance(early, SystemExit) else None
+        if code is None:
+          traceback.print_exc()
+        os._exit(code if isinstance(code, int) else 1)
     raise
 
 
@@ -156,10 +203,16 @@ def device_errors() -> Iterator[None]:
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    raise PlatformError(
-      f"The computation failed: {first_line(error)}. If memory did not suffice, take smaller batches or fewer seeds."
-    ) from error
+  # Some of what Gloo, which connects CPUs, has to say arrives as a ValueError.
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    if isinstance(error, ValueError) and "Gloo" not in str(error):
+      raise
+    advice = (
+      "If memory did not suffice, take smaller batches or fewer seeds."
+      if jax.process_count() == 1
+      else "Another process may have gone."
+    )
+    raise PlatformError(f"The computation failed: {first_line(error)}. {advice}") from error
 
 
 def _devices(runtime: RuntimeConfig) -> list:
@@ -170,6 +223,11 @@ def _devices(runtime: RuntimeConfig) -> list:
     # Never a silent run on the CPU: it is the most missed warning of the field.
     seen = ", ".join(sorted({device.platform for device in jax.devices()}))
     raise PlatformError(f"--platform {platform}: JAX sees only {seen}. {_INSTALL.get(platform, '')}") from error
+  counts = collections.Counter(device.process_index for device in devices)
+  if len(set(counts.values())) > 1:
+    # JAX's agreements between processes ask for equal numbers.
+    shown = ", ".join(f"process {process}: {counts[process]}" for process in sorted(counts))
+    raise PlatformError(f"The processes have different numbers of devices ({shown}). Give all the same --num-devices.")
   if runtime.num_devices is None:
     return devices
   chosen = []

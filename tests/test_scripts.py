@@ -165,20 +165,48 @@ def test_ctrl_c_in_a_command_is_told_in_one_line(capsys):
   assert capsys.readouterr().err.startswith("Interrupted")
 
 
-def train_in_two(run_dir: Path, *of_second: str) -> list[tuple[int, str, str]]:
+def train_in_two(run_dir: Path, *of_second: str | Path, second: str = "train") -> list[tuple[int, str, str]]:
   """Trains in two processes, of which the second gets arguments of its own."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   shared = (*TINY, "--num-devices", "1", "--run-dir", run_dir, "--coordinator-address", address, "--num-processes", "2")
-  own = (("--process-id", "0"), ("--process-id", "1", *of_second))
-  return [finish(process) for process in [start("train", *shared, *arguments) for arguments in own]]
+  first = start("train", *shared, "--process-id", "0")
+  return [finish(process) for process in (first, start(second, *shared, "--process-id", "1", *of_second))]
 
 
 def test_where_one_process_cannot_go_on_the_other_leaves_too(tmp_path):
-  first, second = train_in_two(tmp_path / "run", "--seed", "7")
-  assert_one_clear_line(second, 2, "training.seed: 0 -> 7")
+  first, second = train_in_two(tmp_path / "run", "--run-dir", tmp_path / "another")
+  assert_one_clear_line(second, 2, "not the folder in which process 0 has made the run")
   assert_one_clear_line(first, 6, "Another process could not go on")
+
+
+@pytest.mark.parametrize(
+  ("flags", "exit_code", "words"),
+  [
+    (("--seed", "7"), 2, "different values of --seed."),
+    (("--steps-per-dispatch", "4"), 2, "different values of --steps-per-dispatch."),
+    (("--num-devices", "2"), 6, "different numbers of devices (process 0: 1, process 1: 2)"),
+  ],
+)
+def test_processes_that_would_wait_for_each_other_for_good_are_refused(flags, exit_code, words, tmp_path):
+  for result in train_in_two(tmp_path / "run", *flags):
+    assert_one_clear_line(result, exit_code, words)
+
+
+def test_where_one_process_is_killed_before_training_the_other_leaves_in_one_line(tmp_path):
+  (tmp_path / "killed.py").write_text(
+    "import os, signal\n"
+    "from imdb_jax import cli\n"
+    "from imdb_jax.data import tokens\n"
+    "tokens.load = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "cli.train()\n"
+  )
+  started = time.perf_counter()
+  first, second = train_in_two(tmp_path / "run", second=str(tmp_path / "killed"))
+  assert second[0] == -signal.SIGKILL
+  assert_one_clear_line(first, 6, "Another process has gone")
+  assert time.perf_counter() - started < 40, "JAX would wait for a minute"
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -261,12 +289,9 @@ def copy_of(run_dir: Path, target: Path) -> Path:
   return target
 
 
-def test_a_vocabulary_that_does_not_fit_the_checkpoint(trained, tmp_path):
+def test_a_config_that_does_not_fit_the_checkpoint(trained, tmp_path):
   copy = copy_of(trained, tmp_path / "copy")
-  config, vocabulary = json.loads((copy / "config.json").read_text()), json.loads((copy / "vocab.json").read_text())
-  vocabulary["size"] = 300
-  (copy / "vocab.json").write_text(json.dumps(vocabulary))
-  assert_one_clear_line(run("predict", copy, "good", "--platform", "cpu"), 4, "vocab.json", "300", "200")
+  config = json.loads((copy / "config.json").read_text())
   config["dataset"]["vocabulary_size"] = 300
   (copy / "config.json").write_text(json.dumps(config))
   assert_one_clear_line(run("predict", copy, "good", "--platform", "cpu"), 4, "embedding", "(200, 4)", "(300, 4)")

@@ -1,9 +1,13 @@
 """What the platform is told before it starts."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
+
+from imdb_jax import sharding
+from imdb_jax.errors import PlatformError
 
 # Page faults of three calls with a temporary array of 48 MB on each of two devices, once the heap has grown. glibc
 # keeps smaller ones by itself.
@@ -39,3 +43,15 @@ def test_freed_memory_is_not_faulted_in_again():
   pages = 3 * 2 * 4_000 * 3_000 * 4 // (1024 * page_kilobytes)
   assert faults("freed") > pages / 2, "else the check proves nothing"
   assert faults("kept") < pages / 100
+
+
+def test_a_first_process_that_does_not_answer_is_named(monkeypatch):
+  """JAX would end this process with a stack trace."""
+  monkeypatch.setattr(sharding, "_PATIENCE", 0.5)
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(PlatformError, match=f"{address}: the first process does not answer: .*refused"):
+      sharding._await_coordinator(address)
+    probe.listen()
+    sharding._await_coordinator(address)

@@ -58,14 +58,21 @@ def fit(config: Config) -> FitResult:
     PlatformError: the platform or devices are not there.
     Interrupted: after a signal, once the state is saved.
   """
-  # Before JAX starts, which takes longer than to see that the folder is another run's.
-  run_directory.check(config)
+  if not config.runtime.distributed and config.runtime.coordinator_address is None:
+    # Before JAX starts, which takes longer than to see that the folder is another run's. Several processes join first,
+    # or one that is refused here would be waited for.
+    run_directory.check(config)
   sharding.keep_freed_memory(config.runtime)
   mesh = sharding.start(config.runtime)
   jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
   is_first = jax.process_index() == 0
   console = Console(is_quiet=not is_first)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(sharding.device_errors())
+    with sharding.together():
+      # What cannot be computed here is refused before there is a folder with such settings.
+      model = SentimentLSTM.of_run(config)
+    sharding.require_alike(_shared_settings(config, model, mesh))
     with sharding.together():
       data = tokens.load(
         config.dataset, archive=config.runtime.archive, cache_dir=config.runtime.cache_dir, report=console.line
@@ -76,15 +83,28 @@ def fit(config: Config) -> FitResult:
         if not run_directory.check(config):
           run_directory.create(config, data.vocabulary, data.digest(), mesh)
     with sharding.together():
-      # Each process has flags and reviews of its own.
-      run_directory.check(config)
+      # Each process has reviews and a view of the folder of its own.
+      if not run_directory.check(config):
+        raise UsageError(f"--run-dir {config.run_dir}: not the folder in which process 0 has made the run.")
       run_directory.check_data(config.run_dir, data.digest())
+      run_directory.load_vocabulary(config.run_dir)
     stop = stack.enter_context(StopRequest())
-    stack.enter_context(sharding.device_errors())
     try:
-      return _Trainer(config, mesh, console, data, stop, stack).run()
+      return _Trainer(config, model, mesh, console, data, stop, stack).run()
     except OSError as error:
       raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. What was saved is intact.") from error
+
+
+def _shared_settings(config: Config, model: SentimentLSTM, mesh: Mesh) -> dict[str, Any]:
+  """What decides which computations the processes share, and when; by the names of flags."""
+  settings = {
+    name: value for section in config.to_dict().values() if isinstance(section, dict) for name, value in section.items()
+  }
+  for name in ("steps_per_dispatch", "evaluation_batch_size", "save_every_steps", "deterministic"):
+    settings[name] = getattr(config.runtime, name)
+  settings["implementation"] = model.implementation
+  settings["num_devices"] = [device.id for device in mesh.devices.flat]
+  return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 
 class _Trainer:
@@ -93,6 +113,7 @@ class _Trainer:
   def __init__(
     self,
     config: Config,
+    model: SentimentLSTM,
     mesh: Mesh,
     console: Console,
     data: tokens.TokenData,
@@ -106,7 +127,6 @@ class _Trainer:
     self._steps_per_epoch = batches.num_batches(len(data.train), config.training.batch_size)
     self._last_step = config.training.epochs * self._steps_per_epoch
 
-    model = SentimentLSTM.of_run(config)
     optimizer = state.make_optimizer(config.optimizer, self._last_step)
     self._checkpoints = Checkpoints(config.run_dir, read_only=False)
     stack.callback(self._checkpoints.close)

@@ -24,6 +24,8 @@ SIGNAL_EXITS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 LAST_AGREEMENT = LAST_LINE_BUT_ONE - 16
 # Seconds within which a process whose partner was killed has left; it takes about seven.
 LEFT_ALONE = 30
+# The same where it may have been killed before they joined: a minute is what a process waits for another to come.
+NEVER_JOINED = 90
 
 
 def _cache(rng: random.Random, folder: Path) -> tuple[str, ...]:
@@ -170,17 +172,22 @@ def stop_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[
 def kill_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
   run_dir = folder / "run"
   with sandbox.two_started(run_dir) as processes:
-    _wait_for_line(run_dir, rng)
+    if rng.random() < 0.5:
+      _wait_for_line(run_dir, rng)
+    else:
+      time.sleep(rng.uniform(0, 6))
     victim = rng.randrange(2)
     processes[victim].send_signal(signal.SIGKILL)
     is_late = last_line(run_dir) >= LAST_AGREEMENT
     processes[victim].wait(HANGS)
-    other = processes[1 - victim]
-    code, stderr = finish(other, LEFT_ALONE), other.stderr
-    # Of one that loses the coordinator JAX makes an abort, unless an error of ours is faster.
-    exits = (CheckpointError.exit_code, PlatformError.exit_code, *([-signal.SIGABRT] if victim == 0 else []))
-    require(code in exits or is_late, f"exit {code} though process {victim} was killed: {stderr}")
     moment = processes[victim].moment
+    other = processes[1 - victim]
+    code, stderr = finish(other, NEVER_JOINED if moment == "start" else LEFT_ALONE), other.stderr
+    # Of one that loses the coordinator, or waits for a partner that never comes, JAX makes an abort, unless an error of
+    # ours is faster.
+    aborts = [-signal.SIGABRT] if victim == 0 or moment == "start" else []
+    exits = (CheckpointError.exit_code, PlatformError.exit_code, *aborts)
+    require(code in exits or is_late, f"exit {code} though process {victim} was killed at {moment}: {stderr}")
   sandbox.require_end_of_two(run_dir)
   return [moment]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import json
 
 import pytest
 from training.tiny import tiny
@@ -17,9 +18,32 @@ def test_other_reviews_are_refused(tmp_path):
   config = tiny(tmp_path / "run")
   imdb_jax.fit(config)
   provenance = config.run_dir / "provenance.json"
-  provenance.write_text(provenance.read_text().replace(run_directory.data_digest(config.run_dir), "0" * 64))
+  provenance.write_text(json.dumps(json.loads(provenance.read_text()) | {"data_digest": "0" * 64}))
   with pytest.raises(DataError, match="the reviews differ"):
     imdb_jax.fit(config)
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_another_vocabulary_is_refused(text, tmp_path):
+  """With its words in another order a model would answer, and wrongly."""
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
+  file = config.run_dir / "vocab.json"
+  vocabulary = json.loads(file.read_text())
+  vocabulary["words"].reverse()
+  file.write_text(json.dumps(vocabulary) if text is None else text)
+  for use in (imdb_jax.fit, lambda config: imdb_jax.Classifier.load(config.run_dir)):
+    with pytest.raises(UsageError, match=r"vocab\.json: "):
+      use(config)
+
+
+def test_a_model_that_cannot_be_computed_here_leaves_no_folder(tmp_path):
+  """Which other settings would find in their way."""
+  config = tiny(tmp_path / "run")
+  refused = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, implementation="cudnn"))
+  with pytest.raises(UsageError, match="cuDNN knows no recurrent dropout"):
+    imdb_jax.fit(refused)
+  assert not config.run_dir.exists()
 
 
 def test_a_second_trainer_is_refused_while_the_first_is_at_work(tmp_path):
