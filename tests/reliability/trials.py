@@ -175,7 +175,7 @@ def kill_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[
     if rng.random() < 0.5:
       _wait_for_line(run_dir, rng)
     else:
-      time.sleep(rng.uniform(0, 6))
+      time.sleep(rng.uniform(0, 3))
     victim = rng.randrange(2)
     processes[victim].send_signal(signal.SIGKILL)
     is_late = last_line(run_dir) >= LAST_AGREEMENT
