@@ -1,6 +1,7 @@
 """New texts through a trained model."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +56,6 @@ class Classifier:
     config = run_directory.load_config(run_dir, runtime)
     vocabulary = run_directory.load_vocabulary(run_dir)
     mesh = sharding.start(runtime)
-    jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
     model = SentimentLSTM.of_run(config)
     checkpoints = Checkpoints(run_dir, read_only=True)
     optimizer = state.make_optimizer(config.optimizer, num_steps=1)
@@ -63,6 +63,11 @@ class Classifier:
     saved, restored = checkpoints.find_and_restore(step, abstract)
     checkpoints.close()
     return cls(config, vocabulary, restored.params, mesh, saved.step)
+
+  @contextlib.contextmanager
+  def _computing(self) -> Iterator[None]:
+    with sharding.device_errors(), jax.default_matmul_precision(self.config.training.matmul_precision):
+      yield
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
     """The probability that each text is positive, f32[n]; a text without a known word gets an answer too."""
@@ -72,7 +77,7 @@ class Classifier:
     wanted = 1 << max(len(texts) - 1, 0).bit_length()
     batch_size = min(wanted, self.config.runtime.evaluation_batch_size)
     logits = np.zeros((self.config.training.num_seeds, len(texts)), np.float64)
-    with sharding.device_errors():
+    with self._computing():
       for rows, values in predict_logits(self._predict_step, self._params, split, self._mesh, batch_size):
         logits[:, rows] = values
     return np.mean(0.5 * (1 + np.tanh(0.5 * logits)), axis=0).astype(np.float32)
@@ -80,5 +85,5 @@ class Classifier:
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Metrics over encoded reviews, see `imdb_jax.evaluation`."""
     size, num_seeds = self.config.runtime.evaluation_batch_size, self.config.training.num_seeds
-    with sharding.device_errors():
+    with self._computing():
       return evaluate(self._predict_step, self._params, split, self._mesh, size, num_seeds=num_seeds)

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,8 +55,15 @@ def keep_freed_memory(runtime: RuntimeConfig) -> None:
     mallopt(_M_ARENA_MAX, 1)
 
 
-def start(runtime: RuntimeConfig) -> Mesh:
+def start(runtime: RuntimeConfig, batch_size: int | None = None) -> Mesh:
   """Joins the other processes, starts the platform and lays the mesh. Must come before JAX's first computation.
+
+  It sets what JAX keeps for the whole program: the number of CPU devices, and the cache of compiled programs where the
+  program has not named one.
+
+  Args:
+    runtime: where to compute.
+    batch_size: rows that are spread: no more cores than that become devices.
 
   Raises:
     PlatformError: the platform or that many devices are not there, or the other processes do not answer.
@@ -63,15 +71,26 @@ def start(runtime: RuntimeConfig) -> Mesh:
   if runtime.deterministic:
     # XLA reads it when the platform starts.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-  jax.config.update("jax_compilation_cache_dir", str(runtime.cache_dir.expanduser().absolute() / "xla"))
-  # Prediction of one review and its like compile in less than the default of one second.
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  if jax.config.values["jax_compilation_cache_dir"] is None:
+    _keep_compiled_programs(runtime.cache_dir.expanduser().absolute() / "xla")
   if runtime.platform == "cpu":
     jax.config.update("jax_platforms", "cpu")
   # A small product gains nothing from a second thread, a second device with half the batch does.
-  _request_cpu_devices(runtime.num_devices or num_cores())
+  _request_cpu_devices(runtime.num_devices or min(num_cores(), batch_size or num_cores()))
   _join_processes(runtime)
   return Mesh(np.array(_devices(runtime)), (AXIS,))
+
+
+def _keep_compiled_programs(folder: Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  # JAX would warn of each program that it cannot keep.
+  if os.access(folder, os.W_OK):
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Prediction of one review and its like compile in less than the default of one second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def num_cores() -> int:

@@ -3,10 +3,13 @@
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 
 from imdb_jax import sharding
+from imdb_jax.config import RuntimeConfig
 from imdb_jax.errors import PlatformError
 
 # Page faults of three calls with a temporary array of 48 MB on each of two devices, once the heap has grown. glibc
@@ -55,3 +58,28 @@ def test_a_first_process_that_does_not_answer_is_named(monkeypatch):
       sharding._await_coordinator(address)
     probe.listen()
     sharding._await_coordinator(address)
+
+
+@pytest.mark.parametrize(
+  ("named", "batch_size", "expected"), [(None, 32, 32), (None, 128, 64), (None, None, 64), (4, 2, 4)]
+)
+def test_no_more_cores_become_devices_than_there_are_rows(named, batch_size, expected, monkeypatch):
+  requested = []
+  monkeypatch.setattr(sharding, "num_cores", lambda: 64)
+  monkeypatch.setattr(sharding, "_request_cpu_devices", requested.append)
+  monkeypatch.setattr(sharding, "_devices", lambda runtime: jax.devices())
+  sharding.start(RuntimeConfig(platform="cpu", num_devices=named), batch_size)
+  assert requested == [expected]
+
+
+@pytest.mark.parametrize("of_the_program", [None, "its own"])
+def test_programs_are_kept_where_the_program_says(of_the_program, tmp_path):
+  """Else below the cache of the run, if that can be written."""
+  before = jax.config.values["jax_compilation_cache_dir"]
+  try:
+    for place, expected in (tmp_path / "cache", str(tmp_path / "cache" / "xla")), (Path("/dev/null"), None):
+      jax.config.update("jax_compilation_cache_dir", of_the_program)
+      sharding.start(RuntimeConfig(platform="cpu", cache_dir=place))
+      assert jax.config.values["jax_compilation_cache_dir"] == (of_the_program or expected)
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)

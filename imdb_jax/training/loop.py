@@ -49,6 +49,9 @@ class FitResult:
 def fit(config: Config) -> FitResult:
   """Trains, or resumes, the run that `config` describes.
 
+  It changes the whole program: on a CPU glibc keeps freed memory from then on (`sharding.keep_freed_memory`), and see
+  `sharding.start`.
+
   Raises:
     UsageError: the run directory holds something else, or another trainer is at work there, or a setting does not
       fit the data.
@@ -63,12 +66,12 @@ def fit(config: Config) -> FitResult:
     # or one that is refused here would be waited for.
     run_directory.check(config)
   sharding.keep_freed_memory(config.runtime)
-  mesh = sharding.start(config.runtime)
-  jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
+  mesh = sharding.start(config.runtime, config.training.batch_size)
   is_first = jax.process_index() == 0
   console = Console(is_quiet=not is_first)
   with contextlib.ExitStack() as stack:
     stack.enter_context(sharding.device_errors())
+    stack.enter_context(jax.default_matmul_precision(config.training.matmul_precision))
     with sharding.together():
       # What cannot be computed here is refused before there is a folder with such settings.
       model = SentimentLSTM.of_run(config)
@@ -123,7 +126,7 @@ class _Trainer:
     """What is opened is closed by `stack`."""
     self._config, self._mesh, self._console, self._data = config, mesh, console, data
     self._stop = stop
-    self._batch_size = sharding.padded_batch_size(config.training.batch_size, mesh)
+    self._batch_size = sharding.padded_batch_size(min(config.training.batch_size, len(data.train)), mesh)
     self._steps_per_epoch = batches.num_batches(len(data.train), config.training.batch_size)
     self._last_step = config.training.epochs * self._steps_per_epoch
 

@@ -6,14 +6,15 @@ import os
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from training.tiny import lines, tiny, without_times
 
 import imdb_jax
-from imdb_jax import evaluation, steps
+from imdb_jax import evaluation, sharding, steps
 from imdb_jax.config import PRESETS
-from imdb_jax.data import sample
+from imdb_jax.data import batches, sample
 from imdb_jax.errors import DivergenceError
 from imdb_jax.training.signals import Interrupted
 
@@ -30,6 +31,26 @@ def test_the_sample_is_learnt(tmp_path):
   reviews = sample.load()["test"]
   is_right = (classifier.predict(reviews.texts) > 0.5) == (reviews.labels == 1)
   assert np.mean(is_right) == max(line["val_accuracy"] for line in result.history)
+
+
+def test_the_precision_of_the_program_around_it_stays(tmp_path):
+  before = jax.config.values["jax_default_matmul_precision"]
+  jax.config.update("jax_default_matmul_precision", "bfloat16")
+  try:
+    result = imdb_jax.fit(tiny(tmp_path))
+    imdb_jax.Classifier.load(result.run_dir).predict(["good"])
+    assert jax.config.values["jax_default_matmul_precision"] == "bfloat16"
+  finally:
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_a_batch_larger_than_the_reviews_is_as_large_as_they_are(tmp_path, monkeypatch):
+  sizes = []
+  filled = batches.filled
+  monkeypatch.setattr(batches, "filled", lambda *arguments: sizes.append(arguments[2]) or filled(*arguments))
+  result = imdb_jax.fit(tiny(tmp_path, batch_size=5_000))
+  assert set(sizes) == {sharding.padded_batch_size(32, jax.make_mesh((jax.device_count(),), ("data",)))}
+  assert [line["step"] for line in result.history] == [1, 2]
 
 
 def test_metrics_are_means_over_all_reviews_of_the_window(tmp_path):
