@@ -18,7 +18,8 @@ from imdb_jax.data.reviews import Reviews, content_digest
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import DataError, UsageError
 
-_FORMAT = 1
+# Held-out parts of format 1 may share films with the rest.
+_FORMATS = {"test": 1, "split": 2}
 _HOLD_OUT_SEED = 0
 _SPLITS = ("train", "validation", "test")
 
@@ -75,17 +76,30 @@ def _arrays(split: TokenSplit) -> dict[str, np.ndarray]:
 
 
 def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
-  """Splits reviews into the rest and about `fraction` of them, with no film on both sides where films are known."""
-  films = np.arange(len(reviews)) if reviews.films is None else reviews.films
-  names, counts = np.unique(films, return_counts=True)
+  """Splits reviews into the rest and about `fraction` of them, with no film on both sides.
+
+  Raises:
+    DataError: the films are not known.
+  """
+  if reviews.films is None:
+    raise DataError(
+      "--validation split needs to know which film a review is of, and this source does not tell: "
+      "give --archive with the official archive"
+    )
+  names, counts = np.unique(reviews.films, return_counts=True)
   order = batches.shuffled(len(names), seed=_HOLD_OUT_SEED, epoch=0)
   num_held = int(np.searchsorted(np.cumsum(counts[order]), fraction * len(reviews))) + 1
-  held = np.isin(films, names[order[:num_held]])
+  held = np.isin(reviews.films, names[order[:num_held]])
   return reviews.take(np.flatnonzero(~held)), reviews.take(np.flatnonzero(held))
 
 
 def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
-  """Fits the vocabulary on the training reviews alone and encodes every split."""
+  """Fits the vocabulary on the training reviews alone and encodes every split.
+
+  Raises:
+    DataError: as `hold_out`.
+    UsageError: a split is left without reviews.
+  """
   splits = {"train": reviews["train"], "test": reviews["test"]}
   if config.validation == "split":
     splits["train"], splits["validation"] = hold_out(splits["train"], config.validation_fraction)
@@ -126,7 +140,7 @@ def load(
     report: gets a line before slow work.
 
   Raises:
-    DataError: there are no reviews, or they are damaged.
+    DataError: there are no reviews, or they are damaged, or come without the films that a held-out part needs.
   """
   if config.data == "sample":
     return encode(config, sample.load())
@@ -161,7 +175,7 @@ def load(
 
 
 def _entry(config: DataConfig, source: str, cache_dir: Path) -> Path:
-  settings = json.dumps([_FORMAT, source, dataclasses.asdict(config)], sort_keys=True)
+  settings = json.dumps([_FORMATS[config.validation], source, dataclasses.asdict(config)], sort_keys=True)
   return cache_dir / "tokens" / hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
@@ -171,7 +185,7 @@ def _find_official(config: DataConfig, cache_dir: Path) -> Path | None:
       manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
       continue
-    wanted = {"format": _FORMAT, "settings": dataclasses.asdict(config), "official": True}
+    wanted = {"format": _FORMATS[config.validation], "settings": dataclasses.asdict(config), "official": True}
     if isinstance(manifest, dict) and all(manifest.get(name) == value for name, value in wanted.items()):
       return manifest_path.parent
   return None
@@ -184,7 +198,7 @@ def _write(data: TokenData, entry: Path, config: DataConfig, official: bool) -> 
     f"{name}_{field}": array for name in names for field, array in _arrays(getattr(data, name)).items()
   }
   manifest = {
-    "format": _FORMAT,
+    "format": _FORMATS[config.validation],
     "settings": dataclasses.asdict(config),
     "official": official,
     "digest": data.digest(),

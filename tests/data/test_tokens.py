@@ -118,11 +118,10 @@ def test_held_out_films_are_disjoint_and_the_right_share(fraction):
   assert 0.3 < held.labels.mean() < 0.7
 
 
-def test_hold_out_without_films_takes_single_reviews():
+def test_hold_out_without_films_is_refused():
   train = dataclasses.replace(sample.load()["train"], films=None)
-  rest, held = tokens.hold_out(train, 0.1)
-  assert abs(len(held) - 400) <= 1
-  assert not set(rest.texts) & set(held.texts)
+  with pytest.raises(DataError, match=r"--validation split .* --archive"):
+    tokens.hold_out(train, 0.1)
 
 
 def test_hold_out_is_the_same_each_time_and_keeps_the_order():
@@ -166,13 +165,18 @@ def test_gather_pads_with_empty_rows_of_weight_0():
 
 
 def write_archive(path: Path, word: str = "fine") -> Path:
+  """Two reviews of a film, one of each side."""
+  members = {}
+  for kind, count in COUNTS.items():
+    split, side = kind.split("/")
+    members[f"aclImdb/{split}/urls_{side}.txt"] = b"".join(b"/title/tt%d/\n" % number for number in range(count))
+    for number in range(count):
+      members[f"aclImdb/{kind}/{number}_7.txt"] = f"{kind} review {number} is {word}".encode()
   with tarfile.open(path, "w:gz") as file:
-    for kind, count in COUNTS.items():
-      for number in range(count):
-        content = f"{kind} review {number} is {word}".encode()
-        info = tarfile.TarInfo(f"aclImdb/{kind}/{number}_7.txt")
-        info.size = len(content)
-        file.addfile(info, io.BytesIO(content))
+    for name, content in members.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      file.addfile(info, io.BytesIO(content))
   return path
 
 
@@ -363,6 +367,42 @@ def test_other_arrays_do_not_pass_for_the_official_ones(source, cache_dir, monke
   without_stores(monkeypatch)
   with pytest.raises(DataError, match="no source"):
     tokens.load(CONFIG, cache_dir=cache_dir)
+
+
+HELD_OUT = dataclasses.replace(CONFIG, validation="split", validation_fraction=0.3)
+
+
+def test_reviews_without_films_are_not_cached_beside_those_with(source, cache_dir, monkeypatch):
+  path, _ = source
+  splits = {name: dataclasses.replace(split, films=None) for name, split in archive.read_archive(path).items()}
+  with monkeypatch.context() as patch:
+    patch.setattr(imdb, "load", lambda *args, **kwargs: splits)
+    with pytest.raises(DataError, match="--archive"):
+      tokens.load(HELD_OUT, cache_dir=cache_dir)
+  expected = load_as_official(monkeypatch, path, cache_dir, HELD_OUT)
+  without_stores(monkeypatch)
+  assert_same(tokens.load(HELD_OUT, cache_dir=cache_dir), expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, HELD_OUT], ids=["test", "split"])
+def test_only_parts_that_were_held_out_in_format_1_are_made_again(source, cache_dir, monkeypatch, config):
+  path, readings = source
+  with monkeypatch.context() as patch:
+    patch.setattr(tokens, "_FORMATS", {"test": 1, "split": 1})
+    load_as_official(monkeypatch, path, cache_dir, config)
+  num_readings = len(readings)
+  tokens.load(config, archive=path, cache_dir=cache_dir)
+  assert len(readings) == num_readings + (config == HELD_OUT)
+
+
+def test_parts_that_were_held_out_in_format_1_do_not_serve_without_archive(source, cache_dir, monkeypatch):
+  path, _ = source
+  with monkeypatch.context() as patch:
+    patch.setattr(tokens, "_FORMATS", {"test": 1, "split": 1})
+    load_as_official(monkeypatch, path, cache_dir, HELD_OUT)
+  without_stores(monkeypatch)
+  with pytest.raises(DataError, match="no source"):
+    tokens.load(HELD_OUT, cache_dir=cache_dir)
 
 
 def test_damaged_entries_do_not_hide_the_official_one(source, cache_dir, monkeypatch):
