@@ -58,7 +58,7 @@ def start(runtime: RuntimeConfig) -> Mesh:
   if runtime.deterministic:
     # XLA reads it when the platform starts.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-  jax.config.update("jax_compilation_cache_dir", str(runtime.cache_dir.expanduser().absolute() / "xla"))
+  jax.config.update("jax_compilation_cache_dir", str(runtime.cache_dir.absolute() / "xla"))
   # Prediction of one review and its like compile in less than the default of one second.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   if runtime.platform == "cpu":

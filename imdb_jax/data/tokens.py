@@ -145,7 +145,6 @@ def load(
   if config.data == "sample":
     return encode(config, sample.load())
   if archive is not None:
-    archive = archive.expanduser()
     source = archive_reader.fingerprint(archive)
     entry = _entry(config, source, cache_dir)
   else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+from pathlib import Path
 
 import pytest
 from training.tiny import tiny
@@ -20,6 +21,13 @@ def test_other_reviews_are_refused(tmp_path):
   provenance.write_text(provenance.read_text().replace(run_directory.data_digest(config.run_dir), "0" * 64))
   with pytest.raises(DataError, match="the reviews differ"):
     imdb_jax.fit(config)
+
+
+def test_a_run_may_be_kept_at_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  imdb_jax.fit(tiny(Path("~/run")))
+  assert run_directory.load_config(tmp_path / "run")
+  imdb_jax.Classifier.load("~/run")
 
 
 def test_a_second_trainer_is_refused_while_the_first_is_at_work(tmp_path):
