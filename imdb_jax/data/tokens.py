@@ -1,6 +1,7 @@
 """Reviews to token arrays, and their cache: what training reads, with or without the reviews at hand."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -210,8 +211,12 @@ def _write(data: TokenData, entry: Path, config: DataConfig, official: bool) -> 
       np.savez(whole / "arrays.npz", **arrays)
       (whole / "vocab.json").write_text(data.vocabulary.to_json(), encoding="utf-8")
       (whole / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-      if not entry.exists():
+      try:
         whole.replace(entry)
+      except OSError as error:
+        # Another process was faster: no rename replaces a folder that holds something.
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+          raise
   except OSError as error:
     raise DataError(f"The encoded reviews could not be cached in {entry.parent}: {error}. See --cache-dir.") from error
 

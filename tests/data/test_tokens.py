@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -273,6 +274,22 @@ def test_same_archive_under_another_name_is_not_read_again(source, cache_dir):
   assert len(readings) == 1
 
 
+def test_another_process_may_fill_the_cache_first(source, cache_dir, monkeypatch):
+  path, readings = source
+  replace = Path.replace
+
+  def be_late(whole, entry):
+    shutil.copytree(whole, entry)
+    return replace(whole, entry)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "replace", be_late)
+    data = tokens.load(CONFIG, archive=path, cache_dir=cache_dir)
+  assert_same(tokens.load(CONFIG, archive=path, cache_dir=cache_dir), data)
+  assert len(readings) == 1
+  assert len(entries(cache_dir)) == 1, "something temporary was left"
+
+
 def flip(path: Path, place: float) -> None:
   content = bytearray(path.read_bytes())
   content[int(place * len(content))] ^= 0xFF
@@ -431,3 +448,13 @@ def test_unwritable_cache_is_named(source, tmp_path):
   blocked.write_text("a file where the folder should be")
   with pytest.raises(DataError, match="--cache-dir"):
     tokens.load(CONFIG, archive=path, cache_dir=blocked)
+
+
+def test_a_file_in_place_of_an_entry_is_named(source, cache_dir):
+  path, _ = source
+  tokens.load(CONFIG, archive=path, cache_dir=cache_dir)
+  (entry,) = entries(cache_dir)
+  shutil.rmtree(entry)
+  entry.touch()
+  with pytest.raises(DataError, match="--cache-dir"):
+    tokens.load(CONFIG, archive=path, cache_dir=cache_dir)
