@@ -21,6 +21,9 @@ from imdb_jax.errors import DataError, UsageError
 
 # Held-out parts of format 1 may share films with the rest.
 _FORMATS = {"test": 1, "split": 2}
+_MAX_MANIFEST_BYTES = 2**20
+# The most that a config allows, 50,000 reviews of 10,000 int32 tokens, are 2.0e9 bytes.
+_MAX_ARRAYS_BYTES = 2**31
 _HOLD_OUT_SEED = 0
 _SPLITS = ("train", "validation", "test")
 
@@ -182,11 +185,11 @@ def _entry(config: DataConfig, source: str, cache_dir: Path) -> Path:
 def _find_official(config: DataConfig, cache_dir: Path) -> Path | None:
   for manifest_path in sorted((cache_dir / "tokens").glob("*/manifest.json")):
     try:
-      manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+      manifest = _read_manifest(manifest_path)
     except (OSError, ValueError, RecursionError):
       continue
     wanted = {"format": _FORMATS[config.validation], "settings": dataclasses.asdict(config), "official": True}
-    if isinstance(manifest, dict) and all(manifest.get(name) == value for name, value in wanted.items()):
+    if all(manifest[name] == value for name, value in wanted.items()):
       return manifest_path.parent
   return None
 
@@ -221,15 +224,32 @@ def _write(data: TokenData, entry: Path, config: DataConfig, official: bool) -> 
     raise DataError(f"The encoded reviews could not be cached in {entry.parent}: {error}. See --cache-dir.") from error
 
 
+def _require_small(path: Path, limit: int) -> None:
+  if not path.is_file() or path.stat().st_size > limit:
+    raise ValueError(f"{path.name} is no file of at most {limit:,} bytes")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+  _require_small(path, _MAX_MANIFEST_BYTES)
+  manifest = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(manifest, dict) or manifest.keys() != {"format", "settings", "official", "digest"}:
+    raise ValueError(f"{path.name} has other keys than a manifest")
+  return manifest
+
+
 def _read(entry: Path) -> TokenData:
-  manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+  manifest = _read_manifest(entry / "manifest.json")
+  _require_small(entry / "arrays.npz", _MAX_ARRAYS_BYTES)
   # NumPy would leave open a file that it opened itself and that is no archive.
   with (entry / "arrays.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-    splits = {
-      name: TokenSplit(**{field: arrays[f"{name}_{field}"] for field in ("tokens", "lengths", "labels")})
-      for name in _SPLITS
-      if f"{name}_tokens" in arrays
-    }
+    # A small file may unpack to any size.
+    if sum(member.file_size for member in arrays.zip.infolist()) > _MAX_ARRAYS_BYTES:
+      raise ValueError(f"arrays.npz unpacks to more than {_MAX_ARRAYS_BYTES:,} bytes")
+    fields = [field.name for field in dataclasses.fields(TokenSplit)]
+    names = [name for name in _SPLITS if f"{name}_tokens" in arrays]
+    if set(arrays) != {f"{name}_{field}" for name in names for field in fields}:
+      raise ValueError("arrays.npz holds other arrays than those of its splits")
+    splits = {name: TokenSplit(**{field: arrays[f"{name}_{field}"] for field in fields}) for name in names}
   data = TokenData(
     train=splits["train"],
     validation=splits.get("validation", splits["test"]),

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,11 @@ def truncate(path: Path, share: float) -> None:
   path.write_bytes(content[: int(share * len(content))])
 
 
+def change_manifest(entry: Path, change: Callable[[dict], dict]) -> None:
+  path = entry / "manifest.json"
+  path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
 DAMAGES = {
   "arrays absent": lambda entry: (entry / "arrays.npz").unlink(),
   "arrays empty": lambda entry: truncate(entry / "arrays.npz", 0),
@@ -322,6 +328,10 @@ DAMAGES = {
   "arrays changed as a whole": lambda entry: np.savez(
     entry / "arrays.npz", **(dict(np.load(entry / "arrays.npz")) | {"test_labels": np.ones(6, np.int32)})
   ),
+  "an array more": lambda entry: np.savez(
+    entry / "arrays.npz", **(dict(np.load(entry / "arrays.npz")) | {"more": np.zeros(1)})
+  ),
+  "arrays that claim to unpack to 4 GB": lambda entry: set_in_directory(entry / "arrays.npz", 27, 0xFF),
   "vocabulary absent": lambda entry: (entry / "vocab.json").unlink(),
   "vocabulary cut short": lambda entry: truncate(entry / "vocab.json", 0.5),
   "vocabulary changed": lambda entry: (entry / "vocab.json").write_text(
@@ -332,6 +342,11 @@ DAMAGES = {
   "manifest not an object": lambda entry: (entry / "manifest.json").write_text("[]"),
   "manifest deeply nested": lambda entry: (entry / "manifest.json").write_text("[" * 100_000),
   "manifest without digest": lambda entry: (entry / "manifest.json").write_text("{}"),
+  "manifest with an unknown key": lambda entry: change_manifest(entry, lambda manifest: manifest | {"colour": 1}),
+  "manifest without a key": lambda entry: change_manifest(entry, lambda manifest: {"digest": manifest["digest"]}),
+  "manifest larger than 1 MiB": lambda entry: (entry / "manifest.json").write_text(
+    (entry / "manifest.json").read_text() + " " * 2**20
+  ),
 }
 
 
@@ -348,6 +363,17 @@ def test_damaged_entry_is_told_and_made_again(source, cache_dir, damage):
   # And the new entry is whole.
   assert_same(tokens.load(CONFIG, archive=path, cache_dir=cache_dir), expected)
   assert len(readings) == 2
+
+
+def test_arrays_larger_than_any_config_allows_are_not_opened(source, cache_dir, monkeypatch):
+  path, readings = source
+  tokens.load(CONFIG, archive=path, cache_dir=cache_dir)
+  (entry,) = entries(cache_dir)
+  monkeypatch.setattr(tokens, "_MAX_ARRAYS_BYTES", (entry / "arrays.npz").stat().st_size - 1)
+  lines = []
+  tokens.load(CONFIG, archive=path, cache_dir=cache_dir, report=lines.append)
+  assert len(readings) == 2
+  assert any("arrays.npz is no file of at most" in line for line in lines)
 
 
 def load_as_official(monkeypatch, path: Path, cache_dir: Path, config: DataConfig = CONFIG) -> tokens.TokenData:
@@ -426,7 +452,9 @@ def test_damaged_entries_do_not_hide_the_official_one(source, cache_dir, monkeyp
   path, _ = source
   expected = load_as_official(monkeypatch, path, cache_dir)
   without_stores(monkeypatch)
-  for number, content in enumerate(("", "[]", "null", '{"official": true}', "[" * 100_000)):
+  honest = (entries(cache_dir)[0] / "manifest.json").read_text()
+  large, unknown = honest + " " * 2**20, json.dumps(json.loads(honest) | {"colour": 1})
+  for number, content in enumerate(("", "[]", "null", '{"official": true}', "[" * 100_000, large, unknown)):
     (cache_dir / "tokens" / f"00{number}").mkdir()
     (cache_dir / "tokens" / f"00{number}" / "manifest.json").write_text(content)
   assert_same(tokens.load(CONFIG, cache_dir=cache_dir), expected)
