@@ -55,6 +55,7 @@ class Options:
   """Python with the packages of the baselines; `make bench` makes it."""
 
   def __post_init__(self):
+    config.expand_paths(self)
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       for number in value if isinstance(value, tuple) else (value,):

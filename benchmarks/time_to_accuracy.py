@@ -152,7 +152,7 @@ def _train_preset(options: Options, preset: str, folder: Path, runs: list[Run]) 
     cache_dir = home / "cache"
     cache_dir.mkdir(parents=True)
     # The reviews of all runs, but a cache of XLA's programs of its own: each compiles, as Keras does.
-    (cache_dir / "tokens").symlink_to(options.cache_dir.expanduser().absolute() / "tokens")
+    (cache_dir / "tokens").symlink_to(options.cache_dir.absolute() / "tokens")
     flags = {
       "seed": seed,
       "epochs": num_epochs,

@@ -87,6 +87,9 @@ class _Restoring:
   json: bool = False
   """Print JSON."""
 
+  def __post_init__(self):
+    config_lib.expand_paths(self)
+
   def load(self, **settings: Any):
     from imdb_jax import sharding
     from imdb_jax.prediction import Classifier
@@ -190,6 +193,9 @@ class _Plot:
   output: Path | None = None
   """The PNG to write; history.png in the run's folder by default."""
 
+  def __post_init__(self):
+    config_lib.expand_paths(self)
+
   def __call__(self) -> None:
     from imdb_jax import plots
 
@@ -211,12 +217,15 @@ class _Prepare:
   data_dir: Path = dataclasses.field(default_factory=config_lib.default_cache_dir)
   """Where the record store is written; training looks there first."""
 
+  def __post_init__(self):
+    config_lib.expand_paths(self)
+
   def __call__(self) -> None:
     try:
       from imdb_jax.data import tfds_imdb
     except ImportError as error:
       raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
-    print(tfds_imdb.prepare(self.data_dir.expanduser(), self.archive.expanduser()))
+    print(tfds_imdb.prepare(self.data_dir, self.archive))
 
 
 def prepare() -> None:

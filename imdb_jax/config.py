@@ -143,6 +143,20 @@ class TrainingConfig:
     return range(self.seed, self.seed + self.num_seeds)
 
 
+def expand_home(path: str | Path) -> Path:
+  """The path with the home folder for ~, which a shell leaves alone in --cache-dir=~/x and IMDB_JAX_CACHE='~/x'."""
+  # Path.expanduser would raise at a folder of the name ~x.
+  return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def expand_paths(settings: Any) -> None:
+  """`expand_home` of every path of a frozen dataclass, in place: for its `__post_init__`."""
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    if isinstance(value, Path):
+      object.__setattr__(settings, field.name, expand_home(value))
+
+
 def default_cache_dir() -> Path:
   """$IMDB_JAX_CACHE, else imdb_jax in the user's cache folder."""
   base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -187,6 +201,7 @@ class RuntimeConfig:
   """Which of them this is, from 0."""
 
   def __post_init__(self):
+    expand_paths(self)
     if self.num_devices is not None:
       _require_whole(self, "num_devices", 1, 65_536)
     _require_whole(self, "steps_per_dispatch", 1, 10_000)

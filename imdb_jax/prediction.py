@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from imdb_jax import run_directory, sharding, state, steps
 from imdb_jax.checkpoint import Checkpoints
-from imdb_jax.config import Config, RuntimeConfig
+from imdb_jax.config import Config, RuntimeConfig, expand_home
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.evaluation import Evaluation, evaluate, predict_logits
@@ -52,7 +52,7 @@ class Classifier:
       CheckpointError: the checkpoint is absent, damaged or does not fit config and vocabulary.
       PlatformError: the platform is not there.
     """
-    run_dir, runtime = Path(run_dir), runtime or RuntimeConfig()
+    run_dir, runtime = expand_home(run_dir), runtime or RuntimeConfig()
     config = run_directory.load_config(run_dir, runtime)
     vocabulary = run_directory.load_vocabulary(run_dir)
     mesh = sharding.start(runtime)

@@ -72,7 +72,7 @@ def start(runtime: RuntimeConfig, batch_size: int | None = None) -> Mesh:
     # XLA reads it when the platform starts.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
   if jax.config.values["jax_compilation_cache_dir"] is None:
-    _keep_compiled_programs(runtime.cache_dir.expanduser().absolute() / "xla")
+    _keep_compiled_programs(runtime.cache_dir.absolute() / "xla")
   if runtime.platform == "cpu":
     jax.config.update("jax_platforms", "cpu")
   # A small product gains nothing from a second thread, a second device with half the batch does.

@@ -1,8 +1,11 @@
 """Who may import whom: arrows go down only. Imports inside functions count as well."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +118,17 @@ def test_imports_go_down_only(module):
 )
 def test_a_forbidden_import_is_found(module, source):
   assert len(faults(module, source, set(modules()))) == 1
+
+
+def test_what_is_imported_is_declared():
+  """A package that only comes along with another may go with it."""
+  project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+  declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+  names = {name for path in modules().values() for name in imported(path.read_text(encoding="utf-8"), set(modules()))}
+  packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"imdb_jax"}
+  sources = importlib.metadata.packages_distributions()
+  assert "numpy" in packages
+  assert {package for package in packages if not declared & set(sources.get(package, []))} == set()
 
 
 def test_arguments_and_data_are_read_without_jax():

@@ -116,6 +116,12 @@ def module(monkeypatch):
   return importlib.import_module
 
 
+@pytest.mark.parametrize("script", ["breakdown", "epoch_time", "time_to_accuracy"])
+def test_the_cache_may_be_at_home(script, module, monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  assert module(script).Options(cache_dir=Path("~/cache")).cache_dir == Path("/home/me/cache")
+
+
 def test_machines_without_proc_are_measured_and_described_too(module, monkeypatch):
   worker, measuring = module("worker"), module("measuring")
   exact = worker._peak_memory_mb()

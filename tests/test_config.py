@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdb_jax import config
+from imdb_jax import cli, config
 from imdb_jax.config import (
   PRESETS,
   Config,
@@ -318,3 +318,18 @@ def test_cache_dir_follows_the_environment(monkeypatch):
   assert RuntimeConfig().cache_dir == Path("/b/imdb_jax")
   monkeypatch.delenv("XDG_CACHE_HOME")
   assert RuntimeConfig().cache_dir == Path.home() / ".cache/imdb_jax"
+  monkeypatch.setenv("IMDB_JAX_CACHE", "~/c")
+  assert RuntimeConfig().cache_dir == Path.home() / "c"
+
+
+@pytest.mark.parametrize("settings", [RuntimeConfig, cli._Evaluate, cli._Predict, cli._Plot, cli._Prepare])
+def test_every_path_may_begin_at_home(settings, monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  names = [field.name for field in dataclasses.fields(settings) if "pathlib.Path" in str(field.type)]
+  made = settings(**{name: Path("~", name) for name in names})
+  assert names
+  assert {name: getattr(made, name) for name in names} == {name: Path("/home/me", name) for name in names}
+
+
+def test_a_folder_whose_name_only_looks_like_a_home_is_itself():
+  assert RuntimeConfig(run_dir=Path("~nobody-of-that-name/run")).run_dir == Path("~nobody-of-that-name/run")

@@ -39,7 +39,7 @@ def load(
 
   The source is `archive` if given; else the first record store in `data_dir`, $TFDS_DATA_DIR or
   ~/tensorflow_datasets; else the official archive, downloaded into `data_dir` and kept there as a record store.
-  Only an archive tells the films: from a store, `films` is None.
+  `films` is None where the source does not tell them: a store of the stock builder, an archive without urls files.
 
   Args:
     archive: what `archive.read_archive` takes, or None.

@@ -1,11 +1,15 @@
 """The `imdb_reviews` record store of tensorflow-datasets, written and read without TensorFlow.
 
 Layout, features, labels and splits are those of the stock builder, so each side reads the other's ArrayRecord
-stores. The stock builder itself needs TensorFlow to unpack the archive.
+stores. The stock builder itself needs TensorFlow to unpack the archive, and does not keep the films, for which tfds
+has a place: `metadata.json`.
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import io
+import json
 import pathlib
 import textwrap
 import warnings
@@ -49,6 +53,8 @@ class ImdbReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
+    known = {name: split.films for name, split in self._splits.items() if split.films is not None}
+    films = {name: _sealed(self._splits[name], films.tolist()) for name, films in known.items()}
     return tfds.core.DatasetInfo(
       builder=self,
       description="Large Movie Review Dataset: film reviews, 25,000 to train on and 25,000 to test on.",
@@ -58,6 +64,7 @@ class ImdbReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       supervised_keys=("text", "label"),
       homepage="http://ai.stanford.edu/~amaas/data/sentiment/",
       citation=_CITATION,
+      metadata=tfds.core.MetadataDict(films),
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
@@ -108,7 +115,8 @@ def read_store(
     expected: how many reviews of each kind the store must hold, as in `archive.read_archive`.
 
   Returns:
-    The splits "train", "test" and "unsupervised", in canonical order, without films.
+    The splits "train", "test" and "unsupervised", in canonical order. `films` is None in a store of the stock
+    builder, or where `prepare` did not find them.
 
   Raises:
     DataError: the store is damaged, incomplete or in a format that only TensorFlow reads.
@@ -130,12 +138,11 @@ def read_store(
       )
     for name in ("train", "test", "unsupervised"):
       splits[name] = _read_split(builder, name)
-
-  for kind, (name, label) in archive_lib.KINDS.items():
-    count, wanted = int(np.sum(splits[name].labels == label)), expected.get(kind, 0)
-    if count != wanted and (kind != "train/unsup" or count):
-      raise errors.DataError(f"the record store {path} has {count:,} reviews {kind}, expected {wanted:,}; {remedy}")
-  return splits
+    for kind, (name, label) in archive_lib.KINDS.items():
+      count, wanted = int(np.sum(splits[name].labels == label)), expected.get(kind, 0)
+      if count != wanted and (kind != "train/unsup" or count):
+        raise errors.DataError(f"the record store {path} has {count:,} reviews {kind}, expected {wanted:,}; {remedy}")
+    return {name: _with_films(split, name, builder.info.metadata) for name, split in splits.items()}
 
 
 def _read_split(builder: ImdbReviews, name: str) -> reviews.Reviews:
@@ -147,6 +154,21 @@ def _read_split(builder: ImdbReviews, name: str) -> reviews.Reviews:
       texts.append(example["text"].decode("utf-8", "replace"))
       labels.append(int(example["label"]))
   return reviews.canonical(texts, labels)
+
+
+def _with_films(split: reviews.Reviews, name: str, metadata: Any) -> reviews.Reviews:
+  if name not in metadata:
+    return split
+  films = metadata[name]["films"]
+  if metadata[name] != _sealed(split, films):
+    raise ValueError("its metadata.json does not hold the films of its reviews")
+  return dataclasses.replace(split, films=np.asarray(films, np.int32))
+
+
+def _sealed(split: reviews.Reviews, films: list[int]) -> dict[str, Any]:
+  """The films of reviews in their order, with a hash of both: films of other reviews would tear films apart."""
+  content = json.dumps([reviews.content_digest(split), films])
+  return {"films": films, "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Reviews to token arrays, and their cache: what training reads, with or without the reviews at hand."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -18,7 +19,11 @@ from imdb_jax.data.reviews import Reviews, content_digest
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import DataError, UsageError
 
-_FORMAT = 1
+# Held-out parts of format 1 may share films with the rest.
+_FORMATS = {"test": 1, "split": 2}
+_MAX_MANIFEST_BYTES = 2**20
+# The most that a config allows, 50,000 reviews of 10,000 int32 tokens, are 2.0e9 bytes.
+_MAX_ARRAYS_BYTES = 2**31
 _HOLD_OUT_SEED = 0
 _SPLITS = ("train", "validation", "test")
 
@@ -75,17 +80,30 @@ def _arrays(split: TokenSplit) -> dict[str, np.ndarray]:
 
 
 def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
-  """Splits reviews into the rest and about `fraction` of them, with no film on both sides where films are known."""
-  films = np.arange(len(reviews)) if reviews.films is None else reviews.films
-  names, counts = np.unique(films, return_counts=True)
+  """Splits reviews into the rest and about `fraction` of them, with no film on both sides.
+
+  Raises:
+    DataError: the films are not known.
+  """
+  if reviews.films is None:
+    raise DataError(
+      "--validation split needs to know which film a review is of, and this source does not tell: "
+      "give --archive with the official archive"
+    )
+  names, counts = np.unique(reviews.films, return_counts=True)
   order = batches.shuffled(len(names), seed=_HOLD_OUT_SEED, epoch=0)
   num_held = int(np.searchsorted(np.cumsum(counts[order]), fraction * len(reviews))) + 1
-  held = np.isin(films, names[order[:num_held]])
+  held = np.isin(reviews.films, names[order[:num_held]])
   return reviews.take(np.flatnonzero(~held)), reviews.take(np.flatnonzero(held))
 
 
 def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
-  """Fits the vocabulary on the training reviews alone and encodes every split."""
+  """Fits the vocabulary on the training reviews alone and encodes every split.
+
+  Raises:
+    DataError: as `hold_out`.
+    UsageError: a split is left without reviews.
+  """
   splits = {"train": reviews["train"], "test": reviews["test"]}
   if config.validation == "split":
     splits["train"], splits["validation"] = hold_out(splits["train"], config.validation_fraction)
@@ -126,12 +144,11 @@ def load(
     report: gets a line before slow work.
 
   Raises:
-    DataError: there are no reviews, or they are damaged.
+    DataError: there are no reviews, or they are damaged, or come without the films that a held-out part needs.
   """
   if config.data == "sample":
     return encode(config, sample.load())
   if archive is not None:
-    archive = archive.expanduser()
     source = archive_reader.fingerprint(archive)
     entry = _entry(config, source, cache_dir)
   else:
@@ -161,18 +178,18 @@ def load(
 
 
 def _entry(config: DataConfig, source: str, cache_dir: Path) -> Path:
-  settings = json.dumps([_FORMAT, source, dataclasses.asdict(config)], sort_keys=True)
+  settings = json.dumps([_FORMATS[config.validation], source, dataclasses.asdict(config)], sort_keys=True)
   return cache_dir / "tokens" / hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def _find_official(config: DataConfig, cache_dir: Path) -> Path | None:
   for manifest_path in sorted((cache_dir / "tokens").glob("*/manifest.json")):
     try:
-      manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+      manifest = _read_manifest(manifest_path)
     except (OSError, ValueError, RecursionError):
       continue
-    wanted = {"format": _FORMAT, "settings": dataclasses.asdict(config), "official": True}
-    if isinstance(manifest, dict) and all(manifest.get(name) == value for name, value in wanted.items()):
+    wanted = {"format": _FORMATS[config.validation], "settings": dataclasses.asdict(config), "official": True}
+    if all(manifest[name] == value for name, value in wanted.items()):
       return manifest_path.parent
   return None
 
@@ -184,7 +201,7 @@ def _write(data: TokenData, entry: Path, config: DataConfig, official: bool) -> 
     f"{name}_{field}": array for name in names for field, array in _arrays(getattr(data, name)).items()
   }
   manifest = {
-    "format": _FORMAT,
+    "format": _FORMATS[config.validation],
     "settings": dataclasses.asdict(config),
     "official": official,
     "digest": data.digest(),
@@ -197,21 +214,42 @@ def _write(data: TokenData, entry: Path, config: DataConfig, official: bool) -> 
       np.savez(whole / "arrays.npz", **arrays)
       (whole / "vocab.json").write_text(data.vocabulary.to_json(), encoding="utf-8")
       (whole / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-      if not entry.exists():
+      try:
         whole.replace(entry)
+      except OSError as error:
+        # Another process was faster: no rename replaces a folder that holds something.
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+          raise
   except OSError as error:
     raise DataError(f"The encoded reviews could not be cached in {entry.parent}: {error}. See --cache-dir.") from error
 
 
+def _require_small(path: Path, limit: int) -> None:
+  if not path.is_file() or path.stat().st_size > limit:
+    raise ValueError(f"{path.name} is no file of at most {limit:,} bytes")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+  _require_small(path, _MAX_MANIFEST_BYTES)
+  manifest = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(manifest, dict) or manifest.keys() != {"format", "settings", "official", "digest"}:
+    raise ValueError(f"{path.name} has other keys than a manifest")
+  return manifest
+
+
 def _read(entry: Path) -> TokenData:
-  manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+  manifest = _read_manifest(entry / "manifest.json")
+  _require_small(entry / "arrays.npz", _MAX_ARRAYS_BYTES)
   # NumPy would leave open a file that it opened itself and that is no archive.
   with (entry / "arrays.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-    splits = {
-      name: TokenSplit(**{field: arrays[f"{name}_{field}"] for field in ("tokens", "lengths", "labels")})
-      for name in _SPLITS
-      if f"{name}_tokens" in arrays
-    }
+    # A small file may unpack to any size.
+    if sum(member.file_size for member in arrays.zip.infolist()) > _MAX_ARRAYS_BYTES:
+      raise ValueError(f"arrays.npz unpacks to more than {_MAX_ARRAYS_BYTES:,} bytes")
+    fields = [field.name for field in dataclasses.fields(TokenSplit)]
+    names = [name for name in _SPLITS if f"{name}_tokens" in arrays]
+    if set(arrays) != {f"{name}_{field}" for name in names for field in fields}:
+      raise ValueError("arrays.npz holds other arrays than those of its splits")
+    splits = {name: TokenSplit(**{field: arrays[f"{name}_{field}"] for field in fields}) for name in names}
   data = TokenData(
     train=splits["train"],
     validation=splits.get("validation", splits["test"]),

@@ -26,14 +26,22 @@ from imdb_jax.data import archive, imdb, reviews
 EXPECTED = {"train/neg": 3, "train/pos": 3, "train/unsup": 4, "test/neg": 3, "test/pos": 3}
 
 
-def write_archive(path: pathlib.Path, expected: dict[str, int] = EXPECTED) -> pathlib.Path:
+def write_archive(path: pathlib.Path, expected: dict[str, int] = EXPECTED, *, has_films: bool = True) -> pathlib.Path:
+  """Each review is of another film, though two have the same text."""
+  members = {}
+  for kind, count in expected.items():
+    split, side = kind.split("/")
+    for number in range(count):
+      text = f"{kind} review {number % 2}: caf\u00e9, \u201cfine\u201d <br />"
+      members[f"aclImdb/{kind}/{number}_7.txt"] = text.encode()
+    if has_films:
+      urls = [b"http://www.imdb.com/title/tt%04d%03d/\n" % (len(members), count - number) for number in range(count)]
+      members[f"aclImdb/{split}/urls_{side}.txt"] = b"".join(urls)
   with tarfile.open(path, "w:gz") as file:
-    for kind, count in expected.items():
-      for number in range(count):
-        content = f"{kind} review {number}: caf\u00e9, \u201cfine\u201d <br />".encode()
-        info = tarfile.TarInfo(f"aclImdb/{kind}/{number}_7.txt")
-        info.size = len(content)
-        file.addfile(info, io.BytesIO(content))
+    for name, content in members.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      file.addfile(info, io.BytesIO(content))
   return path
 
 
@@ -42,6 +50,7 @@ def assert_same(left: dict[str, reviews.Reviews], right: dict[str, reviews.Revie
   for split in left:
     assert left[split].texts == right[split].texts
     np.testing.assert_array_equal(left[split].labels, right[split].labels)
+    np.testing.assert_array_equal(left[split].films, right[split].films)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +116,31 @@ class TestStore:
     assert path == tmp_path / "imdb_reviews/plain_text/1.0.0"
     splits = tfds_imdb.read_store(path, expected=EXPECTED)
     assert_same(splits, archive.read_archive(small_archive, expected=EXPECTED))
-    assert splits["train"].films is None
+    assert len(set(splits["train"].films)) == 6
+
+  def test_of_an_archive_without_films_knows_none(self, tfds_imdb, tmp_path):
+    path = tfds_imdb.prepare(tmp_path, write_archive(tmp_path / "a.tar.gz", has_films=False), expected=EXPECTED)
+    assert tfds_imdb.read_store(path, expected=EXPECTED)["train"].films is None
+
+  def test_without_metadata_as_the_stock_builder_leaves_it_knows_no_films(self, tfds_imdb, store):
+    (store / "metadata.json").unlink()
+    assert tfds_imdb.read_store(store, expected=EXPECTED)["train"].films is None
+
+  @pytest.mark.parametrize("damage", ["of another split", "in another order", "one missing", "not whole", "no films"])
+  def test_films_of_other_reviews(self, store, refusal, damage):
+    metadata = json.loads((store / "metadata.json").read_text())
+    train = metadata["train"]
+    if damage == "of another split":
+      metadata["train"] = metadata["test"]
+    elif damage == "in another order":
+      train["films"].reverse()
+    elif damage == "one missing":
+      train["films"].pop()
+    elif damage == "no films":
+      del train["films"]
+    text = json.dumps(metadata)
+    (store / "metadata.json").write_text(text[:-9] if damage == "not whole" else text)
+    assert "cannot read the record store" in refusal(store)
 
   def test_needs_no_tensorflow(self, tfds_imdb, small_archive, tmp_path):
     prepare = f"tfds_imdb.prepare(pathlib.Path({str(tmp_path)!r}), pathlib.Path({str(small_archive)!r}), **expected)"

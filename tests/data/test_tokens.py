@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -118,11 +120,10 @@ def test_held_out_films_are_disjoint_and_the_right_share(fraction):
   assert 0.3 < held.labels.mean() < 0.7
 
 
-def test_hold_out_without_films_takes_single_reviews():
+def test_hold_out_without_films_is_refused():
   train = dataclasses.replace(sample.load()["train"], films=None)
-  rest, held = tokens.hold_out(train, 0.1)
-  assert abs(len(held) - 400) <= 1
-  assert not set(rest.texts) & set(held.texts)
+  with pytest.raises(DataError, match=r"--validation split .* --archive"):
+    tokens.hold_out(train, 0.1)
 
 
 def test_hold_out_is_the_same_each_time_and_keeps_the_order():
@@ -166,13 +167,18 @@ def test_gather_pads_with_empty_rows_of_weight_0():
 
 
 def write_archive(path: Path, word: str = "fine") -> Path:
+  """Two reviews of a film, one of each side."""
+  members = {}
+  for kind, count in COUNTS.items():
+    split, side = kind.split("/")
+    members[f"aclImdb/{split}/urls_{side}.txt"] = b"".join(b"/title/tt%d/\n" % number for number in range(count))
+    for number in range(count):
+      members[f"aclImdb/{kind}/{number}_7.txt"] = f"{kind} review {number} is {word}".encode()
   with tarfile.open(path, "w:gz") as file:
-    for kind, count in COUNTS.items():
-      for number in range(count):
-        content = f"{kind} review {number} is {word}".encode()
-        info = tarfile.TarInfo(f"aclImdb/{kind}/{number}_7.txt")
-        info.size = len(content)
-        file.addfile(info, io.BytesIO(content))
+    for name, content in members.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      file.addfile(info, io.BytesIO(content))
   return path
 
 
@@ -269,6 +275,22 @@ def test_same_archive_under_another_name_is_not_read_again(source, cache_dir):
   assert len(readings) == 1
 
 
+def test_another_process_may_fill_the_cache_first(source, cache_dir, monkeypatch):
+  path, readings = source
+  replace = Path.replace
+
+  def be_late(whole, entry):
+    shutil.copytree(whole, entry)
+    return replace(whole, entry)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "replace", be_late)
+    data = tokens.load(CONFIG, archive=path, cache_dir=cache_dir)
+  assert_same(tokens.load(CONFIG, archive=path, cache_dir=cache_dir), data)
+  assert len(readings) == 1
+  assert len(entries(cache_dir)) == 1, "something temporary was left"
+
+
 def flip(path: Path, place: float) -> None:
   content = bytearray(path.read_bytes())
   content[int(place * len(content))] ^= 0xFF
@@ -287,6 +309,11 @@ def truncate(path: Path, share: float) -> None:
   path.write_bytes(content[: int(share * len(content))])
 
 
+def change_manifest(entry: Path, change: Callable[[dict], dict]) -> None:
+  path = entry / "manifest.json"
+  path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
 DAMAGES = {
   "arrays absent": lambda entry: (entry / "arrays.npz").unlink(),
   "arrays empty": lambda entry: truncate(entry / "arrays.npz", 0),
@@ -301,6 +328,10 @@ DAMAGES = {
   "arrays changed as a whole": lambda entry: np.savez(
     entry / "arrays.npz", **(dict(np.load(entry / "arrays.npz")) | {"test_labels": np.ones(6, np.int32)})
   ),
+  "an array more": lambda entry: np.savez(
+    entry / "arrays.npz", **(dict(np.load(entry / "arrays.npz")) | {"more": np.zeros(1)})
+  ),
+  "arrays that claim to unpack to 4 GB": lambda entry: set_in_directory(entry / "arrays.npz", 27, 0xFF),
   "vocabulary absent": lambda entry: (entry / "vocab.json").unlink(),
   "vocabulary cut short": lambda entry: truncate(entry / "vocab.json", 0.5),
   "vocabulary changed": lambda entry: (entry / "vocab.json").write_text(
@@ -311,6 +342,11 @@ DAMAGES = {
   "manifest not an object": lambda entry: (entry / "manifest.json").write_text("[]"),
   "manifest deeply nested": lambda entry: (entry / "manifest.json").write_text("[" * 100_000),
   "manifest without digest": lambda entry: (entry / "manifest.json").write_text("{}"),
+  "manifest with an unknown key": lambda entry: change_manifest(entry, lambda manifest: manifest | {"colour": 1}),
+  "manifest without a key": lambda entry: change_manifest(entry, lambda manifest: {"digest": manifest["digest"]}),
+  "manifest larger than 1 MiB": lambda entry: (entry / "manifest.json").write_text(
+    (entry / "manifest.json").read_text() + " " * 2**20
+  ),
 }
 
 
@@ -327,6 +363,17 @@ def test_damaged_entry_is_told_and_made_again(source, cache_dir, damage):
   # And the new entry is whole.
   assert_same(tokens.load(CONFIG, archive=path, cache_dir=cache_dir), expected)
   assert len(readings) == 2
+
+
+def test_arrays_larger_than_any_config_allows_are_not_opened(source, cache_dir, monkeypatch):
+  path, readings = source
+  tokens.load(CONFIG, archive=path, cache_dir=cache_dir)
+  (entry,) = entries(cache_dir)
+  monkeypatch.setattr(tokens, "_MAX_ARRAYS_BYTES", (entry / "arrays.npz").stat().st_size - 1)
+  lines = []
+  tokens.load(CONFIG, archive=path, cache_dir=cache_dir, report=lines.append)
+  assert len(readings) == 2
+  assert any("arrays.npz is no file of at most" in line for line in lines)
 
 
 def load_as_official(monkeypatch, path: Path, cache_dir: Path, config: DataConfig = CONFIG) -> tokens.TokenData:
@@ -365,11 +412,49 @@ def test_other_arrays_do_not_pass_for_the_official_ones(source, cache_dir, monke
     tokens.load(CONFIG, cache_dir=cache_dir)
 
 
+HELD_OUT = dataclasses.replace(CONFIG, validation="split", validation_fraction=0.3)
+
+
+def test_reviews_without_films_are_not_cached_beside_those_with(source, cache_dir, monkeypatch):
+  path, _ = source
+  splits = {name: dataclasses.replace(split, films=None) for name, split in archive.read_archive(path).items()}
+  with monkeypatch.context() as patch:
+    patch.setattr(imdb, "load", lambda *args, **kwargs: splits)
+    with pytest.raises(DataError, match="--archive"):
+      tokens.load(HELD_OUT, cache_dir=cache_dir)
+  expected = load_as_official(monkeypatch, path, cache_dir, HELD_OUT)
+  without_stores(monkeypatch)
+  assert_same(tokens.load(HELD_OUT, cache_dir=cache_dir), expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, HELD_OUT], ids=["test", "split"])
+def test_only_parts_that_were_held_out_in_format_1_are_made_again(source, cache_dir, monkeypatch, config):
+  path, readings = source
+  with monkeypatch.context() as patch:
+    patch.setattr(tokens, "_FORMATS", {"test": 1, "split": 1})
+    load_as_official(monkeypatch, path, cache_dir, config)
+  num_readings = len(readings)
+  tokens.load(config, archive=path, cache_dir=cache_dir)
+  assert len(readings) == num_readings + (config == HELD_OUT)
+
+
+def test_parts_that_were_held_out_in_format_1_do_not_serve_without_archive(source, cache_dir, monkeypatch):
+  path, _ = source
+  with monkeypatch.context() as patch:
+    patch.setattr(tokens, "_FORMATS", {"test": 1, "split": 1})
+    load_as_official(monkeypatch, path, cache_dir, HELD_OUT)
+  without_stores(monkeypatch)
+  with pytest.raises(DataError, match="no source"):
+    tokens.load(HELD_OUT, cache_dir=cache_dir)
+
+
 def test_damaged_entries_do_not_hide_the_official_one(source, cache_dir, monkeypatch):
   path, _ = source
   expected = load_as_official(monkeypatch, path, cache_dir)
   without_stores(monkeypatch)
-  for number, content in enumerate(("", "[]", "null", '{"official": true}', "[" * 100_000)):
+  honest = (entries(cache_dir)[0] / "manifest.json").read_text()
+  large, unknown = honest + " " * 2**20, json.dumps(json.loads(honest) | {"colour": 1})
+  for number, content in enumerate(("", "[]", "null", '{"official": true}', "[" * 100_000, large, unknown)):
     (cache_dir / "tokens" / f"00{number}").mkdir()
     (cache_dir / "tokens" / f"00{number}" / "manifest.json").write_text(content)
   assert_same(tokens.load(CONFIG, cache_dir=cache_dir), expected)
@@ -391,3 +476,13 @@ def test_unwritable_cache_is_named(source, tmp_path):
   blocked.write_text("a file where the folder should be")
   with pytest.raises(DataError, match="--cache-dir"):
     tokens.load(CONFIG, archive=path, cache_dir=blocked)
+
+
+def test_a_file_in_place_of_an_entry_is_named(source, cache_dir):
+  path, _ = source
+  tokens.load(CONFIG, archive=path, cache_dir=cache_dir)
+  (entry,) = entries(cache_dir)
+  shutil.rmtree(entry)
+  entry.touch()
+  with pytest.raises(DataError, match="--cache-dir"):
+    tokens.load(CONFIG, archive=path, cache_dir=cache_dir)

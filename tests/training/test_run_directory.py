@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+from pathlib import Path
 
 import pytest
 from training.tiny import tiny
@@ -44,6 +45,13 @@ def test_a_model_that_cannot_be_computed_here_leaves_no_folder(tmp_path):
   with pytest.raises(UsageError, match="cuDNN knows no recurrent dropout"):
     imdb_jax.fit(refused)
   assert not config.run_dir.exists()
+
+
+def test_a_run_may_be_kept_at_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  imdb_jax.fit(tiny(Path("~/run")))
+  assert run_directory.load_config(tmp_path / "run")
+  imdb_jax.Classifier.load("~/run")
 
 
 def test_a_second_trainer_is_refused_while_the_first_is_at_work(tmp_path):
