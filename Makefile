@@ -56,7 +56,10 @@ gpu: setup $(BENCH_VENV)/.ready  ## Measure on an NVIDIA GPU (Hopper or later) w
 	$(BIN)/python benchmarks/recurrence.py --platform gpu --json runs/gpu/recurrence.json --plot runs/gpu/recurrence.png
 	$(BIN)/python benchmarks/epoch_time.py --quick --platform gpu --json runs/gpu/epoch_time.json --plot runs/gpu/epoch_time.png
 	$(BIN)/python scripts/train.py --platform gpu --run-dir runs/gpu/article
+	$(BIN)/python scripts/train.py --platform gpu --run-dir runs/gpu/one --epochs 1
 	$(BIN)/python scripts/train.py --platform gpu --run-dir runs/gpu/seeds --num-seeds 32 --epochs 1
+	for implementation in mosaic_gpu chunked; do \
+	  $(BIN)/python scripts/train.py --platform gpu --run-dir runs/gpu/$$implementation --num-seeds 8 --implementation $$implementation || exit; done
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .
