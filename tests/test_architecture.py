@@ -137,3 +137,12 @@ def test_arguments_and_data_are_read_without_jax():
   code = f"import sys, imdb_jax.cli, imdb_jax.data.tokens; print([name for name in {heavy} if name in sys.modules])"
   done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60)
   assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr[-2000:]
+
+
+def test_what_users_import_is_listed_and_comes_when_asked_for():
+  """A notebook's completion asks `dir`."""
+  code = (
+    "import imdb_jax, sys; assert {*imdb_jax.__all__} <= {*dir(imdb_jax)}; assert 'jax' not in sys.modules;"
+    "[getattr(imdb_jax, name) for name in imdb_jax.__all__]; assert 'jax' in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
