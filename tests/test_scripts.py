@@ -277,7 +277,7 @@ def test_a_damaged_config(trained, tmp_path):
   config = json.loads((copy / "config.json").read_text())
   config["model"]["hidden_size"] = "4; rm -rf /"
   (copy / "config.json").write_text(json.dumps(config))
-  assert_one_clear_line(run("predict", copy, "good"), 2, "config.json", "model.hidden_size")
+  assert_one_clear_line(run("predict", copy, "good"), 2, "config.json", "--hidden-size", "whole number")
 
 
 def test_missing_and_damaged_archives(tmp_path):
