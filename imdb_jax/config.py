@@ -242,7 +242,7 @@ class RuntimeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """All settings of a run."""
+  """All settings of a run. Those of a preset are `PRESETS[name]`; the field `preset` is a label and sets nothing."""
 
   preset: str = "article"
   """Named settings to start from; other flags override them."""
@@ -254,6 +254,9 @@ class Config:
 
   def __post_init__(self):
     _require_types(self)
+    # It becomes the name of a folder.
+    is_plain = re.fullmatch("[A-Za-z0-9_-]+", self.preset) is not None
+    _require(is_plain, self, "preset", "a plain name: letters, digits, _ and -")
 
   @property
   def run_dir(self) -> Path:

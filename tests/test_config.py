@@ -362,8 +362,18 @@ def test_every_setting_counts_as_a_difference():
 
 
 def test_runs_are_kept_by_preset_unless_told():
+  assert Config(preset="Mine_2-b").run_dir == Path("runs/Mine_2-b")
   assert CHANGED.run_dir == Path("runs/mine")
   assert dataclasses.replace(CHANGED, runtime=RuntimeConfig(run_dir=Path("there"))).run_dir == Path("there")
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", ".", "", "a b", "a\n", "é"])
+def test_a_preset_is_a_plain_name(name):
+  """Runs are kept in the folder of that name."""
+  fields = CHANGED.to_dict() | {"preset": name}
+  for make in (lambda: Config(preset=name), lambda: Config.from_dict(fields)):
+    with pytest.raises(UsageError, match=rf"^--preset {re.escape(repr(name))}: must be a plain name"):
+      make()
 
 
 def test_cache_dir_follows_the_environment(monkeypatch):
