@@ -71,7 +71,16 @@ class Classifier:
     return cls(config, vocabulary, restored.params, mesh, saved.step)
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
-    """The probability that each text is positive, f32[n]; a text without a known word gets an answer too."""
+    """The probability that each text is positive, f32[n]; a text without a known word gets an answer too.
+
+    Raises:
+      TypeError: texts is one text, whose letters would be taken for texts, or holds what is none.
+    """
+    if isinstance(texts, str):
+      raise TypeError("texts: must be a list of texts, not one text")
+    for row, text in enumerate(texts):
+      if not isinstance(text, str):
+        raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
     tokens, lengths = self.vocabulary.encode(texts, self.config.dataset.sequence_length)
     split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(len(texts), np.int32))
     # Powers of two: few shapes to compile, little waste.
