@@ -1,5 +1,6 @@
 """New texts through a trained model."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -63,11 +64,10 @@ class Classifier:
     mesh = sharding.start(runtime)
     jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
     model = SentimentLSTM.of_run(config)
-    checkpoints = Checkpoints(run_dir, read_only=True)
     optimizer = state.make_optimizer(config.optimizer, num_steps=1)
     abstract = state.abstract(model, optimizer, mesh, config.training.num_seeds)
-    saved, restored = checkpoints.find_and_restore(step, abstract)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
+      saved, restored = checkpoints.find_and_restore(step, abstract)
     return cls(config, vocabulary, restored.params, mesh, saved.step)
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
