@@ -36,8 +36,8 @@ test: setup  ## Run the tests
 torture: setup  ## Kill, stop and damage runs at random, hundreds of times (15 minutes)
 	$(BIN)/python tests/torture.py --markdown runs/torture.md
 
-bench: setup $(BENCH_VENV)/.ready  ## Compare a training step with Keras and PyTorch (5 minutes)
-	$(BIN)/python benchmarks/epoch_time.py --quick
+bench: setup $(BENCH_VENV)/.ready  ## Compare a training step with Keras and PyTorch; ARCHIVE=PATH: on real reviews (5 minutes)
+	$(BIN)/python benchmarks/epoch_time.py --quick $(if $(ARCHIVE),--archive "$(ARCHIVE)")
 # benchmarks/time_to_accuracy.py and benchmarks/cost_curves.py run in the same environment.
 
 # PyTorch is no part of the hashed lock: its builds differ by index (for CPU only, or with gigabytes of CUDA), and any

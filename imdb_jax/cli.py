@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -39,7 +40,8 @@ def _clear_errors() -> Iterator[None]:
   except ImdbJaxError as error:
     _exit_with(error.exit_code, f"error: {error}")
   except KeyboardInterrupt:
-    _exit_with(130, "Interrupted; nothing was saved since the last checkpoint.")
+    # Where there is something to save, the trainer heeds the signal itself.
+    _exit_with(130, "Interrupted; there was nothing to save.")
   except BrokenPipeError:
     # The reader has had enough, as in `predict.py … | head`. Python would complain once more at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -200,7 +202,10 @@ class _Plot:
     from imdb_jax import plots
 
     output = self.output or self.run_dir / "history.png"
-    plots.plot_history(self.run_dir, output)
+    try:
+      plots.plot_history(self.run_dir, output)
+    except OSError as error:
+      raise UsageError(f"--output {output}: cannot be written: {error}.") from error
     print(output)
 
 
@@ -225,6 +230,12 @@ class _Prepare:
       from imdb_jax.data import tfds_imdb
     except ImportError as error:
       raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
+    try:
+      # Before the archive is read, which takes a while.
+      self.data_dir.mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryFile(dir=self.data_dir).close()
+    except OSError as error:
+      raise UsageError(f"--data-dir {self.data_dir}: cannot be written: {error}.") from error
     print(tfds_imdb.prepare(self.data_dir, self.archive))
 
 

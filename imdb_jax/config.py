@@ -6,8 +6,8 @@ is resumed. `Config.runtime` says only where and how the work is done.
 
 import dataclasses
 import difflib
-import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -23,7 +23,36 @@ from imdb_jax.errors import UsageError
 
 def _require(fulfilled: bool, config: Any, field: str, allowed: str) -> None:
   if not fulfilled:
-    raise UsageError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be {allowed}.")
+    raise UsageError(f"--{field.replace('_', '-')} {getattr(config, field)!r:.80}: must be {allowed}.")
+
+
+def _require_types(config: Any) -> None:
+  for field, hint in typing.get_type_hints(type(config)).items():
+    value = getattr(config, field)
+    # Numbers of NumPy become Python's, the only ones that JSON knows.
+    if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
+      object.__setattr__(config, field, int(value) if isinstance(value, numbers.Integral) else float(value))
+    _require(_has_type(getattr(config, field), hint), config, field, _described(hint))
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+  if typing.get_origin(hint) is Literal:
+    return isinstance(value, str) and value in typing.get_args(hint)
+  if typing.get_origin(hint) is types.UnionType:
+    return any(_has_type(value, option) for option in typing.get_args(hint))
+  if hint is float:
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+  # True is an int to isinstance.
+  return type(value) is int if hint is int else isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+  if typing.get_origin(hint) is Literal:
+    return f"one of {', '.join(typing.get_args(hint))}"
+  if typing.get_origin(hint) is types.UnionType:
+    return " or ".join(map(_described, typing.get_args(hint)))
+  names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", types.NoneType: "None"}
+  return names[hint] if hint in names else hint.__name__
 
 
 def _require_whole(config: Any, field: str, low: int, high: int) -> None:
@@ -54,6 +83,7 @@ class DataConfig:
   """Remove tags such as <br /> before splitting into words."""
 
   def __post_init__(self):
+    _require_types(self)
     if self.limit is not None:
       _require_whole(self, "limit", 1, 1_000_000)
     _require(0 < self.validation_fraction < 1, self, "validation_fraction", "between 0 and 1")
@@ -83,6 +113,7 @@ class ModelConfig:
   """How the hidden states become one vector: the last one, or their mean or maximum over the positions."""
 
   def __post_init__(self):
+    _require_types(self)
     _require_whole(self, "embedding_size", 1, 65_536)
     _require_whole(self, "hidden_size", 1, 65_536)
     _require_rate(self, "input_dropout_rate")
@@ -107,6 +138,7 @@ class OptimizerConfig:
   """What happens where a loss or gradient is not finite: the run stops, or goes on without that step's update."""
 
   def __post_init__(self):
+    _require_types(self)
     _require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
     _require_rate(self, "b1")
     _require_rate(self, "b2")
@@ -131,6 +163,7 @@ class TrainingConfig:
   """Precision of matrix products where the device has a choice; a CPU always computes float32."""
 
   def __post_init__(self):
+    _require_types(self)
     _require_whole(self, "epochs", 1, 100_000)
     _require_whole(self, "batch_size", 1, 65_536)
     _require_whole(self, "seed", 0, 2**31 - 1)
@@ -201,6 +234,7 @@ class RuntimeConfig:
   """Which of them this is, from 0."""
 
   def __post_init__(self):
+    _require_types(self)
     expand_paths(self)
     if self.num_devices is not None:
       _require_whole(self, "num_devices", 1, 65_536)
@@ -223,7 +257,7 @@ class RuntimeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """All settings of a run."""
+  """All settings of a run. Those of a preset are `PRESETS[name]`; the field `preset` is a label and sets nothing."""
 
   preset: str = "article"
   """Named settings to start from; other flags override them."""
@@ -232,6 +266,12 @@ class Config:
   optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = dataclasses.field(default_factory=OptimizerConfig)
   training: tyro.conf.OmitArgPrefixes[TrainingConfig] = dataclasses.field(default_factory=TrainingConfig)
   runtime: tyro.conf.OmitArgPrefixes[RuntimeConfig] = dataclasses.field(default_factory=RuntimeConfig)
+
+  def __post_init__(self):
+    _require_types(self)
+    # It becomes the name of a folder.
+    is_plain = re.fullmatch("[A-Za-z0-9_-]+", self.preset) is not None
+    _require(is_plain, self, "preset", "a plain name: letters, digits, _ and -")
 
   @property
   def run_dir(self) -> Path:
@@ -252,12 +292,12 @@ class Config:
     """
     sections = {"dataset": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "training": TrainingConfig}
     _require_keys(value, {"preset", *sections}, "config")
-    if not isinstance(value["preset"], str):
-      raise UsageError("config.preset: must be a text.")
+    for name, section in sections.items():
+      _require_keys(value[name], {field.name for field in dataclasses.fields(section)}, name)
     return cls(
       preset=value["preset"],
       runtime=runtime or RuntimeConfig(),
-      **{name: _section_from_dict(section, value[name], name) for name, section in sections.items()},
+      **{name: section(**value[name]) for name, section in sections.items()},
     )
 
 
@@ -267,25 +307,6 @@ def _require_keys(value: Any, names: set[str], where: str) -> None:
   for name in sorted(set(value) ^ names):
     # A name of somebody else's making may be long, or hold line breaks.
     raise UsageError(f"{where}.{repr(name)[1:-1]:.80}: {'unknown' if name in value else 'missing'}.")
-
-
-def _section_from_dict(section: type, value: Any, where: str) -> Any:
-  hints = typing.get_type_hints(section)
-  _require_keys(value, set(hints), where)
-  for name, hint in hints.items():
-    if not _has_type(value[name], hint):
-      raise UsageError(f"{where}.{name}: {json.dumps(value[name])[:80]} is not of type {hint}.")
-  return section(**value)
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-  if typing.get_origin(hint) is Literal:
-    return isinstance(value, str) and value in typing.get_args(hint)
-  if typing.get_origin(hint) is types.UnionType:
-    return any(_has_type(value, option) for option in typing.get_args(hint))
-  if hint is float:
-    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
-  return type(value) is hint
 
 
 def differing_fields(saved: Config, wanted: Config) -> list[str]:

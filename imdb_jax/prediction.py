@@ -57,11 +57,10 @@ class Classifier:
     vocabulary = run_directory.load_vocabulary(run_dir)
     mesh = sharding.start(runtime)
     model = SentimentLSTM.of_run(config)
-    checkpoints = Checkpoints(run_dir, read_only=True)
     optimizer = state.make_optimizer(config.optimizer, num_steps=1)
     abstract = state.abstract(model, optimizer, mesh, config.training.num_seeds)
-    saved, restored = checkpoints.find_and_restore(step, abstract)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
+      saved, restored = checkpoints.find_and_restore(step, abstract)
     return cls(config, vocabulary, restored.params, mesh, saved.step)
 
   @contextlib.contextmanager
@@ -70,7 +69,16 @@ class Classifier:
       yield
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
-    """The probability that each text is positive, f32[n]; a text without a known word gets an answer too."""
+    """The probability that each text is positive, f32[n]; a text without a known word gets an answer too.
+
+    Raises:
+      TypeError: texts is one text, whose letters would be taken for texts, or holds what is none.
+    """
+    if isinstance(texts, str):
+      raise TypeError("texts: must be a list of texts, not one text")
+    for row, text in enumerate(texts):
+      if not isinstance(text, str):
+        raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
     tokens, lengths = self.vocabulary.encode(texts, self.config.dataset.sequence_length)
     split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(len(texts), np.int32))
     # Powers of two: few shapes to compile, little waste.

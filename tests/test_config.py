@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +61,24 @@ def test_any_object_gives_the_config_that_it_describes_or_one_clear_line(data):
   else:
     rate = Config.from_dict(fields).optimizer.learning_rate
     assert 0 < float(rate) < math.inf
+
+
+NUMPY = [np.int64(3), np.uint8(200), np.float32(0.5), np.float64(0.5), np.True_, np.str_("max"), np.array(3)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_what_can_be_made_can_be_read_again(data):
+  """Else a run would refuse the folder that it has laid itself."""
+  name = data.draw(st.sampled_from(["dataset", "model", "optimizer", "training"]))
+  section = getattr(CHANGED, name)
+  field = data.draw(st.sampled_from([field.name for field in dataclasses.fields(section)]))
+  try:
+    made = dataclasses.replace(section, **{field: data.draw(ANYTHING | st.sampled_from(NUMPY))})
+  except UsageError:
+    return
+  made = dataclasses.replace(CHANGED, **{name: made})
+  assert Config.from_dict(json.loads(json.dumps(made.to_dict())), made.runtime) == made
 
 
 def test_presets_bear_their_names():
@@ -137,12 +157,48 @@ def test_unknown_key_is_named(section):
     ("training.epochs", False),
   ],
 )
-def test_wrong_type_is_named(name, value):
+def test_wrong_type_is_named_in_a_file_and_from_python(name, value):
   fields = CHANGED.to_dict()
   section, key = name.split(".")
   fields[section][key] = value
-  with pytest.raises(UsageError, match=rf"{section}\.{key}: "):
+  named = re.escape(f"--{key.replace('_', '-')} {value!r:.80}: must be ")
+  with pytest.raises(UsageError, match=f"^{named}") as in_file:
     Config.from_dict(fields)
+  with pytest.raises(UsageError) as from_python:
+    dataclasses.replace(getattr(CHANGED, section), **{key: value})
+  assert str(in_file.value) == str(from_python.value)
+
+
+@pytest.mark.parametrize(
+  ("section", "name", "value", "allowed"),
+  [
+    (DataConfig, "validation", "dev", "one of test, split"),
+    (ModelConfig, "pooling", "avg", "one of last, mean, max"),
+    (ModelConfig, "dropout_masks", "share", "one of shared, per_gate"),
+    (ModelConfig, "mask_padding", "no", "True or False"),
+    (OptimizerConfig, "non_finite", "ignore", "one of stop, skip"),
+    (OptimizerConfig, "b1", "0.9", "a number"),
+    (TrainingConfig, "epochs", "3", "a whole number"),
+    (TrainingConfig, "batch_size", True, "a whole number"),
+    (TrainingConfig, "seed", np.float64(2), "a whole number"),
+    (RuntimeConfig, "platform", "gpuu", "one of auto, cpu, gpu, tpu"),
+    (RuntimeConfig, "implementation", "abacus", "one of auto, mosaic_gpu, cudnn, chunked, scan"),
+    (RuntimeConfig, "num_devices", 2.0, "a whole number or None"),
+    (RuntimeConfig, "run_dir", "here", "Path or None"),
+    (RuntimeConfig, "coordinator_address", 1234, "a text or None"),
+    (Config, "model", None, "ModelConfig"),
+  ],
+)
+def test_what_is_allowed_is_told(section, name, value, allowed):
+  with pytest.raises(UsageError, match=rf"^--{name.replace('_', '-')} .*: must be {allowed}\.$"):
+    section(**{name: value})
+
+
+def test_numbers_of_numpy_become_those_of_python():
+  training = TrainingConfig(seed=np.int64(3), epochs=np.uint8(2))
+  optimizer = OptimizerConfig(learning_rate=np.float32(0.5), b1=np.float64(0.5), b2=np.int32(0))
+  values = [training.seed, training.epochs, optimizer.learning_rate, optimizer.b1, optimizer.b2]
+  assert [(type(value), value) for value in values] == [(int, 3), (int, 2), (float, 0.5), (float, 0.5), (int, 0)]
 
 
 @pytest.mark.parametrize("value", [None, [], "article", 3])
@@ -306,8 +362,18 @@ def test_every_setting_counts_as_a_difference():
 
 
 def test_runs_are_kept_by_preset_unless_told():
+  assert Config(preset="Mine_2-b").run_dir == Path("runs/Mine_2-b")
   assert CHANGED.run_dir == Path("runs/mine")
   assert dataclasses.replace(CHANGED, runtime=RuntimeConfig(run_dir=Path("there"))).run_dir == Path("there")
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", ".", "", "a b", "a\n", "é"])
+def test_a_preset_is_a_plain_name(name):
+  """Runs are kept in the folder of that name."""
+  fields = CHANGED.to_dict() | {"preset": name}
+  for make in (lambda: Config(preset=name), lambda: Config.from_dict(fields)):
+    with pytest.raises(UsageError, match=rf"^--preset {re.escape(repr(name))}: must be a plain name"):
+      make()
 
 
 def test_cache_dir_follows_the_environment(monkeypatch):

@@ -162,7 +162,7 @@ def test_ctrl_c_in_a_command_is_told_in_one_line(capsys):
   finally:
     signal.signal(signal.SIGINT, previous)
   assert leaving.value.code == 130
-  assert capsys.readouterr().err.startswith("Interrupted")
+  assert capsys.readouterr().err == "Interrupted; there was nothing to save.\n"
 
 
 def train_in_two(run_dir: Path, *of_second: str | Path, second: str = "train") -> list[tuple[int, str, str]]:
@@ -278,6 +278,21 @@ def test_an_unwritable_run_directory(tmp_path):
   assert_one_clear_line(run("train", *TINY, "--run-dir", tmp_path / "file" / "run"), 2, "--run-dir")
 
 
+def test_a_plot_that_cannot_be_written(trained, tmp_path):
+  for output in (tmp_path / "absent" / "curves.png", tmp_path):
+    assert_one_clear_line(run("plot", trained, "--output", output), 2, f"--output {output}: cannot be written")
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+  """It is noticed before the archive is read."""
+  (tmp_path / "file").write_text("in the way")
+  for data_dir in (tmp_path / "file" / "store", "/proc"):
+    result = run("prepare", "--archive", tmp_path / "none.tar.gz", "--data-dir", data_dir)
+    assert_one_clear_line(result, 2, f"--data-dir {data_dir}: cannot be written")
+  result = run("prepare", "--archive", tmp_path / "none.tar.gz", "--data-dir", tmp_path / "new" / "store")
+  assert_one_clear_line(result, 3, "none.tar.gz")
+
+
 def test_no_run_and_no_checkpoint(tmp_path, trained):
   assert_one_clear_line(run("evaluate", tmp_path), 2, "not the folder of a run")
   assert_one_clear_line(run("plot", tmp_path), 2, "history.csv")
@@ -302,7 +317,7 @@ def test_a_damaged_config(trained, tmp_path):
   config = json.loads((copy / "config.json").read_text())
   config["model"]["hidden_size"] = "4; rm -rf /"
   (copy / "config.json").write_text(json.dumps(config))
-  assert_one_clear_line(run("predict", copy, "good"), 2, "config.json", "model.hidden_size")
+  assert_one_clear_line(run("predict", copy, "good"), 2, "config.json", "--hidden-size", "whole number")
 
 
 def test_missing_and_damaged_archives(tmp_path):
