@@ -20,7 +20,7 @@ from imdb_jax.training.signals import Interrupted
 
 
 def test_the_sample_is_learnt(tmp_path):
-  """A bag of words stays below 85 % on the same reviews, see `tests/data/test_sample.py`."""
+  """A bag of words stays below 75 % on the same reviews, see `tests/data/test_sample.py`."""
   config = PRESETS["sample"]
   config = dataclasses.replace(
     config, runtime=dataclasses.replace(config.runtime, run_dir=tmp_path / "run", platform="cpu", num_devices=2)
