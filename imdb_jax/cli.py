@@ -31,9 +31,6 @@ def _exit_with(code: int, message: str) -> NoReturn:
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
   """What is meant for a person becomes one line and an exit code, never a traceback."""
-  # The scripts let Ctrl-C end them at once while they import.
-  if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     yield
     sys.stdout.flush()
@@ -47,6 +44,22 @@ def _clear_errors() -> Iterator[None]:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as error:
     _exit_with(1, f"error: {error}")
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+  """Ctrl-C becomes an exception, so that what a download or an encoding has begun is removed.
+
+  Elsewhere it ends the process at once, as the scripts have it: within an import of JAX an exception gets lost, or
+  crashes it.
+  """
+  previous = signal.getsignal(signal.SIGINT)
+  if previous == signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, previous)
 
 
 def _parse_config(arguments: list[str], description: str) -> Config:
@@ -68,7 +81,7 @@ def train() -> None:
     from imdb_jax.training.loop import fit
     from imdb_jax.training.signals import Interrupted
 
-    with sharding.leaving(), _clear_errors():
+    with sharding.leaving(), _clear_errors(), _unwinding():
       try:
         fit(config)
       except Interrupted as stop:
@@ -115,12 +128,13 @@ class _Evaluate(_Restoring):
     from imdb_jax.data import tokens
 
     classifier = self.load(archive=self.archive, cache_dir=self.cache_dir)
-    data = tokens.load(
-      classifier.config.dataset,
-      archive=self.archive,
-      cache_dir=self.cache_dir,
-      report=lambda line: print(line, file=sys.stderr),
-    )
+    with _unwinding():
+      data = tokens.load(
+        classifier.config.dataset,
+        archive=self.archive,
+        cache_dir=self.cache_dir,
+        report=lambda line: print(line, file=sys.stderr),
+      )
     run_directory.check_data(self.run_dir, data.digest())
     result = dataclasses.asdict(classifier.evaluate(getattr(data, self.split)))
     result = {"run_dir": str(self.run_dir), "step": classifier.step, "split": self.split, **result}
@@ -236,7 +250,8 @@ class _Prepare:
       tempfile.TemporaryFile(dir=self.data_dir).close()
     except OSError as error:
       raise UsageError(f"--data-dir {self.data_dir}: cannot be written: {error}.") from error
-    print(tfds_imdb.prepare(self.data_dir, self.archive))
+    with _unwinding():
+      print(tfds_imdb.prepare(self.data_dir, self.archive))
 
 
 def prepare() -> None:

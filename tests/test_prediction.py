@@ -1,4 +1,4 @@
-"""What a classifier takes for texts, and what it leaves open. Its answers are tested where runs are: `tests/training`, `tests/test_scripts.py`."""
+"""What a classifier takes for texts, and what it leaves open. Its answers are tested where runs are."""
 
 import dataclasses
 
@@ -14,7 +14,6 @@ from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import CheckpointError
 from imdb_jax.model import SentimentLSTM
 from imdb_jax.prediction import Classifier
-
 
 CONFIG = Config(
   dataset=DataConfig(vocabulary_size=4, sequence_length=3), model=ModelConfig(embedding_size=2, hidden_size=2)

@@ -20,8 +20,8 @@ from imdb_jax import manifest
 from imdb_jax.errors import CheckpointError, PlatformError
 
 SIGNAL_EXITS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-# Several processes agree on a signal before every fourth dispatch, of up to eight steps, and at every fourth batch of an
-# evaluation, so a later one may find the run at its end.
+# Several processes agree on a signal before every fourth dispatch, of up to eight steps, and at every fourth batch of
+# an evaluation, so a later one may find the run at its end.
 LAST_AGREEMENT = LAST_LINE_BUT_ONE - 16
 # Seconds within which a process whose partner was killed has left; it takes about seven.
 LEFT_ALONE = 30
