@@ -3,8 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
+import logging
 import os
 import shlex
 import signal
@@ -20,7 +20,8 @@ from imdb_jax import config as config_lib
 from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.errors import ImdbJaxError, UsageError
 
-_TEXTS_AT_ONCE = 256
+# Read at a time, and the most that a review may have.
+_PIECE_BYTES, _LINE_BYTES = 2**20, 2**26
 
 
 def _exit_with(code: int, message: str) -> NoReturn:
@@ -31,9 +32,12 @@ def _exit_with(code: int, message: str) -> NoReturn:
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
   """What is meant for a person becomes one line and an exit code, never a traceback."""
+  logging.basicConfig(format="warning: %(message)s")
   try:
     yield
-    sys.stdout.flush()
+    # None where it was closed from the start.
+    if sys.stdout is not None:
+      sys.stdout.flush()
   except ImdbJaxError as error:
     _exit_with(error.exit_code, f"error: {error}")
   except KeyboardInterrupt:
@@ -65,9 +69,10 @@ def _unwinding() -> Iterator[None]:
 def _parse_config(arguments: list[str], description: str) -> Config:
   """The preset first, then every other flag over it."""
   chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  chooser.add_argument("--preset", default="article")
+  chooser.add_argument("--preset", nargs="?", default="article")
   known, _ = chooser.parse_known_args(arguments)
-  default = config_lib.preset(known.preset)
+  # A flag without a name is tyro's to complain of.
+  default = config_lib.preset(known.preset or "article")
   return tyro.cli(Config, description=description, default=default, args=arguments)
 
 
@@ -146,9 +151,10 @@ class _Evaluate(_Restoring):
       return
     for of_seed in result.pop("seeds", []):
       result[f"accuracy, seed {of_seed['seed']}"] = of_seed["accuracy"]
+    width = max(map(len, result))
     for name, value in result.items():
       shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-      print(f"{name.replace('_', ' '):<16} {shown}")
+      print(f"{name.replace('_', ' '):<{width}} {shown}")
 
 
 def evaluate() -> None:
@@ -165,10 +171,11 @@ class _Predict(_Restoring):
   """A review a line; - is standard input."""
 
   def __call__(self) -> None:
+    if self.texts and self.file != "-":
+      raise UsageError(f"--file {self.file}: not together with reviews on the command line.")
     classifier = self.load()
-    lines = self._lines()
-    while chunk := list(itertools.islice(lines, _TEXTS_AT_ONCE)):
-      for text, probability in zip(chunk, classifier.predict(chunk), strict=True):
+    for texts in self._chunks():
+      for text, probability in zip(texts, classifier.predict(texts), strict=True):
         sentiment = "positive" if probability > 0.5 else "negative"
         known_words = len(classifier.vocabulary.ids(text))
         if self.json:
@@ -178,22 +185,39 @@ class _Predict(_Restoring):
             )
           )
         else:
-          shown = text if len(text) <= 80 else text[:79] + "…"
+          # A line a review, and nothing that a terminal would obey.
+          shown = "".join(letter if letter.isprintable() else " " for letter in text[:80])
+          shown = shown if len(text) <= 80 else shown[:79] + "…"
           print(f"{probability:.4f}  {sentiment}  {shown}{'' if known_words else '  (no known word: a guess)'}")
+      if sys.stdout is not None:
+        sys.stdout.flush()
 
-  def _lines(self) -> Iterator[str]:
+  def _chunks(self) -> Iterator[list[str]]:
+    """Reviews as they come: whoever writes them to a pipe may wait for the answers."""
     if self.texts:
-      yield from self.texts
+      yield list(self.texts)
       return
-    if self.file == "-" and sys.stdin.isatty():
+    if self.file == "-" and sys.stdin is not None and sys.stdin.isatty():
       print("Type reviews, one a line; end with Ctrl-D.", file=sys.stderr)
+    rest = b""
     try:
       # Standard input is a descriptor, not a path.
       source = 0 if self.file == "-" else self.file
-      with open(source, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-        yield from (line.removesuffix("\n") for line in file)
+      with open(source, "rb", buffering=0) as file:  # noqa: PTH123
+        while piece := file.read(_PIECE_BYTES):
+          *lines, rest = (rest + piece).split(b"\n")
+          if len(rest) > _LINE_BYTES:
+            raise UsageError(f"--file {self.file}: has a line of more than {_LINE_BYTES:,} bytes.")
+          if lines:
+            yield list(map(_decoded, lines))
     except OSError as error:
       raise UsageError(f"--file {self.file}: {error.strerror}.") from error
+    if rest:
+      yield [_decoded(rest)]
+
+
+def _decoded(line: bytes) -> str:
+  return line.removesuffix(b"\r").decode("utf-8", errors="replace")
 
 
 def predict() -> None:

@@ -272,6 +272,8 @@ class Config:
     # It becomes the name of a folder.
     is_plain = re.fullmatch("[A-Za-z0-9_-]+", self.preset) is not None
     _require(is_plain, self, "preset", "a plain name: letters, digits, _ and -")
+    if self.runtime.archive is not None and self.dataset.data != "imdb":
+      raise UsageError(f"--archive {self.runtime.archive}: only with --data imdb, not with {self.dataset.data}.")
 
   @property
   def run_dir(self) -> Path:

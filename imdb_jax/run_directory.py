@@ -70,8 +70,9 @@ def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
   _names(run_dir)
   if not (run_dir / "config.json").is_file():
     raise UsageError(f"{run_dir}: not the folder of a run: it has no config.json.")
+  settings = _read_json(run_dir / "config.json")
   try:
-    return Config.from_dict(_read_json(run_dir / "config.json"), runtime)
+    return Config.from_dict(settings, runtime)
   except UsageError as error:
     raise UsageError(f"{run_dir / 'config.json'}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -94,6 +95,47 @@ def test_every_text_gets_an_answer(trained, tmp_path):
   assert code == 0, stderr
   # The same text in another company and through another way in has the same probability.
   assert float(stdout.splitlines()[1].split()[0]) == pytest.approx(answers[0]["probability"], abs=1e-4)
+
+
+def test_a_pipe_is_answered_line_by_line(trained):
+  process = start("predict", trained, "--platform", "cpu", stdin=subprocess.PIPE)
+  assert process.stdin is not None
+  assert process.stdout is not None
+  for text in ("good", "bad"):
+    process.stdin.write(f"{text}\r\n".encode())
+    process.stdin.flush()
+    # Before the pipe is closed; a program at its other end may wait for this.
+    assert f"  {text}" in process.stdout.readline().decode().rstrip()
+  assert finish(process)[0] == 0
+
+
+def test_a_review_is_one_line_without_control_characters(trained):
+  code, stdout, stderr = run("predict", trained, "--platform", "cpu", "good\nfilm \x1b[31m\a")
+  assert code == 0, stderr
+  assert stdout.splitlines() == [stdout.removesuffix("\n")]
+  assert "good film  [31m" in stdout
+  assert "\x1b" not in stdout
+
+
+def test_closed_streams_are_no_errors(trained):
+  script = shlex.join([sys.executable, str(ROOT / "scripts" / "predict.py"), str(trained), "--platform", "cpu"])
+  done = subprocess.run(f"{script} good >&-", shell=True, stderr=subprocess.PIPE, text=True)
+  assert (done.returncode, done.stderr) == (0, "")
+  done = subprocess.run(f"{script} <&-", shell=True, capture_output=True, text=True)
+  assert_one_clear_line((done.returncode, done.stdout, done.stderr), 2, "--file -: ")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (("predict", "RUN", "good", "--file", "reviews.txt"), "not together with reviews on the command line"),
+    (("predict", "RUN", "--file", "/dev/zero"), "a line of more than 67,108,864 bytes"),
+    (("train", "--preset", "sample", "--archive", "none"), "--archive none: only with --data imdb"),
+  ],
+)
+def test_what_cannot_be_meant_is_refused(trained, arguments, words):
+  result = run(*(str(trained) if argument == "RUN" else argument for argument in arguments), "--platform", "cpu")
+  assert_one_clear_line(result, 2, words)
 
 
 def test_plot_draws_where_it_is_told(trained, tmp_path):

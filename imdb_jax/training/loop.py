@@ -176,7 +176,7 @@ class _Trainer:
         "Precision": f"float32, matrix products {config.training.matmul_precision}{rounded}",
         "Parameters": f"{state.num_parameters(self._state):,}",
         "Examples": f"{len(data.train):,} train, {len(data.validation):,} validation ({config.dataset.validation})",
-        "Steps": f"{self._steps_per_epoch:,} an epoch, {config.training.epochs} epochs",
+        "Steps": f"{self._steps_per_epoch:,} an epoch, {config.training.epochs} epoch(s)",
         "Positions": f"{self._wasted_share(model):.1%} of those processed hold no word",
         "Run": f"{config.run_dir} ({position})",
       }
