@@ -48,7 +48,7 @@ class Console:
     """Begins to show an epoch of which `done` steps lie behind a resume."""
     self._label, self._num_steps = f"Epoch {epoch}/{num_epochs}", num_steps
     self._started, self._done_before = time.perf_counter(), done
-    if self._console.is_terminal:
+    if self._console.is_terminal and not self._console.is_dumb_terminal:
       progress = rich_progress.Progress(
         "{task.description}",
         rich_progress.BarColumn(),
