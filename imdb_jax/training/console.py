@@ -59,6 +59,8 @@ class Console:
         transient=True,
       )
       progress.start()
+      # Rich hides the cursor, and a second Ctrl-C leaves nobody to show it again.
+      self._console.show_cursor()
       self._progress = progress
       self._task = progress.add_task(self._label, total=num_steps, completed=done, status="")
 
