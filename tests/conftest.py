@@ -4,6 +4,7 @@ With IMDB_JAX_TEST_PLATFORM=cuda in the environment a GPU instead, for the tests
 """
 
 import os
+import signal
 import tempfile
 
 import absl.logging
@@ -20,6 +21,10 @@ jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# In the background, tests and the commands that they start would ignore Ctrl-C: a handler of Python's is not inherited.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, lambda *_: None)
 
 # Starts JAX, so that no test can change the number of devices for those after it.
 assert PLATFORM != "cpu" or jax.device_count() == 4

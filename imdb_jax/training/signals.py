@@ -7,7 +7,8 @@ import threading
 class StopRequest:
   """While entered, the first SIGINT or SIGTERM only sets `signal`; a second one ends the process at once.
 
-  The second is the kernel's: Python would not look at it before a computation ends.
+  The second is the kernel's: Python would not look at it before a computation ends. What is ignored already stays so: a
+  shell has commands in the background ignore Ctrl-C.
   """
 
   def __init__(self):
@@ -18,7 +19,8 @@ class StopRequest:
     # Python lets only the main thread handle signals; elsewhere its owner decides.
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGINT, signal.SIGTERM):
-        self._previous[number] = signal.signal(number, self._on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:
+          self._previous[number] = signal.signal(number, self._on_signal)
     return self
 
   def __exit__(self, *exception) -> None:
@@ -28,7 +30,7 @@ class StopRequest:
   def _on_signal(self, number, frame) -> None:
     del frame
     self.signal = signal.Signals(number)
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in self._previous:
       signal.signal(each, signal.SIG_DFL)
 
 
