@@ -22,9 +22,11 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# In the background, tests and the commands that they start would ignore Ctrl-C: a handler of Python's is not inherited.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-  signal.signal(signal.SIGINT, lambda *_: None)
+# In the background and under nohup, tests and the commands that they start would ignore signals that they are to heed.
+# A handler of Python's is not handed down.
+for number in (signal.SIGINT, signal.SIGHUP):
+  if signal.getsignal(number) == signal.SIG_IGN:
+    signal.signal(number, lambda *_: None)
 
 # Starts JAX, so that no test can change the number of devices for those after it.
 assert PLATFORM != "cpu" or jax.device_count() == 4

@@ -115,7 +115,7 @@ def test_the_same_command_again_changes_nothing_and_other_settings_are_refused(t
   assert not changed
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_resumes_to_the_same_end(tmp_path, number, exit_code):
   arguments = (*TINY, "--epochs", "15", "--log-every", "3")
   process = start("train", *arguments, "--run-dir", tmp_path / "stopped")

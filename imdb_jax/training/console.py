@@ -1,5 +1,6 @@
 """What a person sees of a training run: live on a terminal, plain lines in a pipe or file."""
 
+import errno
 import os
 import sys
 import time
@@ -16,10 +17,21 @@ def decimal(value: float) -> str:
 
 
 class _Output(RichConsole):
+  """Training goes on where nobody reads any more."""
+
   def on_broken_pipe(self) -> None:
-    """Nobody reads any more, as in `train.py | head`: training goes on."""
+    """As in `train.py | head`."""
     self.quiet = True
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+  def __exit__(self, *exception) -> None:
+    """Ends the writing of something; its terminal may have gone, as with a lost connection."""
+    try:
+      super().__exit__(*exception)
+    except OSError as error:
+      if error.errno != errno.EIO:
+        raise
+      self.on_broken_pipe()
 
 
 class Console:

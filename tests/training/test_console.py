@@ -1,7 +1,9 @@
 """What a terminal shows of a run, and what a pipe does."""
 
 import itertools
+import os
 import re
+import sys
 import time
 
 import pytest
@@ -55,6 +57,18 @@ def test_a_run_that_is_ended_at_once_leaves_a_cursor(terminal, capsys):
   console.end_epoch()
   assert "3/10" in written
   assert written.rfind(SHOW_CURSOR) > written.rfind(HIDE_CURSOR)
+
+
+def test_a_run_goes_on_without_its_terminal(terminal, monkeypatch):
+  terminal()
+  ours, theirs = os.openpty()
+  with open(theirs, "w") as stdout:  # noqa: PTH123
+    monkeypatch.setattr(sys, "stdout", stdout)
+    console = Console()
+    console.start_epoch(3, 10, num_steps=391, done=0)
+    os.close(ours)
+    console.end_epoch()
+    console.line("SIGHUP: saving step 50")
 
 
 @pytest.mark.parametrize(
