@@ -13,10 +13,19 @@ def _read_history(run_dir: Path) -> list[dict[str, float]]:
   try:
     with path.open(encoding="utf-8", newline="") as file:
       rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-  except (OSError, ValueError, TypeError) as error:
+  except (FileNotFoundError, NotADirectoryError) as error:
+    if not (run_dir / "config.json").is_file():
+      raise UsageError(f"{run_dir}: not the folder of a run: it has no config.json.") from error
+    rows = []
+  except (OSError, ValueError, TypeError, csv.Error) as error:
     raise UsageError(f"{path}: no readable history of a run: {error}") from error
-  if not rows or not {"epoch", "accuracy", "val_accuracy", "loss", "val_loss"} <= set(rows[0]):
-    raise UsageError(f"{path}: holds no finished epoch yet.")
+  if not rows:
+    raise UsageError(f"{run_dir}: no epoch has been finished yet.")
+  needed = ["accuracy", "val_accuracy", "loss", "val_loss"]
+  if "ensemble_accuracy" in rows[0]:
+    needed += [f"{name}_{end}" for name in needed for end in ("min", "max")]
+  if missing := [name for name in ("epoch", *needed) if name not in rows[0]]:
+    raise UsageError(f"{path}: has no column {', '.join(missing)}.")
   return rows
 
 
@@ -24,7 +33,7 @@ def plot_history(run_dir: Path, output: Path) -> None:
   """Draws accuracy and loss by epoch, training against validation, as a PNG.
 
   Raises:
-    UsageError: the run has no finished epoch, or `output` is a link.
+    UsageError: the folder holds no run, or none with a finished epoch, or a damaged history; or `output` is a link.
   """
   if output.is_symlink():
     raise UsageError(f"{output}: is a link, which is not followed.")

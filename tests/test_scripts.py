@@ -300,7 +300,7 @@ def test_a_store_that_cannot_be_written(tmp_path):
 
 def test_no_run_and_no_checkpoint(tmp_path, trained):
   assert_one_clear_line(run("evaluate", tmp_path), 2, "not the folder of a run")
-  assert_one_clear_line(run("plot", tmp_path), 2, "history.csv")
+  assert_one_clear_line(run("plot", tmp_path), 2, "not the folder of a run")
   assert_one_clear_line(run("evaluate", trained, "--step", "3", "--platform", "cpu"), 4, "no step 3", "14")
 
 
