@@ -50,6 +50,9 @@ def plot_history(run_dir: Path, output: Path) -> None:
       if has_seeds:
         low, high = ([row[f"{field}_{end}"] for row in rows] for end in ("min", "max"))
         axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+        if len(rows) == 1:
+          # The band over a single epoch has no width.
+          axes.vlines(epochs, low, high, color=color, alpha=0.2, linewidth=12)
     top = (max if name == "accuracy" else min)(rows, key=lambda row: row[f"val_{name}"])
     axes.annotate(
       f"{top[f'val_{name}']:.4f}",
@@ -61,7 +64,7 @@ def plot_history(run_dir: Path, output: Path) -> None:
     )
     axes.set(title=f"{name.capitalize()} by epoch", xlabel="epoch", ylabel=name)
     axes.margins(x=0.08, y=0.15)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
   of_seeds = ", mean of the seeds and their range" if has_seeds else ""
