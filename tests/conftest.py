@@ -4,6 +4,7 @@ With IMDB_JAX_TEST_PLATFORM=cuda in the environment a GPU instead, for the tests
 """
 
 import os
+import signal
 import tempfile
 
 import absl.logging
@@ -20,6 +21,12 @@ jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# In the background and under nohup, tests and the commands that they start would ignore signals that they are to heed.
+# A handler of Python's is not handed down.
+for number in (signal.SIGINT, signal.SIGHUP):
+  if signal.getsignal(number) == signal.SIG_IGN:
+    signal.signal(number, lambda *_: None)
 
 # Starts JAX, so that no test can change the number of devices for those after it.
 assert PLATFORM != "cpu" or jax.device_count() == 4

@@ -157,7 +157,7 @@ def test_the_same_command_again_changes_nothing_and_other_settings_are_refused(t
   assert not changed
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_resumes_to_the_same_end(tmp_path, number, exit_code):
   arguments = (*TINY, "--epochs", "15", "--log-every", "3")
   process = start("train", *arguments, "--run-dir", tmp_path / "stopped")
@@ -342,7 +342,7 @@ def test_a_store_that_cannot_be_written(tmp_path):
 
 def test_no_run_and_no_checkpoint(tmp_path, trained):
   assert_one_clear_line(run("evaluate", tmp_path), 2, "not the folder of a run")
-  assert_one_clear_line(run("plot", tmp_path), 2, "history.csv")
+  assert_one_clear_line(run("plot", tmp_path), 2, "not the folder of a run")
   assert_one_clear_line(run("evaluate", trained, "--step", "3", "--platform", "cpu"), 4, "no step 3", "14")
 
 

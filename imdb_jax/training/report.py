@@ -7,7 +7,7 @@ from typing import Any
 
 from imdb_jax import plots
 from imdb_jax.config import Config
-from imdb_jax.training.console import Console
+from imdb_jax.training.console import Console, decimal
 from imdb_jax.training.recorder import write_history
 
 _METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
@@ -17,7 +17,7 @@ _COLUMNS = ("epoch", *_METRICS, "seconds", "evaluation_seconds")
 def _cells(line: dict[str, Any]) -> list[str]:
   return [
     str(line["epoch"]),
-    *(f"{line[name]:.4f}" for name in _METRICS),
+    *(decimal(line[name]) for name in _METRICS),
     *(f"{line[name]:.1f}" for name in _COLUMNS[5:]),
   ]
 
@@ -25,7 +25,7 @@ def _cells(line: dict[str, Any]) -> list[str]:
 def epoch_line(line: dict[str, Any], num_epochs: int) -> str:
   """An epoch in one line."""
   names = (*_METRICS, "ensemble_accuracy") if "seeds" in line else _METRICS
-  values = "  ".join(f"{name} {line[name]:.4f}" for name in names)
+  values = "  ".join(f"{name} {decimal(line[name])}" for name in names)
   return (
     f"Epoch {line['epoch']}/{num_epochs}  {values}  "
     f"{line['seconds']:.1f} s training, {line['evaluation_seconds']:.1f} s evaluation"
@@ -48,7 +48,7 @@ def _val_accuracy(line: dict[str, Any]) -> str:
 
 
 def _seed_cells(of_seed: dict[str, Any]) -> list[str]:
-  return [str(of_seed["seed"]), *(f"{of_seed[name]:.4f}" for name in _METRICS)]
+  return [str(of_seed["seed"]), *(decimal(of_seed[name]) for name in _METRICS)]
 
 
 def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
@@ -63,12 +63,12 @@ def _chosen_on(config: Config) -> str:
 
 def show(config: Config, history: list[dict[str, Any]], console: Console) -> None:
   """The closing table and the commands that people want next."""
-  console.table(
-    "History", [name.replace("evaluation_seconds", "eval s") for name in _COLUMNS], list(map(_cells, history))
-  )
+  columns = [name.replace("evaluation_seconds", "eval s") for name in _COLUMNS]
+  least = ("eval s", "seconds", "loss", "accuracy", "val_loss")
+  console.table("History", columns, list(map(_cells, history)), least=least)
   top, last = best(history), history[-1]
   if "seeds" in last:
-    console.table("Last epoch by seed", ["seed", *_METRICS], list(map(_seed_cells, last["seeds"])))
+    console.table("Last epoch by seed", ["seed", *_METRICS], list(map(_seed_cells, last["seeds"])), least=least[2:])
     console.line(f"Last epoch: {_val_accuracy(last)}")
   console.line(f"Best epoch {top['epoch']}: {_val_accuracy(top)} ({_chosen_on(config)})")
   run_dir = shlex.quote(str(config.run_dir))
