@@ -33,11 +33,11 @@ def _exit_with(code: int, message: str) -> NoReturn:
 def _clear_errors() -> Iterator[None]:
   """What is meant for a person becomes one line and an exit code, never a traceback."""
   logging.basicConfig(format="warning: %(message)s")
+  # Closed from the start, as with `>&-`; this one stays open.
+  sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
   try:
     yield
-    # None where it was closed from the start.
-    if sys.stdout is not None:
-      sys.stdout.flush()
+    sys.stdout.flush()
   except ImdbJaxError as error:
     _exit_with(error.exit_code, f"error: {error}")
   except KeyboardInterrupt:
@@ -189,8 +189,7 @@ class _Predict(_Restoring):
           shown = "".join(letter if letter.isprintable() else " " for letter in text[:80])
           shown = shown if len(text) <= 80 else shown[:79] + "…"
           print(f"{probability:.4f}  {sentiment}  {shown}{'' if known_words else '  (no known word: a guess)'}")
-      if sys.stdout is not None:
-        sys.stdout.flush()
+      sys.stdout.flush()
 
   def _chunks(self) -> Iterator[list[str]]:
     """Reviews as they come: whoever writes them to a pipe may wait for the answers."""

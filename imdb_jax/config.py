@@ -52,7 +52,7 @@ def _described(hint: Any) -> str:
   if typing.get_origin(hint) is types.UnionType:
     return " or ".join(map(_described, typing.get_args(hint)))
   names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", types.NoneType: "None"}
-  return names.get(hint, hint.__name__)
+  return names.get(hint) or hint.__name__
 
 
 def _require_whole(config: Any, field: str, low: int, high: int) -> None:
