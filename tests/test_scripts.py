@@ -326,7 +326,8 @@ def test_an_unwritable_run_directory(tmp_path):
 
 
 def test_a_plot_that_cannot_be_written(trained, tmp_path):
-  for output in (tmp_path / "absent" / "curves.png", tmp_path):
+  (tmp_path / "folder.png").mkdir()
+  for output in (tmp_path / "absent" / "curves.png", tmp_path / "folder.png"):
     assert_one_clear_line(run("plot", trained, "--output", output), 2, f"--output {output}: cannot be written")
 
 
