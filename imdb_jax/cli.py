@@ -25,7 +25,11 @@ _PIECE_BYTES, _LINE_BYTES = 2**20, 2**26
 
 
 def _exit_with(code: int, message: str) -> NoReturn:
-  print(message, file=sys.stderr, flush=True)
+  try:
+    print(message, file=sys.stderr, flush=True)
+  except OSError:
+    # Its terminal has gone. Python would write there once more at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
   sys.exit(code)
 
 
@@ -230,7 +234,7 @@ class _Plot:
   run_dir: tyro.conf.Positional[Path]
   """Folder of the run."""
   output: Path | None = None
-  """The PNG to write; history.png in the run's folder by default."""
+  """The .png, .pdf or .svg to write; history.png in the run's folder by default."""
 
   def __post_init__(self):
     config_lib.expand_paths(self)
