@@ -20,6 +20,8 @@ from imdb_jax import config as config_lib
 from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.errors import ImdbJaxError, UsageError
 
+# Encoded at a time: a piece of short lines would be a million reviews.
+_TEXTS_AT_ONCE = 256
 # Read at a time, and the most that a review may have.
 _PIECE_BYTES, _LINE_BYTES = 2**20, 2**26
 
@@ -179,21 +181,25 @@ class _Predict(_Restoring):
       raise UsageError(f"--file {self.file}: not together with reviews on the command line.")
     classifier = self.load()
     for texts in self._chunks():
-      for text, probability in zip(texts, classifier.predict(texts), strict=True):
-        sentiment = "positive" if probability > 0.5 else "negative"
-        known_words = len(classifier.vocabulary.ids(text))
-        if self.json:
-          print(
-            json.dumps(
-              {"probability": float(probability), "sentiment": sentiment, "known_words": known_words, "text": text}
-            )
-          )
-        else:
-          # A line a review, and nothing that a terminal would obey.
-          shown = "".join(letter if letter.isprintable() else " " for letter in text[:80])
-          shown = shown if len(text) <= 80 else shown[:79] + "…"
-          print(f"{probability:.4f}  {sentiment}  {shown}{'' if known_words else '  (no known word: a guess)'}")
+      for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        self._answer(classifier, texts[start : start + _TEXTS_AT_ONCE])
       sys.stdout.flush()
+
+  def _answer(self, classifier, texts: list[str]) -> None:
+    for text, probability in zip(texts, classifier.predict(texts), strict=True):
+      sentiment = "positive" if probability > 0.5 else "negative"
+      known_words = len(classifier.vocabulary.ids(text))
+      if self.json:
+        print(
+          json.dumps(
+            {"probability": float(probability), "sentiment": sentiment, "known_words": known_words, "text": text}
+          )
+        )
+      else:
+        # A line a review, and nothing that a terminal would obey.
+        shown = "".join(letter if letter.isprintable() else " " for letter in text[:80])
+        shown = shown if len(text) <= 80 else shown[:79] + "…"
+        print(f"{probability:.4f}  {sentiment}  {shown}{'' if known_words else '  (no known word: a guess)'}")
 
   def _chunks(self) -> Iterator[list[str]]:
     """Reviews as they come: whoever writes them to a pipe may wait for the answers."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,22 @@ def test_a_pipe_is_answered_line_by_line(trained):
     # Before the pipe is closed; a program at its other end may wait for this.
     assert f"  {text}" in process.stdout.readline().decode().rstrip()
   assert finish(process)[0] == 0
+
+
+def test_many_short_reviews_are_not_encoded_at_once(tmp_path, monkeypatch, capsys):
+  """A piece of a file holds a million empty lines, whose tokens would take a gigabyte."""
+  sizes = []
+
+  def predict(texts):
+    sizes.append(len(texts))
+    return [0.0] * len(texts)
+
+  classifier = types.SimpleNamespace(predict=predict, vocabulary=types.SimpleNamespace(ids=str.split))
+  monkeypatch.setattr(cli._Predict, "load", lambda self: classifier)
+  (tmp_path / "reviews.txt").write_text("bad\n" * 1_000)
+  cli._Predict(run_dir=tmp_path, file=str(tmp_path / "reviews.txt"))()
+  assert sum(sizes) == len(capsys.readouterr().out.splitlines()) == 1_000
+  assert max(sizes) <= 256
 
 
 def test_a_review_is_one_line_without_control_characters(trained):
