@@ -1,4 +1,4 @@
-# Everything here needs only python3 (3.11 or newer) and a package index. Nothing is installed outside .venv and
+# Requires only python3 (3.11 or newer) and access to a package index. Everything is installed into .venv and
 # .venv-bench.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --constraint requirements/constraints.txt \
   --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
-.PHONY: help setup demo test torture bench gpu lint format lock clean
+.PHONY: help setup demo test test-all torture bench gpu lint format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -30,8 +30,11 @@ demo: setup  ## Train on the embedded sample, evaluate, plot, predict
 	$(BIN)/python scripts/plot.py runs/demo
 	$(BIN)/python scripts/predict.py runs/demo --platform cpu "I expected a masterpiece. It was a disaster." "Not bad at all, quite the opposite."
 
-test: setup  ## Run the tests
-	$(BIN)/python -m pytest -n auto
+test: setup  ## Run the tests, without the slow ones (four minutes)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: setup  ## Run all tests
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 torture: setup  ## Kill, stop and damage runs at random, hundreds of times (15 minutes)
 	$(BIN)/python tests/torture.py --markdown runs/torture.md
@@ -40,16 +43,16 @@ bench: setup $(BENCH_VENV)/.ready  ## Compare a training step with Keras and PyT
 	$(BIN)/python benchmarks/epoch_time.py --quick $(if $(ARCHIVE),--archive "$(ARCHIVE)")
 # benchmarks/time_to_accuracy.py and benchmarks/cost_curves.py run in the same environment.
 
-# PyTorch is no part of the hashed lock: its builds differ by index (for CPU only, or with gigabytes of CUDA), and any
-# of them serves. Where it cannot be installed the benchmark says that it is missing.
+# PyTorch is not in the lock file: its builds (CPU, CUDA) differ by index, and any of them will do. If it cannot be
+# installed, the benchmark reports it as missing.
 $(BENCH_VENV)/.ready: requirements/bench.lock
 	@echo "Setting up $(BENCH_VENV) (a few minutes)"
 	@$(PYTHON) -m venv --clear $(BENCH_VENV)
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.lock
-	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) || echo "$(TORCH) is missing: no row for it"
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) || echo "$(TORCH) is missing: the benchmark leaves it out"
 	@touch $@
 
-gpu: setup $(BENCH_VENV)/.ready  ## Measure on an NVIDIA GPU (Hopper or later) what docs/gpu.md leaves open
+gpu: setup $(BENCH_VENV)/.ready  ## Measure on an NVIDIA GPU (Hopper or later); see docs/gpu.md
 	@for python in $(BIN)/python $(BENCH_VENV)/bin/python; do \
 	  $$python -m pip install --quiet --disable-pip-version-check "jax[cuda13]==$$($$python -c 'import jax; print(jax.__version__)')"; done
 	IMDB_JAX_TEST_PLATFORM=cuda $(BIN)/python -m pytest tests/lstm/test_mosaic_gpu.py tests/lstm/test_cudnn.py
@@ -66,7 +69,7 @@ lint: setup  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: setup  ## Rewrite the code in the project's style
+format: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,14 +1,14 @@
-"""Errors that end a command: one clear line each, and an exit code that a script can rely on."""
+"""Errors that end a command, with one line for people and an exit code for scripts."""
 
 
 def first_line(error: BaseException) -> str:
-  """What an error of another package says, short, without a full stop; its kind where it says nothing."""
+  """Return the first line of an error's message, shortened, without a full stop; its type if it has no message."""
   lines = str(error).strip().splitlines()
   return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
 class ImdbJaxError(Exception):
-  """Base of the errors whose message is meant for the person at the console."""
+  """Base class of errors whose message is meant for people."""
 
   exit_code = 1
 
@@ -20,7 +20,7 @@ class UsageError(ImdbJaxError):
 
 
 class DataError(ImdbJaxError):
-  """The reviews are missing, damaged or not what they should be."""
+  """The reviews are missing, damaged or different from those expected."""
 
   exit_code = 3
 
@@ -32,12 +32,12 @@ class CheckpointError(ImdbJaxError):
 
 
 class DivergenceError(ImdbJaxError):
-  """The loss is no longer finite."""
+  """A loss, gradient or parameter is not finite."""
 
   exit_code = 5
 
 
 class PlatformError(ImdbJaxError):
-  """The requested platform or devices are not available."""
+  """The requested platform, devices or processes are not available."""
 
   exit_code = 6

@@ -1,18 +1,18 @@
-"""Embedding, LSTM over time, pooling, one logit."""
+"""The network: embedding, LSTM over time, pooling, head."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from imdb_jax import lstm
-from imdb_jax.config import Config, ModelConfig
-from imdb_jax.errors import UsageError
+from imdb_jax.config import ModelConfig
 
 DropoutMasks = tuple[jax.Array | None, jax.Array | None]
+NO_DROPOUT: DropoutMasks = (None, None)
 
 
-def _keras_bias_init(key: jax.Array, shape: tuple[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-  """Zeros, but ones for the forget gate (`unit_forget_bias`; Jozefowicz et al. 2015)."""
+def _bias_init(key: jax.Array, shape: tuple[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+  """Return zeros, but ones for the forget gate (Keras's `unit_forget_bias`; Jozefowicz et al. 2015)."""
   del key
   hidden_size = shape[0] // 4
   return jnp.zeros(shape, dtype).at[hidden_size : 2 * hidden_size].set(1.0)
@@ -23,7 +23,7 @@ def _embedding_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = j
 
 
 def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> DropoutMasks:
-  """Draws the inverted-dropout masks of a global batch, before it is spread over devices.
+  """Draw the inverted-dropout masks of a global batch, before it is sharded over devices.
 
   Args:
     key: a typed PRNG key.
@@ -31,8 +31,8 @@ def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> 
     batch_size: b.
 
   Returns:
-    input mask f32[b, e] and recurrent mask f32[b, h], or [b, 4, e] and [b, 4, h] with one mask a gate; the batch
-    stands first, so that the masks are sharded like the reviews. None where the rate is 0.
+    Input mask f32[b, e] and recurrent mask f32[b, h], or [b, 4, e] and [b, 4, h] with one mask per gate. The batch is
+    the first axis, so that the masks are sharded like the reviews. None where the rate is 0.
   """
   gates = () if config.dropout_masks == "shared" else (4,)
 
@@ -50,14 +50,19 @@ def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> 
 
 
 class LSTM(nn.Module):
-  """The parameters of an LSTM, initialised as Keras does, and the recurrence over them."""
+  """LSTM layer with Keras's initializers.
+
+  Attributes:
+    config: sizes and semantics.
+    implementation: name of an implementation, see `imdb_jax.lstm`.
+  """
 
   config: ModelConfig
   implementation: str | None = None
 
   @nn.compact
   def __call__(self, inputs: jax.Array, lengths: jax.Array | None, dropout_masks: DropoutMasks) -> jax.Array:
-    """inputs f32[b, t, e] -> hidden f32[b, t, h]."""
+    """Return hidden states f32[b, t, h] of inputs f32[b, t, e]."""
     hidden_size = self.config.hidden_size
     input_mask, recurrent_mask = (
       mask if mask is None or mask.ndim == 2 else jnp.moveaxis(mask, 1, 0) for mask in dropout_masks
@@ -66,7 +71,7 @@ class LSTM(nn.Module):
       inputs,
       self.param("kernel", nn.initializers.glorot_uniform(), (inputs.shape[-1], 4 * hidden_size)),
       self.param("recurrent_kernel", nn.initializers.orthogonal(), (hidden_size, 4 * hidden_size)),
-      self.param("bias", _keras_bias_init, (4 * hidden_size,)),
+      self.param("bias", _bias_init, (4 * hidden_size,)),
       input_dropout_mask=input_mask,
       recurrent_dropout_mask=recurrent_mask,
       lengths=lengths,
@@ -75,70 +80,62 @@ class LSTM(nn.Module):
     )
 
 
-class SentimentLSTM(nn.Module):
-  """The article's model and its variants.
+class TextClassifier(nn.Module):
+  """The article's model and its variants: `embed`, then `encode`, then `head`.
 
   Attributes:
     config: sizes and semantics.
     vocabulary_size: rows of the embedding; every id must be below it.
-    implementation: of the recurrence, see `imdb_jax.lstm`.
+    head_size: logits per review.
+    implementation: name of an implementation of the recurrence, see `imdb_jax.lstm`.
   """
 
   config: ModelConfig
   vocabulary_size: int
+  head_size: int = 1
   implementation: str | None = None
 
-  @classmethod
-  def of_run(cls, config: Config) -> "SentimentLSTM":
-    """The model that the settings of a run describe, with the implementation that serves it here.
+  def setup(self):
+    self.embedding = nn.Embed(self.vocabulary_size, self.config.embedding_size, embedding_init=_embedding_init)
+    self.lstm = LSTM(self.config, self.implementation)
+    self.dense = nn.Dense(self.head_size, kernel_init=nn.initializers.glorot_uniform())
 
-    Raises:
-      UsageError: the named implementation cannot.
-    """
-    name, model = config.runtime.implementation, config.model
-    if name == "auto":
-      name = lstm.choose(model.hidden_size).name
-    problem = lstm.unsupported(
-      name,
-      hidden_size=model.hidden_size,
-      recurrent_dropout=model.recurrent_dropout_rate > 0,
-      gate_activation=model.gate_activation,
-      several_models=config.training.num_seeds > 1,
-    )
-    if problem is not None:
-      raise UsageError(f"--implementation {name}: {problem}.")
-    return cls(model, config.dataset.vocabulary_size, name)
-
-  @nn.compact
-  def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = (None, None)) -> jax.Array:
-    """Logits of a batch; positive means a positive review.
+  def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
+    """Return the logits of a batch.
 
     Args:
       tokens: int[b, t], padded at the front.
-      lengths: i32[b], real positions of each review.
-      dropout_masks: from `draw_dropout_masks`, or None each for prediction.
+      lengths: i32[b], number of tokens of each review.
+      dropout_masks: from `draw_dropout_masks`; none for prediction.
 
     Returns:
-      f32[b].
+      f32[b, head_size].
     """
-    embedding = nn.Embed(
-      self.vocabulary_size, self.config.embedding_size, embedding_init=_embedding_init, name="embedding"
-    )
-    real_lengths = lengths if self.config.mask_padding else None
-    hidden = LSTM(self.config, self.implementation, name="lstm")(embedding(tokens), real_lengths, dropout_masks)
-    pooled = _pool(hidden, real_lengths, self.config.pooling)
-    return nn.Dense(1, kernel_init=nn.initializers.glorot_uniform(), name="dense")(pooled)[:, 0]
+    return self.head(self.encode(self.embed(tokens), lengths, dropout_masks))
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """Return word vectors f32[b, t, e] of tokens int[b, t]."""
+    return self.embedding(tokens)
+
+  def encode(self, inputs: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
+    """Return one vector per review, f32[b, h], of word vectors f32[b, t, e]."""
+    masked_lengths = lengths if self.config.mask_padding else None
+    return _pool(self.lstm(inputs, masked_lengths, dropout_masks), masked_lengths, self.config.pooling)
+
+  def head(self, encoded: jax.Array) -> jax.Array:
+    """Return logits f32[b, head_size] of encoded reviews f32[b, h]."""
+    return self.dense(encoded)
 
 
 def _pool(hidden: jax.Array, lengths: jax.Array | None, pooling: str) -> jax.Array:
-  """hidden f32[b, t, h] -> f32[b, h] over the real positions; zeros for a review without any."""
+  """Reduce hidden states f32[b, t, h] to f32[b, h]; a review without tokens gives zeros."""
   if pooling == "last":
     return hidden[:, -1]
   b, t, _ = hidden.shape
   if lengths is None:
     lengths = jnp.full((b,), t, jnp.int32)
   if pooling == "mean":
-    # Positions that are not real hold zeros, so the sum needs no mask.
+    # Hidden states of padding are zeros, so the sum needs no mask.
     return jnp.sum(hidden, axis=1) / jnp.maximum(lengths, 1)[:, None].astype(hidden.dtype)
   is_real = (jnp.arange(t)[None, :] >= t - lengths[:, None])[:, :, None]
   highest = jnp.max(jnp.where(is_real, hidden, -jnp.inf), axis=1)

@@ -1,36 +1,38 @@
-"""New texts through a trained model."""
+"""Restored models: predictions for new texts, and evaluation."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from imdb_jax import run_directory, sharding, state, steps
-from imdb_jax.checkpoint import Checkpoints
-from imdb_jax.config import Config, RuntimeConfig, expand_home
+from imdb_jax import devices, evaluation, processes
+from imdb_jax.config import RuntimeConfig
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.evaluation import Evaluation, evaluate, predict_logits
-from imdb_jax.model import SentimentLSTM
+from imdb_jax.program import Program
+from imdb_jax.store import run_directory
+from imdb_jax.store.checkpoints import Checkpoints
+from imdb_jax.task import Evaluation
+
+# Few batch sizes, so that few programs are compiled; larger requests use `evaluation_batch_size`.
+_SMALL_BATCHES = (1, 16)
 
 
 class Classifier:
-  """A restored model with its vocabulary. A run of several seeds is one ensemble, which averages their probabilities.
+  """A restored run with its vocabulary. With several seeds it is an ensemble, which averages their probabilities.
 
   Attributes:
-    config: of the run.
-    vocabulary: the words that it knows.
-    step: the restored one.
+    config: settings of the run.
+    vocabulary: the words that the model knows.
+    step: the restored step.
   """
 
-  def __init__(self, config: Config, vocabulary: Vocabulary, params: dict, mesh: Mesh, step: int):
-    self.config, self.vocabulary, self.step = config, vocabulary, step
-    self._params, self._mesh = params, mesh
-    self._predict_step = steps.make_predict_step(SentimentLSTM.of_run(config), mesh, config.training.num_seeds)
+  def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int):
+    self.config, self.vocabulary, self.step = program.config, vocabulary, step
+    self._program, self._params = program, params
 
   @classmethod
   def load(
@@ -40,58 +42,56 @@ class Classifier:
     step: int | Literal["best", "latest"] = "best",
     runtime: RuntimeConfig | None = None,
   ) -> "Classifier":
-    """Restores a run, whatever devices it was trained on.
+    """Restore a run, whatever devices it was trained on.
 
     Args:
-      run_dir: of the run.
+      run_dir: the run directory.
       step: which checkpoint; best is the one with the highest validation accuracy.
       runtime: where to compute.
 
     Raises:
-      UsageError: the folder is not that of a run, or its files are damaged.
-      CheckpointError: the checkpoint is absent, damaged or does not fit config and vocabulary.
-      PlatformError: the platform is not there.
+      UsageError: the folder is not a run directory, or its files are damaged.
+      CheckpointError: the checkpoint is missing or damaged, or does not fit config and vocabulary.
+      PlatformError: the platform is missing.
     """
-    run_dir, runtime = expand_home(run_dir), runtime or RuntimeConfig()
+    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(run_dir))
+    # The settings have expanded ~.
+    run_dir = runtime.run_dir or Path(run_dir)
     config = run_directory.load_config(run_dir, runtime)
-    vocabulary = run_directory.load_vocabulary(run_dir)
-    mesh = sharding.start(runtime)
-    model = SentimentLSTM.of_run(config)
-    optimizer = state.make_optimizer(config.optimizer, num_steps=1)
-    abstract = state.abstract(model, optimizer, mesh, config.training.num_seeds)
+    run_directory.check(run_dir)
+    vocabulary = Vocabulary.load(run_dir / "vocab.json")
+    program = Program(config, devices.start(runtime, runtime.evaluation_batch_size))
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
-      saved, restored = checkpoints.find_and_restore(step, abstract)
-    return cls(config, vocabulary, restored.params, mesh, saved.step)
+      saved, state = checkpoints.restore(step, program.abstract_state())
+    return cls(program, vocabulary, state.params, saved.step)
 
-  @contextlib.contextmanager
-  def _computing(self) -> Iterator[None]:
-    with sharding.device_errors(), jax.default_matmul_precision(self.config.training.matmul_precision):
-      yield
+  def _batch_size(self, num_texts: int) -> int:
+    largest = self.config.runtime.evaluation_batch_size
+    return next((size for size in _SMALL_BATCHES if num_texts <= size <= largest), largest)
+
+  def warmup(self) -> None:
+    """Compile the programs for all batch sizes, so that no later call of `predict` has to wait for that."""
+    for size in {*map(self._batch_size, _SMALL_BATCHES), self.config.runtime.evaluation_batch_size}:
+      self.predict([""] * size)
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
-    """The probability that each text is positive, f32[n]; a text without a known word gets an answer too.
+    """Return the probability that each text is positive, f32[n]. A text without a known word gets an answer too.
 
     Raises:
-      TypeError: texts is one text, whose letters would be taken for texts, or holds what is none.
+      TypeError: texts is a single text, or holds something that is not a text.
     """
     if isinstance(texts, str):
       raise TypeError("texts: must be a list of texts, not one text")
     for row, text in enumerate(texts):
       if not isinstance(text, str):
         raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
-    tokens, lengths = self.vocabulary.encode(texts, self.config.dataset.sequence_length)
+    tokens, lengths = self.vocabulary.encode(texts, self.config.data.sequence_length)
     split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(len(texts), np.int32))
-    # Powers of two: few shapes to compile, little waste.
-    wanted = 1 << max(len(texts) - 1, 0).bit_length()
-    batch_size = min(wanted, self.config.runtime.evaluation_batch_size)
-    logits = np.zeros((self.config.training.num_seeds, len(texts)), np.float64)
-    with self._computing():
-      for rows, values in predict_logits(self._predict_step, self._params, split, self._mesh, batch_size):
-        logits[:, rows] = values
-    return np.mean(0.5 * (1 + np.tanh(0.5 * logits)), axis=0).astype(np.float32)
+    with processes.computing():
+      logits = evaluation.predict(self._program, self._params, split, self._batch_size(len(texts)))
+    return self._program.task.probabilities(logits)
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
-    """Metrics over encoded reviews, see `imdb_jax.evaluation`."""
-    size, num_seeds = self.config.runtime.evaluation_batch_size, self.config.training.num_seeds
-    with self._computing():
-      return evaluate(self._predict_step, self._params, split, self._mesh, size, num_seeds=num_seeds)
+    """Return the metrics over encoded reviews."""
+    with processes.computing():
+      return evaluation.evaluate(self._program, self._params, split, self.config.runtime.evaluation_batch_size)

@@ -3,9 +3,9 @@
 import signal
 
 if __name__ == "__main__":
-  # Ctrl-C while Python imports ends it without a traceback; the command then takes over.
+  # Ctrl-C during imports ends Python without a traceback. The command installs its own handler later.
   if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   from imdb_jax import cli
 
-  cli.predict()
+  cli.run("predict")

@@ -1,11 +1,11 @@
-"""Prepare the reviews as a tensorflow-datasets store: `python scripts/prepare.py --archive PATH`."""
+"""Prepare the tensorflow-datasets store: `python scripts/prepare.py --archive PATH`."""
 
 import signal
 
 if __name__ == "__main__":
-  # Ctrl-C while Python imports ends it without a traceback; the command then takes over.
+  # Ctrl-C during imports ends Python without a traceback. The command installs its own handler later.
   if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   from imdb_jax import cli
 
-  cli.prepare()
+  cli.run("prepare")

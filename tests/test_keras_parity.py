@@ -1,23 +1,23 @@
-"""Keras 3 with our weights computes our logits, losses and updates.
+"""With our weights, Keras 3 computes our probabilities, losses and updates.
 
-Run as a script this file is Keras's side: it wants JAX to itself, with settings of its own.
+Run as a script, this file is the side of Keras, which needs a process with its own settings of JAX.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
+import programs
 import pytest
-from jax.sharding import Mesh
 
-from imdb_jax import sharding, state, steps
-from imdb_jax.config import ModelConfig, OptimizerConfig
-from imdb_jax.model import SentimentLSTM
+from imdb_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.program import Program
 
 VOCABULARY_SIZE, LENGTH, BATCH_SIZE, NUM_STEPS = 30, 9, 8, 3
 CONFIG = ModelConfig(embedding_size=6, hidden_size=7, input_dropout_rate=0, recurrent_dropout_rate=0)
@@ -33,7 +33,7 @@ WEIGHTS = (
 
 
 def keras_side(source: Path, target: Path) -> None:
-  """Reads weights and batches, writes what Keras makes of them."""
+  """Train with Keras from the weights and batches in `source`; write probabilities, losses and weights to `target`."""
   import keras
 
   keras.utils.set_random_seed(0)
@@ -68,44 +68,42 @@ if __name__ == "__main__":
   keras_side(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Batches:
-  tokens: np.ndarray
-  lengths: np.ndarray
-  labels: np.ndarray
-
-
-def make_batches() -> Batches:
+def make_split() -> TokenSplit:
+  """Return the reviews of all batches, in order; each batch has an empty and a full one."""
   rng = np.random.default_rng(5)
   lengths = rng.integers(1, LENGTH + 1, (NUM_STEPS, BATCH_SIZE)).astype(np.int32)
   lengths[:, :2] = 0, LENGTH
   tokens = rng.integers(1, VOCABULARY_SIZE, (NUM_STEPS, BATCH_SIZE, LENGTH)).astype(np.int32)
   tokens[np.arange(LENGTH) < LENGTH - lengths[..., None]] = 0
-  return Batches(tokens, lengths, rng.integers(0, 2, (NUM_STEPS, BATCH_SIZE)).astype(np.float32))
+  labels = rng.integers(0, 2, NUM_STEPS * BATCH_SIZE).astype(np.int32)
+  return TokenSplit(tokens=tokens.reshape(-1, LENGTH), lengths=lengths.ravel(), labels=labels)
 
 
-def one_device() -> Mesh:
-  return Mesh(np.array(jax.devices()[:1]), (sharding.AXIS,))
-
-
-def make_state(config: ModelConfig, vocabulary_size: int) -> state.TrainState:
-  model = SentimentLSTM(config, vocabulary_size)
-  return state.create(model, state.make_optimizer(OptimizerConfig(), num_steps=10), 3, one_device())
+@functools.cache
+def program_of(mask_padding: bool) -> Program:
+  config = Config(
+    data=DataConfig(vocabulary_size=VOCABULARY_SIZE, sequence_length=LENGTH),
+    model=dataclasses.replace(CONFIG, mask_padding=mask_padding),
+    training=TrainingConfig(seed=3, batch_size=BATCH_SIZE),
+  )
+  return Program(config, programs.mesh_of(1))
 
 
 def weights_of(params: dict) -> list[np.ndarray]:
-  return [np.array(params[layer][name]) for layer, name in WEIGHTS]
+  """Return the weights of the only seed, in the order of Keras."""
+  return [np.array(params[layer][name])[0] for layer, name in WEIGHTS]
 
 
 @pytest.fixture(scope="module")
 def keras_results(tmp_path_factory) -> dict[str, np.ndarray]:
   if importlib.util.find_spec("keras") is None:
     pytest.skip("keras is not installed")
-  folder, batches = tmp_path_factory.mktemp("keras"), make_batches()
+  folder, split = tmp_path_factory.mktemp("keras"), make_split()
   source, target = folder / "source.npz", folder / "target.npz"
-  initial = weights_of(make_state(CONFIG, VOCABULARY_SIZE).params)
-  arrays = {f"initial_{i}": weight for i, weight in enumerate(initial)}
-  np.savez(source, tokens=batches.tokens, labels=batches.labels, **arrays)
+  arrays = {f"initial_{i}": weight for i, weight in enumerate(weights_of(program_of(False).init().params))}
+  arrays["tokens"] = split.tokens.reshape(NUM_STEPS, BATCH_SIZE, LENGTH)
+  arrays["labels"] = split.labels.astype(np.float32).reshape(NUM_STEPS, BATCH_SIZE)
+  np.savez(source, **arrays)
   environment = os.environ | {
     "KERAS_BACKEND": "jax",
     "KERAS_HOME": str(folder),
@@ -120,12 +118,11 @@ def keras_results(tmp_path_factory) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("mask_padding", [False, True])
 def test_probabilities_are_those_of_keras(keras_results, mask_padding):
-  model = SentimentLSTM(dataclasses.replace(CONFIG, mask_padding=mask_padding), VOCABULARY_SIZE)
-  batches, params = make_batches(), make_state(CONFIG, VOCABULARY_SIZE).params
-  predict = steps.make_predict_step(model, one_device())
-  logits = np.asarray(predict(params, batches.tokens[0], batches.lengths[0]), np.float64)
+  program, split = program_of(mask_padding), make_split()
+  logits = program.predict(program.init().params, split.tokens[:BATCH_SIZE], split.lengths[:BATCH_SIZE])
+  logits = np.asarray(logits, np.float64)[0, :, 0]
   probabilities = keras_results[f"{mask_padding}_probabilities"].astype(np.float64)
-  # The logits are about 0.01, and rounding of a probability of one half is 4 times as large in its logit.
+  # The logits are about 0.01. Rounding errors of a probability near one half are 4 times as large in its logit.
   np.testing.assert_allclose(1 / (1 + np.exp(-logits)), probabilities, atol=2e-7)
   np.testing.assert_allclose(logits, np.log(probabilities / (1 - probabilities)), atol=1e-6)
   assert np.ptp(logits) > 1e-3
@@ -133,31 +130,24 @@ def test_probabilities_are_those_of_keras(keras_results, mask_padding):
 
 @pytest.mark.parametrize("mask_padding", [False, True])
 def test_losses_and_updates_are_those_of_keras(keras_results, mask_padding):
-  """Adam moves a weight by up to 1e-3 a step; tolerated is a thousandth of that a step."""
-  model = SentimentLSTM(dataclasses.replace(CONFIG, mask_padding=mask_padding), VOCABULARY_SIZE)
-  mesh, batches = one_device(), make_batches()
-  step = steps.make_train_step(model, state.make_optimizer(OptimizerConfig(), num_steps=10), mesh)
-  current = make_state(CONFIG, VOCABULARY_SIZE)
+  """Adam moves a weight by up to 1e-3 per step; the tolerance is a thousandth of that."""
+  program, state = program_of(mask_padding), program_of(mask_padding).init()
+  reviews = program.put_split(make_split())
   for i in range(NUM_STEPS):
-    examples = {
-      "tokens": batches.tokens[i],
-      "lengths": batches.lengths[i],
-      "labels": batches.labels[i],
-      "weights": np.ones(BATCH_SIZE, np.float32),
-    }
-    before = weights_of(current.params)
-    current, metrics = step(current, sharding.put(examples, sharding.over_reviews(mesh)))
-    loss = float(metrics["loss"] / metrics["weight"])
+    rows = np.arange(i * BATCH_SIZE, (i + 1) * BATCH_SIZE, dtype=np.int32)[None, None, :]
+    before = weights_of(state.params)
+    state, sums = program.train_steps(state, reviews, *program.put_rows(rows))
+    loss = float(sums["loss"][0, 0] / sums["weight"][0, 0])
     np.testing.assert_allclose(loss, keras_results[f"{mask_padding}_loss_{i}"], rtol=1e-6)
-    for j, (name, weight) in enumerate(zip(WEIGHTS, weights_of(current.params), strict=True)):
+    for j, (name, weight) in enumerate(zip(WEIGHTS, weights_of(state.params), strict=True)):
       expected = keras_results[f"{mask_padding}_weight_{i}_{j}"]
       np.testing.assert_allclose(weight, expected, rtol=0, atol=(i + 1) * 1e-6, err_msg=f"{name} after step {i + 1}")
       assert np.abs(weight - before[j]).max() > 1e-4, f"{name} did not move"
 
 
-def test_initial_weights_are_spread_as_those_of_keras(keras_results):
-  """The draws differ, their distribution does not: same spread and bounds, to what so many draws allow."""
-  ours = weights_of(make_state(ModelConfig(), 4000).params)
+def test_initial_weights_have_the_distribution_of_those_of_keras(keras_results):
+  """The draws differ, but not their spread and mean, as far as so many draws tell."""
+  ours = weights_of(Program(Config(training=TrainingConfig(seed=3)), programs.mesh_of(1)).init().params)
   for j, (name, weight) in enumerate(zip(WEIGHTS, ours, strict=True)):
     theirs = keras_results[f"article_{j}"]
     assert weight.shape == theirs.shape

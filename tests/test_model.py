@@ -1,6 +1,5 @@
-"""Parameters as Keras makes them, logits as float64 computes them, dropout masks as the recipe asks."""
+"""Parameters start as in Keras, logits agree with float64, and dropout masks have the right shape and scale."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,25 +8,29 @@ import numpy as np
 import pytest
 from lstm import reference
 
-from imdb_jax.config import PRESETS, ModelConfig
-from imdb_jax.errors import UsageError
-from imdb_jax.lstm import choice
-from imdb_jax.model import SentimentLSTM, draw_dropout_masks
+from imdb_jax.config import ModelConfig
+from imdb_jax.model import TextClassifier, draw_dropout_masks
 
 SMALL = {"embedding_size": 3, "hidden_size": 5}
 VOCABULARY_SIZE = 11
-# Front-padded, from nothing but padding to none.
+# Padded at the front: from only padding to none.
 LENGTHS = np.array([0, 1, 3, 7, 7, 5], np.int32)
 
 
-def init(config: ModelConfig, vocabulary_size: int, seed: int = 0) -> dict:
+@functools.cache
+def initializer(config: ModelConfig, vocabulary_size: int):
+  """Return the compiled function from a seed to initial parameters."""
   tokens, lengths = np.zeros((1, 2), np.int32), np.ones(1, np.int32)
-  model = SentimentLSTM(config, vocabulary_size)
-  return jax.device_get(jax.jit(model.init)(jax.random.key(seed), tokens, lengths)["params"])
+  model = TextClassifier(config, vocabulary_size)
+  return jax.jit(lambda seed: model.init(jax.random.key(seed), tokens, lengths)["params"])
+
+
+def init(config: ModelConfig, vocabulary_size: int, seed: int = 0) -> dict:
+  return jax.device_get(initializer(config, vocabulary_size)(seed))
 
 
 def make_tokens(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-  """Random ids; a review's ids do not depend on the length that it is padded to."""
+  """Return random ids; those of a review do not depend on the length that it is padded to."""
   tokens = np.zeros((len(lengths), sequence_length), np.int32)
   for row, length in enumerate(lengths):
     ids = np.random.default_rng(row).integers(1, VOCABULARY_SIZE, length)
@@ -36,18 +39,18 @@ def make_tokens(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def random_params(config: ModelConfig) -> dict:
-  """Parameters far from their initial values, so that every one of them shows in the logits."""
-  params = init(config, VOCABULARY_SIZE)
-  leaves, tree = jax.tree.flatten(params)
+  """Return parameters far from their initial values, so that each of them affects the logits."""
+  leaves, tree = jax.tree.flatten(jax.eval_shape(initializer(config, VOCABULARY_SIZE), 0))
   rng = np.random.default_rng(1)
   return jax.tree.unflatten(tree, [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
 
 
 def logits_of(config: ModelConfig, params: dict, tokens, lengths, masks=(None, None)) -> np.ndarray:
-  model = SentimentLSTM(config, VOCABULARY_SIZE)
+  """Return the logits [n] of a model with one logit."""
+  model = TextClassifier(config, VOCABULARY_SIZE)
   # Operation by operation: compiling each setting would take far longer.
   with jax.disable_jit():
-    return np.asarray(model.apply({"params": params}, tokens, lengths, masks))
+    return np.asarray(model.apply({"params": params}, tokens, lengths, masks))[:, 0]
 
 
 def float64_logits(config: ModelConfig, params: dict, tokens, lengths, masks) -> np.ndarray:
@@ -73,7 +76,7 @@ def article_params() -> dict:
   return init(ModelConfig(), 4000)
 
 
-def test_article_has_its_643_713_parameters_under_fixed_names():
+def test_the_article_model_has_643_713_parameters_under_fixed_names():
   shapes = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(article_params())
@@ -109,7 +112,7 @@ def test_recurrent_kernel_starts_with_orthogonal_rows():
   np.testing.assert_allclose(recurrent_kernel @ recurrent_kernel.T, np.eye(128), atol=1e-5)
 
 
-def test_bias_starts_zero_but_one_for_the_forget_gate():
+def test_bias_starts_at_zero_except_one_for_the_forget_gate():
   np.testing.assert_array_equal(article_params()["lstm"]["bias"].reshape(4, 128).T, [[0, 1, 0, 0]] * 128)
 
 
@@ -153,7 +156,7 @@ def test_logits_agree_with_float64(pooling, mask_padding, dropout_masks, gate_ac
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_masked_padding_does_not_matter(pooling):
+def test_masked_padding_changes_nothing(pooling):
   config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling)
   params = random_params(config)
   tight, wide = (logits_of(config, params, make_tokens(LENGTHS, t), LENGTHS) for t in (7, 12))
@@ -161,22 +164,22 @@ def test_masked_padding_does_not_matter(pooling):
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_masked_empty_review_has_the_bias_as_logit(pooling):
+def test_the_logit_of_a_masked_empty_review_is_the_bias(pooling):
   config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling)
   params = random_params(config)
   logits = logits_of(config, params, make_tokens(LENGTHS, 7), LENGTHS)
   assert logits[0] == params["dense"]["bias"][0]
 
 
-def test_processed_padding_matters():
-  """As in the article: padding is read like a word."""
+def test_padding_that_is_not_masked_matters():
+  """In the article's model, padding is processed like a word."""
   config = ModelConfig(**SMALL)
   params = random_params(config)
   tight, wide = (logits_of(config, params, make_tokens(LENGTHS, t), LENGTHS) for t in (7, 12))
   assert (np.abs(tight - wide) > 1e-3).all()
 
 
-def test_ids_of_the_cache_are_taken_as_they_are():
+def test_tokens_may_be_int16_or_int32():
   config = ModelConfig(**SMALL)
   params, tokens = random_params(config), make_tokens(LENGTHS, 7)
   narrow, wide = (logits_of(config, params, tokens.astype(dtype), LENGTHS) for dtype in (np.int16, np.int32))
@@ -188,7 +191,7 @@ def test_masks_keep_the_right_share_and_scale_it_up(dropout_masks, gates):
   config = ModelConfig(dropout_masks=dropout_masks, input_dropout_rate=0.2, recurrent_dropout_rate=0.5)
   masks = jax.device_get(draw_dropout_masks(jax.random.key(0), config, 500))
   for mask, rate, size in zip(masks, (0.2, 0.5), (128, 128), strict=True):
-    # One value a review and unit, none a position: constant over time.
+    # One value per review and unit, constant over time.
     assert mask.shape == (500, *gates, size)
     assert mask.dtype == np.float32
     np.testing.assert_array_equal(np.unique(mask), np.array([0, 1 / (1 - rate)], np.float32))
@@ -199,7 +202,7 @@ def test_masks_keep_the_right_share_and_scale_it_up(dropout_masks, gates):
     assert (masks[0][:, 0] != masks[0][:, 1]).any(axis=1).all(), "gates share a mask"
 
 
-def test_input_and_recurrent_masks_are_drawn_apart():
+def test_input_and_recurrent_masks_differ():
   inputs, recurrent = draw_dropout_masks(jax.random.key(0), ModelConfig(), 8)
   assert jnp.any(inputs != recurrent)
 
@@ -213,20 +216,28 @@ def test_no_mask_is_drawn_at_rate_0(rates, drawn):
 
 @pytest.mark.parametrize("dropout_masks", ["shared", "per_gate"])
 def test_a_padded_batch_starts_with_the_same_masks(dropout_masks):
-  """32 reviews on 3 devices are padded to 33, and must train as on 1, 2 or 4."""
+  """On 3 devices, 32 reviews are padded to 33; they must train as on 1, 2 or 4."""
   config = ModelConfig(dropout_masks=dropout_masks)
   for exact, padded in zip(*(draw_dropout_masks(jax.random.key(0), config, size) for size in (32, 33)), strict=True):
     np.testing.assert_array_equal(exact, padded[:32])
 
 
-def test_cudnn_computes_one_model_at_a_time(monkeypatch):
-  """Else JAX says that it has no batching rule, once the run is under way."""
-  monkeypatch.setattr(choice, "gpu_problem", lambda capability: None)
-  config = dataclasses.replace(
-    PRESETS["sample"],
-    model=ModelConfig(recurrent_dropout_rate=0.0),
-    runtime=dataclasses.replace(PRESETS["sample"].runtime, implementation="cudnn"),
-  )
-  assert SentimentLSTM.of_run(config).implementation == "cudnn"
-  with pytest.raises(UsageError, match=r"--implementation cudnn: .*several models"):
-    SentimentLSTM.of_run(dataclasses.replace(config, training=dataclasses.replace(config.training, num_seeds=2)))
+def test_the_parts_of_the_model_give_the_logits_of_the_whole():
+  """`embed`, then `encode`, then `head`; gradients with respect to word vectors need the parts."""
+  config = ModelConfig(**SMALL, mask_padding=True, pooling="max")
+  params, tokens = random_params(config), make_tokens(LENGTHS, 7)
+  masks = jax.device_get(draw_dropout_masks(jax.random.key(2), config, len(LENGTHS)))
+  model, variables = TextClassifier(config, VOCABULARY_SIZE, head_size=1), {"params": params}
+  with jax.disable_jit():
+    vectors = model.apply(variables, tokens, method="embed")
+    encoded = model.apply(variables, vectors, LENGTHS, masks, method="encode")
+    logits = model.apply(variables, encoded, method="head")
+  assert (vectors.shape, encoded.shape, logits.shape) == ((6, 7, 3), (6, 5), (6, 1))
+  np.testing.assert_array_equal(vectors, params["embedding"]["embedding"][tokens])
+  np.testing.assert_array_equal(logits[:, 0], logits_of(config, params, tokens, LENGTHS, masks))
+
+
+def test_the_head_has_the_size_of_the_task():
+  model = TextClassifier(ModelConfig(**SMALL), VOCABULARY_SIZE, head_size=3)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((2, 4), np.int32), np.ones(2, np.int32))["params"]
+  assert shapes["dense"]["kernel"].shape == (5, 3)

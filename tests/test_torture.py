@@ -1,4 +1,4 @@
-"""A few of each of the trials of `make torture`, and that these notice what they are there for."""
+"""A few of each of the trials of `make torture`, and checks that the trials notice what they should."""
 
 import contextlib
 import random
@@ -13,12 +13,14 @@ from reliability.mutations import mutate
 from reliability.sandbox import Failure, Sandbox, finish, last_line, newest_state
 from training.tiny import assert_close_end
 
-from imdb_jax.checkpoint import Checkpoints
 from imdb_jax.errors import CheckpointError, PlatformError
+from imdb_jax.store.checkpoints import Checkpoints
 
 COUNTS = torture.Options(
-  kills=2, signals=2, damages=20, disk_full=1, process_stops=1, process_kills=1, mutations=200, seed=1
+  kills=1, signals=1, damages=20, disk_full=1, process_stops=1, process_kills=1, mutations=200, seed=1
 )
+# Each takes many seconds, or repeats what others do.
+SLOW = ("disk_full", "process_stops", "process_kills")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,9 @@ def sandbox(tmp_path_factory) -> Iterator[Sandbox]:
     yield sandbox
 
 
-@pytest.mark.parametrize("name", trials.TRIALS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in trials.TRIALS]
+)
 def test_nothing_is_lost(sandbox, name):
   try:
     outcome = torture.run_trials(sandbox, COUNTS, name)
@@ -38,20 +42,20 @@ def test_nothing_is_lost(sandbox, name):
   assert bool(outcome.moments) == (name not in ("damages", "disk_full"))
 
 
-def test_nothing_is_let_in(sandbox):
+def test_no_damaged_file_is_used(sandbox):
   outcome = torture.run_mutations(sandbox, COUNTS)
   assert outcome.count == COUNTS.mutations
   assert not outcome.failures
 
 
-def test_damage_that_goes_unnoticed_is_a_failure(sandbox, monkeypatch):
+def test_undetected_damage_is_a_failure(sandbox, monkeypatch):
   newest = max(int(path.name) for path in (sandbox.whole / "checkpoints").iterdir())
   monkeypatch.setattr(trials, "newest_state", lambda run_dir: (newest, None))
   outcome = torture.run_trials(sandbox, COUNTS, "damages")
   assert len(outcome.failures) == outcome.count
 
 
-def test_an_end_that_differs_is_a_failure(sandbox, tmp_path, monkeypatch):
+def test_a_different_end_is_a_failure(sandbox, tmp_path, monkeypatch):
   run_dir = sandbox.copy_of_whole(tmp_path)
   sandbox.require_end(run_dir)
   metrics = run_dir / "metrics.jsonl"
@@ -60,15 +64,17 @@ def test_an_end_that_differs_is_a_failure(sandbox, tmp_path, monkeypatch):
   with pytest.raises(Failure, match="ends differently"):
     sandbox.require_end(run_dir)
   metrics.write_text(text)
-  # The newest step but one is another state.
+  # The step before the newest one has another state.
   find = Checkpoints.find
   monkeypatch.setattr(Checkpoints, "find", lambda self, which: find(self, self.steps()[-2]))
   with pytest.raises(Failure, match="ends differently"):
     sandbox.require_end(run_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_forked_command_gets_signals_and_says_what_it_is_at(sandbox, tmp_path, number):
+@pytest.mark.parametrize(
+  "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_forked_command_receives_signals_and_reports_what_it_is_doing(sandbox, tmp_path, number):
   with sandbox.started(tmp_path / "run") as (process,):
     deadline = time.monotonic() + 60
     while process.moment != "step":
@@ -80,7 +86,8 @@ def test_a_forked_command_gets_signals_and_says_what_it_is_at(sandbox, tmp_path,
     assert ("Saved step" in process.stderr) == (number != signal.SIGKILL)
 
 
-def test_a_run_goes_on_in_another_number_of_processes(sandbox, tmp_path):
+@pytest.mark.slow
+def test_a_run_continues_with_another_number_of_processes(sandbox, tmp_path):
   run_dir, at = tmp_path / "run", -1
   for start in (sandbox.started, sandbox.two_started):
     with start(run_dir) as processes:
@@ -95,7 +102,8 @@ def test_a_run_goes_on_in_another_number_of_processes(sandbox, tmp_path):
   assert_close_end(sandbox.whole, run_dir)
 
 
-def test_a_coordinator_whose_partner_is_killed_leaves_with_its_own_exit_code(sandbox, tmp_path):
+@pytest.mark.slow
+def test_a_coordinator_whose_partner_is_killed_exits_with_its_own_code(sandbox, tmp_path):
   with sandbox.two_started(tmp_path / "run") as (coordinator, other):
     while last_line(tmp_path / "run") < 0:
       time.sleep(0.01)

@@ -1,8 +1,9 @@
-"""Stops, damage and hostile files, many times at random: `python tests/torture.py --help`, or `make torture`.
+"""Stops, damage and hostile files, at random and many times: `python tests/torture.py --help`, or `make torture`.
 
-Each trial draws its moment or its damage from a seed that is printed where it fails.
+Each trial draws its moment or its damage from a seed, which is printed with every failure.
 """
 
+import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -19,47 +20,40 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import tyro
 from reliability.mutations import read_mutated
 from reliability.processes import MOMENTS
 from reliability.sandbox import Failure, Sandbox
 from reliability.trials import TRIALS
 
 from imdb_jax.errors import ImdbJaxError
+from imdb_jax.validation import flag, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """Disturb training and input at random, and see that nothing is lost or let in."""
+  """How often to do what."""
 
-  kills: int = 60
-  """Runs killed with SIGKILL."""
-  signals: int = 40
-  """Runs stopped with SIGINT or SIGTERM."""
-  damages: int = 200
-  """Checkpoints damaged."""
-  disk_full: int = 20
-  """Runs on a disk that fills up (needs the right to mount a tmpfs)."""
-  process_stops: int = 10
-  """Runs of two processes, one of which gets SIGTERM."""
-  process_kills: int = 10
-  """Runs of two processes, one of which is killed."""
-  mutations: int = 5000
-  """Files from outside, mutated."""
-  seed: int = 0
-  """Of all that is random."""
-  markdown: Path | None = None
-  """Write the table here."""
+  kills: int = setting(60, "Runs to kill with SIGKILL.")
+  signals: int = setting(40, "Runs to stop with SIGINT or SIGTERM.")
+  damages: int = setting(200, "Checkpoints to damage.")
+  disk_full: int = setting(20, "Runs on a disk that fills up; requires permission to mount a tmpfs.")
+  process_stops: int = setting(10, "Runs of two processes, one of which gets SIGTERM.")
+  process_kills: int = setting(10, "Runs of two processes, one of which is killed.")
+  mutations: int = setting(5000, "Files to change at random.")
+  seed: int = setting(0, "Seed of everything random.")
+  markdown: Path | None = setting(None, "File to write the table to.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-  """Attributes:
-  title: what was done.
-  count: how many times.
-  failures: what went wrong, a text each.
-  moments: what the disturbed processes were at.
-  seconds: it took.
+  """Result of all trials of a kind.
+
+  Attributes:
+    title: what was done.
+    count: number of trials.
+    failures: one text per failed trial.
+    moments: what the disturbed processes were doing, with counts.
+    seconds: time taken.
   """
 
   title: str
@@ -69,18 +63,19 @@ class Outcome:
   seconds: float
 
   def row(self) -> str:
+    """Return the row of the table."""
     hit = ", ".join(f"{self.moments[moment]} {moment}" for moment in MOMENTS if moment in self.moments)
     return f"| {self.title} | {self.count:,} | {self.count - len(self.failures):,} | {hit} | {self.seconds:.0f} |"
 
 
-TABLE = "| trial | count | as it must be | moments hit | seconds |\n|---|---|---|---|---|"
+TABLE = "| trial | count | passed | what the process was doing | seconds |\n|---|---|---|---|---|"
 
 
 def run_trials(sandbox: Sandbox, options: Options, name: str) -> Outcome:
-  """All trials of a kind.
+  """Run all trials of a kind.
 
   Raises:
-    PermissionError: a disk cannot be mounted here.
+    PermissionError: a tmpfs cannot be mounted.
   """
   title, trial, at_once = TRIALS[name]
   count, moments, started = getattr(options, name), collections.Counter(), time.monotonic()
@@ -106,10 +101,11 @@ def run_trials(sandbox: Sandbox, options: Options, name: str) -> Outcome:
 
 
 def run_mutations(sandbox: Sandbox, options: Options) -> Outcome:
+  """Change files at random and read them."""
   started = time.monotonic()
   failures = read_mutated(sandbox.whole, sandbox.folder / "mutations", options.mutations, options.seed)
   return Outcome(
-    title="a file from outside mutated",
+    title="archive, vocabulary, files of a run, cache or text changed at random: an answer or one of our errors",
     count=options.mutations,
     failures=failures,
     moments={},
@@ -117,14 +113,27 @@ def run_mutations(sandbox: Sandbox, options: Options) -> Outcome:
   )
 
 
+def _parse() -> Options:
+  parser = argparse.ArgumentParser(
+    description="Disturb training and its files at random; check that nothing is lost and no damaged file is used.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    allow_abbrev=False,
+  )
+  for field in dataclasses.fields(Options):
+    kind = Path if field.name == "markdown" else int
+    parser.add_argument(flag(field.name), type=kind, default=field.default, help=field.metadata["doc"])
+  return Options(**vars(parser.parse_args()))
+
+
 def main() -> None:
-  options = tyro.cli(Options, description=__doc__)
-  # The look at checkpoints needs no more than a CPU, and says of damaged ones what is expected.
+  """Run everything, print a table, and exit with 1 if a trial failed."""
+  options = _parse()
+  # Reading checkpoints needs a CPU only. Warnings about damaged ones are expected.
   jax.config.update("jax_platforms", "cpu")
   logging.disable(logging.WARNING)
   rows, failures = [], []
 
-  def tell(outcome: Outcome) -> None:
+  def report(outcome: Outcome) -> None:
     rows.append(outcome.row())
     failures.extend(outcome.failures)
     print(rows[-1], flush=True)
@@ -134,11 +143,11 @@ def main() -> None:
   with tempfile.TemporaryDirectory(prefix="torture-") as folder, contextlib.closing(Sandbox(Path(folder))) as sandbox:
     for name in TRIALS:
       try:
-        tell(run_trials(sandbox, options, name))
+        report(run_trials(sandbox, options, name))
       except PermissionError as error:
-        tell(Outcome(title=f"{TRIALS[name][0]} (not run: {error})", count=0, failures=[], moments={}, seconds=0))
-    tell(run_mutations(sandbox, options))
-  print(f"{time.monotonic() - started:.0f} s in all")
+        report(Outcome(title=f"{TRIALS[name][0]} (not run: {error})", count=0, failures=[], moments={}, seconds=0))
+    report(run_mutations(sandbox, options))
+  print(f"{time.monotonic() - started:.0f} s in total")
   for failure in failures:
     print(failure, file=sys.stderr)
   if options.markdown is not None:

@@ -1,1 +1,1 @@
-"""Reviews to token arrays. Nothing in this folder imports jax."""
+"""Reviews and token arrays. Nothing in this folder imports JAX."""

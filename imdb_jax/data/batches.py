@@ -1,68 +1,65 @@
-"""Which reviews go into which batch: a pure function of (seed, epoch), so resuming needs only the step number.
-
-A batch is an int64 array of rows of a split.
-"""
+"""Order of the reviews: a pure function of seed and epoch, so that the step number is enough to resume."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-# Batches of a window that is sorted by length: more waste fewer positions, but mix fewer lengths.
+# Batches per window that is sorted by length. Larger windows waste fewer positions but mix fewer lengths.
 _WINDOW = 200
 
 
 def num_batches(num_rows: int, batch_size: int) -> int:
-  """Batches of an epoch; one may be smaller."""
+  """Return the number of batches per epoch; one may be smaller."""
   return math.ceil(num_rows / batch_size)
 
 
 def shuffled(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
-  """A permutation of range(num_rows).
+  """Return a permutation of range(num_rows).
 
-  It is the rank of Philox's raw output, whose stream NumPy promises never to change; a Generator's
-  `permutation` carries no such promise.
+  It ranks the raw output of Philox, which NumPy promises never to change. NumPy makes no such promise for
+  `Generator.permutation`.
   """
   bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
   return np.argsort(bits, kind="stable")
 
 
-def _cut(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
-  return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+def epoch_rows(
+  lengths: np.ndarray, *, seeds: Sequence[int], epoch: int, batch_size: int, by_length: bool
+) -> np.ndarray:
+  """Return the batches of an epoch. For each seed, every review is in exactly one batch.
 
-
-def epoch_batches(num_rows: int, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-  """The batches of an epoch in their order; every row is in exactly one, and the last may be smaller."""
-  return _cut(shuffled(num_rows, seed=seed, epoch=epoch), batch_size)
-
-
-def epoch_batches_by_length(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-  """The batches of an epoch, each of reviews of similar length; every row is in exactly one, and one may be smaller.
-
-  The reviews are shuffled, then sorted within windows of many batches, then the batches are shuffled: a review meets
-  others each epoch, and long batches do not follow each other.
+  With `by_length`, the reviews are shuffled, sorted by length within windows of many batches, and cut into batches,
+  which are shuffled. So each epoch combines other reviews, and long batches are spread over the epoch.
 
   Args:
     lengths: int[n], real positions of each review.
-    batch_size: rows of a batch.
-    seed: of the run.
-    epoch: of the run.
+    seeds: one per model.
+    epoch: number of the epoch.
+    batch_size: rows per batch, or n if that is less.
+    by_length: whether to form batches of reviews of similar length.
+
+  Returns:
+    int32[num_batches, num_seeds, batch_size], rows of the split; -1 where a smaller batch has no row.
   """
-  order = shuffled(len(lengths), seed=seed, epoch=epoch)
-  made = []
-  for window in _cut(order, _WINDOW * batch_size):
-    made += _cut(window[np.argsort(lengths[window], kind="stable")], batch_size)
-  return [made[i] for i in shuffled(len(made), seed=seed, epoch=epoch)]
-
-
-def filled(batches: Sequence[np.ndarray], num_batches: int, batch_size: int) -> np.ndarray:
-  """Batches as int32[num_batches, batch_size], with -1 where there is no row."""
-  rows = np.full((num_batches, batch_size), -1, np.int32)
-  for i, batch in enumerate(batches):
-    rows[i, : len(batch)] = batch
+  size, count = min(batch_size, len(lengths)), num_batches(len(lengths), batch_size)
+  rows = np.full((count, len(seeds), size), -1, np.int32)
+  for i, seed in enumerate(seeds):
+    order, places = shuffled(len(lengths), seed=seed, epoch=epoch), np.arange(count)
+    if by_length:
+      windows = _cut(order, _WINDOW * size)
+      order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+      places = shuffled(count, seed=seed, epoch=epoch)
+    cut = _cut(order, size)
+    for row, place in zip(rows[:, i], places, strict=True):
+      row[: len(cut[place])] = cut[place]
   return rows
 
 
 def prediction_batches(lengths: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
-  """All rows once, those of similar length together."""
+  """Return batches of all rows, each once, with reviews of similar length together."""
   return _cut(np.argsort(lengths, kind="stable"), batch_size)
+
+
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+  return [rows[start : start + size] for start in range(0, len(rows), size)]

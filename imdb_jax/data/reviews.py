@@ -1,8 +1,9 @@
-"""Labelled reviews, in an order that depends on nothing but their texts."""
+"""Labelled reviews, in an order that depends only on their texts."""
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,47 +17,44 @@ class Reviews:
   Attributes:
     texts: n reviews.
     labels: int32[n]; 0 negative, 1 positive, -1 unlabelled.
-    films: int32[n], equal where two reviews are of the same film; None where the source does not tell.
+    groups: int32[n], or None if unknown. A held-out part shares no group with the rest. In IMDB, a group is a film.
   """
 
   texts: tuple[str, ...]
   labels: np.ndarray
-  films: np.ndarray | None = None
+  groups: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.texts)
 
+  @functools.cached_property
+  def digest(self) -> str:
+    """SHA-256 of texts and labels in order, in hex."""
+    digest = hashlib.sha256()
+    for text, label in zip(self.texts, self.labels, strict=True):
+      encoded = text.encode("utf-8", "surrogatepass")
+      digest.update(f"{label} {len(encoded)}\n".encode() + encoded)
+    return digest.hexdigest()
+
   def take(self, rows: Iterable[int]) -> "Reviews":
-    """The reviews at `rows`, in that order."""
+    """Return the reviews at `rows`, in that order."""
     rows = np.asarray(list(rows), np.int64)
-    return Reviews(
-      texts=tuple(self.texts[row] for row in rows),
-      labels=self.labels[rows],
-      films=None if self.films is None else self.films[rows],
-    )
+    groups = None if self.groups is None else self.groups[rows]
+    return Reviews(texts=tuple(self.texts[row] for row in rows), labels=self.labels[rows], groups=groups)
 
 
-def canonical(texts: Sequence[str], labels: Sequence[int], films: Sequence[int] | None = None) -> Reviews:
-  """Sorts reviews by the SHA-256 of their text, then by label and film.
+def canonical(texts: Sequence[str], labels: Sequence[int], groups: Sequence[int] | None = None) -> Reviews:
+  """Sort reviews by the SHA-256 of their text, then by label and group.
 
-  Every source of the same corpus — the official archive, a repack, a folder, a record store in its own hashed
-  order — thus gives the same sequence, hence the same vocabulary, ids and batches. The order is also as good as
-  a shuffle, so the first n reviews are a fair sample of all.
+  Every copy of a corpus (official archive, repacked archive, folder, record store) thus gives the same vocabulary, ids
+  and batches. The order is as good as a shuffle: the first n reviews are a fair sample.
   """
   digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
-  order = sorted(range(len(texts)), key=lambda i: (digests[i], labels[i], films[i] if films is not None else 0))
-  return Reviews(
-    texts=tuple(texts),
-    labels=np.asarray(labels, np.int32),
-    films=None if films is None else np.asarray(films, np.int32),
-  ).take(order)
+  order = sorted(range(len(texts)), key=lambda i: (digests[i], labels[i], 0 if groups is None else groups[i]))
+  array = None if groups is None else np.asarray(groups, np.int32)
+  return Reviews(texts=tuple(texts), labels=np.asarray(labels, np.int32), groups=array).take(order)
 
 
-def content_digest(reviews: Reviews) -> str:
-  """SHA-256 over texts and labels in order: two sources with the same digest hold the same reviews."""
-  digest = hashlib.sha256()
-  for text, label in zip(reviews.texts, reviews.labels, strict=True):
-    encoded = text.encode("utf-8", "surrogatepass")
-    digest.update(f"{label} {len(encoded)}\n".encode())
-    digest.update(encoded)
-  return digest.hexdigest()
+def content(splits: Mapping[str, Reviews]) -> str:
+  """Return a text that identifies the texts and labels of "train" and "test"."""
+  return f"{splits['train'].digest} {splits['test'].digest}"

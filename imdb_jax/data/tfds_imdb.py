@@ -1,8 +1,8 @@
 """The `imdb_reviews` record store of tensorflow-datasets, written and read without TensorFlow.
 
-Layout, features, labels and splits are those of the stock builder, so each side reads the other's ArrayRecord
-stores. The stock builder itself needs TensorFlow to unpack the archive, and does not keep the films, for which tfds
-has a place: `metadata.json`.
+Layout, features, labels and splits are those of the stock builder, so that either builder reads the ArrayRecord stores
+of the other. The stock builder requires TensorFlow to unpack the archive, and drops the films. Here `metadata.json`,
+which tfds provides for such facts, holds them.
 """
 
 import contextlib
@@ -10,51 +10,40 @@ import dataclasses
 import hashlib
 import io
 import json
-import pathlib
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import absl.logging
 import numpy as np
 import tensorflow_datasets as tfds
 
-from imdb_jax import errors
-from imdb_jax.data import archive as archive_lib
-from imdb_jax.data import reviews
+from imdb_jax.data import archive as archive_reader
+from imdb_jax.data import imdb
+from imdb_jax.data.reviews import Reviews, canonical
+from imdb_jax.errors import DataError
 
-# Enough rows to keep every shard busy, few enough that the raw records of a split are never held at once.
+# Enough rows to keep every shard busy, but few enough that the raw records of a split are never in memory at once.
 _BATCH_SIZE = 5_000
-_CITATION = """\
-@inproceedings{maas-EtAl:2011:ACL-HLT2011,
-  author    = {Maas, Andrew L. and Daly, Raymond E. and Pham, Peter T. and Huang, Dan and Ng, Andrew Y. and Potts, Christopher},
-  title     = {Learning Word Vectors for Sentiment Analysis},
-  booktitle = {Proceedings of the 49th Annual Meeting of the Association for Computational Linguistics},
-  month     = {June},
-  year      = {2011},
-  pages     = {142--150},
-  url       = {http://www.aclweb.org/anthology/P11-1015}
-}
-"""  # noqa: E501
 
 
-# Not registered: `tfds.load("imdb_reviews")` elsewhere in the process must keep meaning the stock builder.
+# Not registered: elsewhere in the process, `tfds.load("imdb_reviews")` must still find the stock builder.
 class ImdbReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Large Movie Review Dataset, from reviews that are already in memory."""
+  """Large Movie Review Dataset, from reviews in memory."""
 
   name = "imdb_reviews"
   VERSION = tfds.core.Version("1.0.0")
   BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="plain_text", description="Plain text")]  # noqa: RUF012
 
-  def __init__(self, *, splits: Mapping[str, reviews.Reviews] | None = None, **kwargs: Any):
-    """`splits` are what `download_and_prepare` writes; a builder that only reads needs none."""
+  def __init__(self, *, splits: Mapping[str, Reviews] | None = None, **kwargs: Any):
     self._splits = splits or {}
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    known = {name: split.films for name, split in self._splits.items() if split.films is not None}
-    films = {name: _sealed(self._splits[name], films.tolist()) for name, films in known.items()}
+    known = {name: split.groups for name, split in self._splits.items() if split.groups is not None}
+    films = {name: _sealed(self._splits[name], groups.tolist()) for name, groups in known.items()}
     return tfds.core.DatasetInfo(
       builder=self,
       description="Large Movie Review Dataset: film reviews, 25,000 to train on and 25,000 to test on.",
@@ -63,89 +52,73 @@ class ImdbReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       ),
       supervised_keys=("text", "label"),
       homepage="http://ai.stanford.edu/~amaas/data/sentiment/",
-      citation=_CITATION,
+      citation="Maas et al. (2011): Learning Word Vectors for Sentiment Analysis. ACL.",
       metadata=tfds.core.MetadataDict(films),
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-    del dl_manager  # nothing to download
     # tfds refuses a split without examples.
     return {name: self._generate_examples(split) for name, split in self._splits.items() if len(split)}
 
-  def _generate_examples(self, split: reviews.Reviews) -> Iterator[tuple[int, dict[str, Any]]]:
+  def _generate_examples(self, split: Reviews) -> Iterator[tuple[int, dict[str, Any]]]:
     for row, (text, label) in enumerate(zip(split.texts, split.labels.tolist(), strict=True)):
       yield row, {"text": text, "label": label}
 
 
-def prepare(
-  data_dir: pathlib.Path, archive: pathlib.Path, *, expected: Mapping[str, int] = archive_lib.OFFICIAL_COUNTS
-) -> pathlib.Path:
-  """Writes the record store from a local archive, all or nothing; an existing store is kept as it is.
+def prepare(data_dir: Path, archive: Path, *, expected: Mapping[str, int] = imdb.COUNTS) -> Path:
+  """Write the record store of all reviews of a local archive, unless it exists, and return its folder.
 
   Args:
-    data_dir: the root of the tfds stores; the store is its `imdb_reviews/plain_text/1.0.0`.
-    archive: what `archive.read_archive` takes, as is `expected`.
-
-  Returns:
-    The directory of the store.
+    data_dir: root of the tfds stores.
+    archive, expected: as for `archive.read_archive`.
 
   Raises:
-    DataError: the archive is not what it should be, or the store cannot be written.
+    DataError: the archive is missing or damaged, or the store cannot be written; no part of it is left.
   """
-  splits = archive_lib.read_archive(archive, expected=expected)
-  with _quiet(), _clear_errors(f"cannot write a record store in {data_dir}", "name another data directory"):
+  splits = archive_reader.read_archive(archive, imdb.SPLITS, expected=expected)
+  with _quiet(f"cannot write a record store in {data_dir}", "use another data directory"):
     builder = ImdbReviews(splits=splits, data_dir=data_dir, file_format="array_record")
-    store = pathlib.Path(builder.data_dir)
+    store = Path(builder.data_dir)
     try:
       builder.download_and_prepare()
     except OSError:
-      # tfds renames the finished directory into place, which fails where another process was faster.
+      # tfds cannot rename the finished folder into place if another process was faster.
       if not (store / "dataset_info.json").is_file():
         raise
   return store
 
 
 def read_store(
-  path: pathlib.Path, *, expected: Mapping[str, int] = archive_lib.OFFICIAL_COUNTS
-) -> dict[str, reviews.Reviews]:
-  """Reads the record store at `path`, …/imdb_reviews/plain_text/1.0.0.
+  path: Path, splits: Collection[str] = imdb.LABELLED_SPLITS, *, expected: Mapping[str, int] = imdb.COUNTS
+) -> dict[str, Reviews]:
+  """Read reviews from a record store; `groups` is None in a store of the stock builder.
 
   Args:
-    path: a store written by `prepare`, or by the stock builder with `file_format="array_record"`.
-    expected: how many reviews of each kind the store must hold, as in `archive.read_archive`.
-
-  Returns:
-    The splits "train", "test" and "unsupervised", in canonical order. `films` is None in a store of the stock
-    builder, or where `prepare` did not find them.
+    path: the folder `imdb_reviews/plain_text/1.0.0`.
+    splits, expected: as for `archive.read_archive`.
 
   Raises:
     DataError: the store is damaged, incomplete or in a format that only TensorFlow reads.
   """
   path = path.absolute()
-  splits = {}
-  remedy = "delete that directory to have it prepared anew, or give --archive"
-  with _quiet(), _clear_errors(f"cannot read the record store {path}", remedy):
+  with _quiet(f"cannot read the record store {path}", "delete it to have it prepared again, or use --archive"):
     if not (path / "dataset_info.json").is_file():
       raise FileNotFoundError("it has no dataset_info.json")
     builder = ImdbReviews(data_dir=path.parents[2])
-    if pathlib.Path(builder.data_dir) != path:
+    if Path(builder.data_dir) != path:
       raise ValueError("it is not a directory imdb_reviews/plain_text/1.0.0")
-    file_format = builder.info.file_format
-    if file_format is None or file_format.value != "array_record":
-      raise errors.DataError(
-        f"the record store {path} is of format {file_format and file_format.value}, which only TensorFlow reads; "
-        "name another data directory, or give --archive"
-      )
-    for name in ("train", "test", "unsupervised"):
-      splits[name] = _read_split(builder, name)
-    for kind, (name, label) in archive_lib.KINDS.items():
-      count, wanted = int(np.sum(splits[name].labels == label)), expected.get(kind, 0)
-      if count != wanted and (kind != "train/unsup" or count):
-        raise errors.DataError(f"the record store {path} has {count:,} reviews {kind}, expected {wanted:,}; {remedy}")
-    return {name: _with_films(split, name, builder.info.metadata) for name, split in splits.items()}
+    file_format = builder.info.file_format and builder.info.file_format.value
+    if file_format != "array_record":
+      raise ValueError(f"it has the format {file_format}, which only TensorFlow reads")
+    found = {name: _read_split(builder, name) for name in splits}
+    kinds = {kind: (found[name], label) for kind, (name, label) in imdb.KINDS.items() if name in found}
+    counts = {kind: int(np.sum(split.labels == label)) for kind, (split, label) in kinds.items()}
+    imdb.check_counts(counts, {kind: expected.get(kind, 0) for kind in kinds})
+    metadata = builder.info.metadata or {}
+    return {name: _with_films(split, metadata[name]) if name in metadata else split for name, split in found.items()}
 
 
-def _read_split(builder: ImdbReviews, name: str) -> reviews.Reviews:
+def _read_split(builder: ImdbReviews, name: str) -> Reviews:
   texts, labels = [], []
   # The decorator of as_data_source hides its parameters from type checkers.
   source: Any = builder.as_data_source(split=name) if name in builder.info.splits else []  # pyright: ignore[reportCallIssue]
@@ -153,40 +126,24 @@ def _read_split(builder: ImdbReviews, name: str) -> reviews.Reviews:
     for example in source.__getitems__(range(start, min(start + _BATCH_SIZE, len(source)))):
       texts.append(example["text"].decode("utf-8", "replace"))
       labels.append(int(example["label"]))
-  return reviews.canonical(texts, labels)
+  return canonical(texts, labels)
 
 
-def _with_films(split: reviews.Reviews, name: str, metadata: Any) -> reviews.Reviews:
-  if name not in metadata:
-    return split
-  films = metadata[name]["films"]
-  if metadata[name] != _sealed(split, films):
+def _with_films(split: Reviews, sealed: dict[str, Any]) -> Reviews:
+  films = sealed["films"]
+  if sealed != _sealed(split, films):
     raise ValueError("its metadata.json does not hold the films of its reviews")
-  return dataclasses.replace(split, films=np.asarray(films, np.int32))
+  return dataclasses.replace(split, groups=np.asarray(films, np.int32))
 
 
-def _sealed(split: reviews.Reviews, films: list[int]) -> dict[str, Any]:
-  """The films of reviews in their order, with a hash of both: films of other reviews would tear films apart."""
-  content = json.dumps([reviews.content_digest(split), films])
-  return {"films": films, "sha256": hashlib.sha256(content.encode()).hexdigest()}
-
-
-@contextlib.contextmanager
-def _clear_errors(fault: str, remedy: str) -> Iterator[None]:
-  try:
-    yield
-  except errors.DataError:
-    raise
-  # tfds, protobuf and the C++ reader of ArrayRecord document no common error.
-  except Exception as error:
-    # tfds puts whole examples into its messages.
-    reason = textwrap.shorten(str(error), 300) or type(error).__name__
-    raise errors.DataError(f"{fault}: {reason}; {remedy}") from error
+def _sealed(split: Reviews, films: list[int]) -> dict[str, Any]:
+  """Return films with a hash of reviews and films. With films of other reviews, held-out parts would share films."""
+  return {"films": films, "sha256": hashlib.sha256(json.dumps([split.digest, films]).encode()).hexdigest()}
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Keeps tfds from printing, drawing progress bars, logging and warning: what matters becomes an error."""
+def _quiet(fault: str, remedy: str) -> Iterator[None]:
+  """Turn every error of tfds into a DataError of one line, and keep tfds from printing, logging and warning."""
   verbosity = absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.ERROR)
   tfds.disable_progress_bar()
@@ -194,5 +151,10 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
       warnings.simplefilter("ignore")
       yield
+  # tfds, protobuf and the C++ reader of ArrayRecord raise errors without a common base class.
+  except Exception as error:
+    # tfds puts whole examples into its messages.
+    reason = textwrap.shorten(str(error), 300) or type(error).__name__
+    raise DataError(f"{fault}: {reason}; {remedy}") from error
   finally:
     absl.logging.set_verbosity(verbosity)

@@ -1,165 +1,184 @@
-"""Which implementation serves a call, and whether the kernel may."""
+"""Choice of the implementation for a call, with the self-check that the kernel must pass first."""
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imdb_jax.lstm import chunked, cudnn, scan
+from imdb_jax.lstm.shared import Masks, Weights
 
 GateActivation = Literal["sigmoid", "hard_sigmoid"]
+Precision = Literal["auto", "float32", "tensorfloat32", "bfloat16"]
 
 IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "chunked", "scan")
-# Blocks of 64 units, whose recurrent weights fit on chip: bfloat16 [128, 512] is 128 KiB, of 227 of shared memory.
+# Whole blocks of 64 units, whose recurrent weights fit on chip: bfloat16 [128, 512] takes 128 of 227 KiB.
 _KERNEL_HIDDEN_SIZES = (64, 128)
-# Of the kernel against `chunked`, relative norms: twice the rounding of bfloat16, 2^-8. A mistake gives far more.
+# Relative norm of the difference between kernel and `chunked`: twice the rounding of bfloat16, 2^-8.
 _SELF_CHECK_TOLERANCE = 2**-7
 
 
 def implementation_of(name: str) -> Callable[..., jax.Array]:
-  """The function behind a name of `IMPLEMENTATIONS`."""
+  """Return the function behind a name of `IMPLEMENTATIONS`."""
   if name == "mosaic_gpu":
-    # Pallas's GPU part takes time to import, and not every build of JAX has it.
+    # The GPU part of Pallas is slow to import, and some builds of JAX lack it.
     from imdb_jax.lstm import mosaic_gpu
 
     return mosaic_gpu.lstm
   return {"cudnn": cudnn, "chunked": chunked, "scan": scan}[name].lstm
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """Properties of a call that decide which implementations can compute it."""
+
+  hidden_size: int
+  recurrent_dropout: bool = True
+  per_gate_masks: bool = False  # Each gate has its own dropout masks.
+  gate_activation: GateActivation = "sigmoid"
+  precision: Precision = "auto"  # Of matrix products; "auto" leaves it to the implementation.
+
+
 class Choice(NamedTuple):
-  """Attributes:
-  name: of an implementation.
-  reason: why it is the one, for people.
-  """
+  """The name of an implementation and the reason for it, for people."""
 
   name: str
   reason: str
 
 
-def choose(hidden_size: int) -> Choice:
-  """What `implementation=None` takes on the default device."""
-  problem = _kernel_problem(hidden_size) or _self_check_problem(hidden_size)
-  if problem is None:
-    return Choice("mosaic_gpu", "agrees with chunked on this device")
-  return Choice("chunked", f"mosaic_gpu: {problem}")
-
-
-def unsupported(
-  implementation: str,
-  *,
-  hidden_size: int,
-  recurrent_dropout: bool,
-  gate_activation: GateActivation,
-  several_models: bool = False,
-) -> str | None:
-  """Why an implementation cannot serve such calls on the default device, or None if it can.
+def choose(call: Call, device: Any = None) -> Choice:
+  """Return the fastest implementation that supports a call.
 
   Args:
-    implementation: a name of `IMPLEMENTATIONS`.
-    hidden_size: of the call.
-    recurrent_dropout: there is a mask for it.
-    gate_activation: of the call.
-    several_models: the call is under `jax.vmap`.
+    call: what to compute.
+    device: the `jax.Device`, or None for the first local one. A device of another process is represented by the first
+      local one of its platform.
   """
-  if implementation == "mosaic_gpu":
-    return _kernel_problem(hidden_size)
-  if implementation != "cudnn":
+  problem = unsupported("chunked", call, device)
+  if problem is not None:
+    return Choice("scan", f"chunked: {problem}")
+  problem = unsupported("mosaic_gpu", call, device) or _self_check_problem(call.hidden_size, _local(device))
+  if problem is not None:
+    return Choice("chunked", f"mosaic_gpu: {problem}")
+  return Choice("mosaic_gpu", "agrees with chunked on this device")
+
+
+def unsupported(name: str, call: Call, device: Any = None) -> str | None:
+  """Return why an implementation cannot compute a call, or None if it can; arguments as for `choose`."""
+  if name not in IMPLEMENTATIONS:
+    return f"must be one of {', '.join(IMPLEMENTATIONS)}"
+  if name == "scan":
     return None
-  if recurrent_dropout:
-    return "cuDNN knows no recurrent dropout"
-  if gate_activation != "sigmoid":
-    return f"cuDNN knows no {gate_activation}"
-  if several_models:
-    return "jax.experimental.rnn knows no jax.vmap, by which several models are computed"
-  return gpu_problem(0.0)
+  if call.per_gate_masks:
+    return "its gates share one dropout mask; only scan computes one mask per gate"
+  if call.gate_activation != "sigmoid":
+    return f"its gates are sigmoids; only scan computes {call.gate_activation}"
+  if name == "mosaic_gpu":
+    if call.precision in ("float32", "tensorfloat32"):
+      return f"it computes recurrent products in bfloat16; precision {call.precision} excludes it"
+    if call.hidden_size not in _KERNEL_HIDDEN_SIZES:
+      return f"it supports hidden sizes of {' and '.join(map(str, _KERNEL_HIDDEN_SIZES))}, not {call.hidden_size}"
+    return gpu_problem(_local(device), 9.0)
+  if name == "cudnn":
+    if call.recurrent_dropout:
+      return "cuDNN has no recurrent dropout"
+    if call.precision == "bfloat16":
+      return "jax.experimental.rnn does not support bfloat16"
+    return gpu_problem(_local(device), 0.0)
+  return None
 
 
-def _kernel_problem(hidden_size: int) -> str | None:
-  if hidden_size not in _KERNEL_HIDDEN_SIZES:
-    served = " and ".join(map(str, _KERNEL_HIDDEN_SIZES))
-    return f"it serves hidden sizes of {served}, not {hidden_size}"
-  return gpu_problem(9.0)
+def recurrent_precision(name: str, precision: Precision) -> str:
+  """Return the precision of the recurrent products of an implementation under a setting of the precision."""
+  if name == "mosaic_gpu":
+    return "bfloat16"
+  return "float32" if precision == "auto" else precision
 
 
-def gpu_problem(capability: float) -> str | None:
-  """Why the default device is no NVIDIA GPU of that compute capability or a later one, or None if it is."""
-  device = jax.local_devices()[0]
+def gpu_problem(device: Any, capability: float) -> str | None:
+  """Return why a device is not an NVIDIA GPU of at least that compute capability, or None if it is."""
   if device.platform != "gpu":
     return f"it needs an NVIDIA GPU, and JAX computes on {device.platform}"
   found = float(getattr(device, "compute_capability", 0))
-  return (
-    None if found >= capability else f"it needs compute capability {capability}, and {device.device_kind} has {found}"
-  )
+  if found < capability:
+    return f"it needs compute capability {capability}, and {device.device_kind} has {found}"
+  return None
+
+
+def _local(device: Any) -> Any:
+  if device is not None and device.process_index == jax.process_index():
+    return device
+  return jax.local_devices(backend=None if device is None else device.platform)[0]
 
 
 @functools.cache
-def _self_check_problem(hidden_size: int) -> str | None:
-  """What is wrong with the kernel on the default device; None if it agrees with `chunked`.
+def _self_check_problem(hidden_size: int, device: Any) -> str | None:
+  """Return what is wrong with the kernel on a device, or None if it agrees with `chunked`.
 
-  It is tried once a process. Where JAX caches its programs, a kernel that has agreed is not tried again.
+  It is checked once per process. If JAX caches compiled programs, a file beside them records the agreement, and later
+  processes do not check again.
   """
-  agreed = _mark_of_agreement(hidden_size)
-  if agreed is not None and agreed.exists():
+  mark = _mark_of_agreement(hidden_size, device)
+  if mark is not None and mark.exists():
     return None
-  # The call may be under trace, which is a thread's own affair.
+  # The caller may be tracing. Tracing is local to a thread, so another thread computes right away.
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    problem = executor.submit(_self_check, hidden_size).result()
-  if problem is None and agreed is not None:
-    # Without room the kernel is as good, and is tried again.
+    problem = executor.submit(_self_check, hidden_size, device).result()
+  if problem is None and mark is not None:
+    # If the file cannot be written, the next process checks again.
     with contextlib.suppress(OSError):
-      agreed.parent.mkdir(parents=True, exist_ok=True)
-      agreed.touch()
+      mark.parent.mkdir(parents=True, exist_ok=True)
+      mark.touch()
   return problem
 
 
-def _mark_of_agreement(hidden_size: int) -> Path | None:
-  """The file that says so, for this device, these versions and this kernel; None if JAX caches no programs."""
+def _mark_of_agreement(hidden_size: int, device: Any) -> Path | None:
+  """Return the file for this kind of device, these versions and this code; None if JAX caches no programs."""
   folder = jax.config.values["jax_compilation_cache_dir"]
   if folder is None:
     return None
-  device, kernel = jax.local_devices()[0], Path(__file__).with_name("mosaic_gpu.py")
   facts = device.device_kind, device.client.platform_version, jax.__version__, jax.lib.__version__, hidden_size
-  digest = hashlib.sha256(repr(facts).encode() + kernel.read_bytes())
-  return Path(folder) / f"mosaic_gpu-agrees-{digest.hexdigest()}"
+  code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+  return Path(folder) / f"mosaic_gpu-agrees-{hashlib.sha256(repr(facts).encode() + code).hexdigest()}"
 
 
-def _self_check(hidden_size: int) -> str | None:
-  """Two tiles, lengths from none to all, masks; forward and backward."""
-  (b, t, e), h = (20, 7, 8), hidden_size
+def _self_check(hidden_size: int, device: Any) -> str | None:
+  """Compare hidden states and all gradients of the kernel with those of `chunked`.
+
+  The check covers what `choose` permits: both masks, two tiles with lengths from 0 to t, both directions, one model and
+  two under `jax.vmap`.
+  """
+  (b, t, e), h = (20, 3, 5), hidden_size
   rng = np.random.default_rng(0)
 
-  def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
-    return (scale * rng.standard_normal(shape)).astype(np.float32)
+  def draw(*shape: int, scale: float = 1.0) -> Any:
+    return (scale * rng.standard_normal((2, *shape))).astype(np.float32)
 
-  arrays = draw(b, t, e), draw(e, 4 * h, scale=e**-0.5), draw(h, 4 * h, scale=h**-0.5), draw(4 * h)
-  mask = ((rng.random((b, h)) < 0.8) / 0.8).astype(np.float32)
-  lengths, cotangent = np.arange(b, dtype=np.int32) % (t + 1), draw(b, t, h)
+  arrays = draw(b, t, e), Weights(draw(e, 4 * h, scale=e**-0.5), draw(h, 4 * h, scale=h**-0.5), draw(4 * h))
+  lengths = np.arange(b, dtype=np.int32) % (t + 1)
+  models = arrays, Masks(draw(b, e), draw(b, h)), np.stack([lengths, lengths[::-1]]), draw(b, t, h)
 
-  def run(name: str) -> tuple[jax.Array, ...]:
-    def call(*arrays):
-      return implementation_of(name)(
-        *arrays,
-        input_dropout_mask=None,
-        recurrent_dropout_mask=jnp.asarray(mask),
-        lengths=jnp.asarray(lengths),
-        gate_activation="sigmoid",
-        reverse=False,
-      )
+  def run(name: str) -> list[Any]:
+    function = implementation_of(name)
+
+    def hidden_and_gradients(reverse, arrays, masks, lengths, cotangent):
+      hidden, vjp = jax.vjp(lambda *arrays: function(*arrays, masks, lengths, reverse=reverse), *arrays)
+      return hidden, vjp(cotangent)
 
     @jax.jit
-    def hidden_and_gradients(*arrays):
-      hidden, vjp = jax.vjp(call, *arrays)
-      return hidden, *vjp(cotangent)
+    def compute(models):
+      calls = [functools.partial(hidden_and_gradients, reverse) for reverse in (False, True)]
+      return [(call(*jax.tree.map(lambda x: x[0], models)), jax.vmap(call)(*models)) for call in calls]
 
-    with jax.default_matmul_precision("float32"):
-      return jax.device_get(hidden_and_gradients(*arrays))
+    with jax.default_matmul_precision("float32"), jax.default_device(device):
+      return jax.tree.leaves(jax.device_get(compute(models)))
 
   try:
     found = run("mosaic_gpu")
@@ -168,6 +187,6 @@ def _self_check(hidden_size: int) -> str | None:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return f"it failed its self-check: {reason[0]}"
   norm = np.linalg.norm
-  # np.max: Python's own passes over a NaN that is not the first.
+  # Not Python's max, which skips NaN unless it comes first.
   distance = np.max([norm(x - y) / norm(y) for x, y in zip(found, run("chunked"), strict=True)])
   return None if distance <= _SELF_CHECK_TOLERANCE else f"it differs from chunked on this device by {distance:.1e}"

@@ -1,167 +1,115 @@
-"""The fast path on every backend without a kernel: a custom gradient that walks time in chunks.
+"""The fast path on every backend without a kernel: a custom gradient that walks through time in chunks.
 
-What autodiff of a scan pays for and this does not:
+What makes it faster than the automatic gradient of a scan:
 
-- The products that do not depend on the state (the input projection; the gradients of kernel, recurrent kernel,
-  bias and inputs) are large products, one a chunk. The time loop holds one small product a step.
-- A chunk's arrays stay in the cache between the loop that makes them and the product that uses them.
-- One tanh runs over all four gates, because sigmoid(z) = tanh(z / 2) / 2 + 1 / 2 and the inner factor goes into the
-  weights.
-- The state is never selected by a mask: at positions that are not real the gates i and o are closed, which leaves
-  the state at zero, exactly.
+- Products that do not depend on the state (the input projection; the gradients of kernel, recurrent kernel, bias and
+  inputs) are large products, one per chunk. The time loop holds one small product per position.
+- The arrays of a chunk stay in the cache between the loop that writes them and the product that reads them.
+- One tanh runs over all four gates: sigmoid(z) = tanh(z / 2) / 2 + 1 / 2, and the inner factor goes into the weights.
+- The state needs no select at padding: gates i and o are closed there, which keeps the state at exactly 0.
 """
 
-import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Long enough for large products, short enough for the cache, and the grain at which padding costs nothing.
+from imdb_jax.lstm.shared import CLOSED, Masks, Weights, in_order, known_lengths, real_positions
+
+# Positions per chunk: enough for large products, few enough for the cache. Padding is skipped in whole chunks.
 _CHUNK = 20
-# Closes a gate, whatever the state adds: sigmoid and hard sigmoid are 0 there, exactly, with zero slope.
-_CLOSED = -1e4
 
 
-class _Weights(NamedTuple):
-  kernel: jax.Array
-  recurrent_kernel: jax.Array
-  bias: jax.Array
+def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """Return x [..., b, n] times mask [b, n]."""
+  return x if mask is None else x * jnp.broadcast_to(mask, x.shape)
 
 
-class _Masks(NamedTuple):
-  inputs: jax.Array | None
-  recurrent: jax.Array | None
-
-
-def _project(x: jax.Array, mask: jax.Array | None, weights: jax.Array) -> jax.Array:
-  """Masked x [..., b, n] times weights [n, 4h]: [..., b, 4h]; mask [b, n], or [4, b, n] with one a gate."""
-  if mask is not None and mask.ndim == 3:
-    columns = jnp.split(weights, 4, axis=1)
-    return jnp.concatenate([_project(x, m, column) for m, column in zip(mask, columns, strict=True)], axis=-1)
-  if mask is not None:
-    x = x * jnp.broadcast_to(mask, x.shape)
-  return x @ weights
-
-
-def _unproject(dz: jax.Array, mask: jax.Array | None, transposed: jax.Array) -> jax.Array:
-  """The transpose of `_project` in x: dz [..., b, 4h] and the transposed weights [4h, n] give [..., b, n]."""
-  if mask is not None and mask.ndim == 3:
-    parts = zip(jnp.split(dz, 4, axis=-1), mask, jnp.split(transposed, 4), strict=True)
-    return functools.reduce(jnp.add, (_unproject(part, m, rows) for part, m, rows in parts))
-  dx = dz @ transposed
-  return dx if mask is None else dx * jnp.broadcast_to(mask, dx.shape)
-
-
-def _weight_gradient(x: jax.Array, mask: jax.Array | None, dz: jax.Array) -> jax.Array:
-  """The gradient of `_project` in its weights, [n, 4h], summed over all positions."""
-  if mask is not None and mask.ndim == 3:
-    parts = zip(mask, jnp.split(dz, 4, axis=-1), strict=True)
-    return jnp.concatenate([_weight_gradient(x, m, part) for m, part in parts], axis=1)
-  if mask is not None:
-    x = x * jnp.broadcast_to(mask, x.shape)
+def _weight_gradient(x: jax.Array, dz: jax.Array) -> jax.Array:
+  """Return the gradient [n, 4h] of the weights of a product of x [..., n], summed over all positions and rows."""
   rows, columns = x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1])
   return jax.lax.dot_general(rows, columns, (((0,), (0,)), ((), ())))
 
 
 def _per_gate(values: tuple[float, float, float, float], size: int) -> jax.Array:
-  """One value a gate, as a row over the columns of the gates: f32[1, 4h]."""
+  """Return one value per gate as a row over the gates' columns, f32[1, 4h]."""
   return jnp.repeat(jnp.array(values, jnp.float32), size)[None, :]
 
 
-def _activate(z: jax.Array, gate_activation: str) -> jax.Array:
-  """Gates f32[b, 4h] from what the scaled weights give."""
+def _activate(z: jax.Array) -> jax.Array:
+  """Return the gates f32[b, 4h] of pre-activations that were computed with scaled weights."""
   h = z.shape[-1] // 4
-  if gate_activation == "sigmoid":
-    return jnp.tanh(z) * _per_gate((0.5, 0.5, 1.0, 0.5), h) + _per_gate((0.5, 0.5, 0.0, 0.5), h)
-  is_tanh = _per_gate((0.0, 0.0, 1.0, 0.0), h) > 0
-  return jnp.where(is_tanh, jnp.tanh(z), jnp.clip(z + 0.5, 0.0, 1.0))
-
-
-def _slope(gate: jax.Array, gate_activation: str) -> jax.Array:
-  """Derivative of i, f or o by its unscaled pre-activation, from its value."""
-  if gate_activation == "sigmoid":
-    return gate * (1 - gate)
-  return jnp.where((gate > 0) & (gate < 1), jnp.float32(0.2), jnp.float32(0))
-
-
-def _scale(weights: _Weights, gate_activation: str) -> _Weights:
-  """Weights with the factor inside the gate activations multiplied in."""
-  inner = 0.5 if gate_activation == "sigmoid" else 0.2
-  factors = _per_gate((inner, inner, 1.0, inner), weights.recurrent_kernel.shape[0])
-  return _Weights(weights.kernel * factors, weights.recurrent_kernel * factors, weights.bias * factors[0])
+  return jnp.tanh(z) * _per_gate((0.5, 0.5, 1.0, 0.5), h) + _per_gate((0.5, 0.5, 0.0, 0.5), h)
 
 
 def _in_chunks(x: jax.Array, num_chunks: int) -> jax.Array:
-  """[b, t, n] -> [chunks, chunk, b, n]."""
+  """Return [b, t, n] as [chunks, chunk, b, n]."""
   b, t, n = x.shape
   return x.reshape(b, num_chunks, t // num_chunks, n).transpose(1, 2, 0, 3)
 
 
 def _from_chunks(x: jax.Array) -> jax.Array:
-  """[chunks, chunk, b, n] -> [b, t, n]."""
+  """Return [chunks, chunk, b, n] as [b, t, n]."""
   chunks, chunk, b, n = x.shape
   return x.transpose(2, 0, 1, 3).reshape(b, chunks * chunk, n)
 
 
 def _at(arrays, k: jax.Array):
-  """Chunk k of every array."""
+  """Return chunk k of every array."""
   return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, k, keepdims=False), arrays)
 
 
 def _put(arrays, values, k: jax.Array):
-  """The arrays with chunk k set to the values."""
+  """Return the arrays with the values as chunk k."""
   return jax.tree.map(lambda array, value: jax.lax.dynamic_update_index_in_dim(array, value, k, 0), arrays, values)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _recurrence(x, weights: _Weights, masks: _Masks, is_real, bounds, gate_activation: str):
-  """The chunks from bounds[0] up to bounds[1]; the others hold nothing real.
+@jax.custom_vjp
+def _recurrence(x, weights: Weights, masks: Masks, is_real, bounds):
+  """Return hidden f32[chunks, chunk, b, h] of x f32[chunks, chunk, b, e] and is_real bool[chunks, chunk, b, 1] or None.
 
-  x f32[chunks, chunk, b, e] -> hidden f32[chunks, chunk, b, h]; is_real bool[chunks, chunk, b], or None.
+  The bounds are the first chunk to process and the one after the last; the others hold nothing real and give zeros.
   """
-  return _forward(x, weights, masks, is_real, bounds, gate_activation)[0]
+  return _forward(x, weights, masks, is_real, bounds)[0]
 
 
-def _forward(x, weights: _Weights, masks: _Masks, is_real, bounds, gate_activation: str):
-  scaled = _scale(weights, gate_activation)
-  num_chunks, chunk_size, b, _ = x.shape
-  h = weights.recurrent_kernel.shape[0]
+def _forward(x, weights: Weights, masks: Masks, is_real, bounds):
+  (num_chunks, chunk_size, b, _), h = x.shape, weights.recurrent_kernel.shape[0]
+  # The factor inside the tanh of each gate goes into the weights.
+  inner = _per_gate((0.5, 0.5, 1.0, 0.5), h)
+  scaled = Weights(weights.kernel * inner, weights.recurrent_kernel * inner, weights.bias * inner[0])
 
   def step(carry, projected):
     c, hidden = carry
-    z = projected + _project(hidden, masks.recurrent, scaled.recurrent_kernel)
-    gates = _activate(z, gate_activation)
+    gates = _activate(projected + _masked(hidden, masks.recurrent) @ scaled.recurrent_kernel)
     i, f, g, o = jnp.split(gates, 4, axis=1)
     c = f * c + i * g
     hidden = o * jnp.tanh(c)
     return (c, hidden), (gates, c, hidden)
 
-  closed = _per_gate((_CLOSED, 0.0, 0.0, _CLOSED), h)[None]
+  closed = _per_gate((CLOSED, 0.0, 0.0, CLOSED), h)[None]
 
   def chunk(k, carry):
     state, stored = carry
-    projected = _project(_at(x, k), masks.inputs, scaled.kernel) + scaled.bias[None, None, :]
+    projected = _masked(_at(x, k), masks.inputs) @ scaled.kernel + scaled.bias[None, None, :]
     if is_real is not None:
-      projected = jnp.where(_at(is_real, k)[:, :, None], projected, closed)
+      projected = jnp.where(_at(is_real, k), projected, closed)
     after, (gates, c, hidden) = jax.lax.scan(step, state, projected)
     return after, _put(stored, (state, gates, c, hidden), k)
 
   def buffer(*shape):
     return jnp.zeros((num_chunks, *shape), x.dtype)
 
-  start = jnp.zeros((b, h), x.dtype), jnp.zeros((b, h), x.dtype)
+  zeros = jnp.zeros((b, h), x.dtype)
   per_chunk = buffer(b, h), buffer(b, h)
   per_step = buffer(chunk_size, b, 4 * h), buffer(chunk_size, b, h), buffer(chunk_size, b, h)
-  _, stored = jax.lax.fori_loop(bounds[0], bounds[1], chunk, (start, (per_chunk, *per_step)))
+  _, stored = jax.lax.fori_loop(bounds[0], bounds[1], chunk, ((zeros, zeros), (per_chunk, *per_step)))
   return stored[-1], (x, weights, masks, bounds, stored)
 
 
-def _backward(gate_activation: str, residuals, d_hidden):
+def _backward(residuals, d_hidden):
   x, weights, masks, (first, end), stored = residuals
   kernel_t, recurrent_t = weights.kernel.T, weights.recurrent_kernel.T
-  slope = functools.partial(_slope, gate_activation=gate_activation)
 
   def step(carry, at):
     dc, dh = carry
@@ -169,7 +117,7 @@ def _backward(gate_activation: str, residuals, d_hidden):
     dh = dh + d_hidden
     dc = dc + dh * through_tanh
     dz = jnp.concatenate([dc * to_i, dc * to_f, dc * to_g, dh * to_o], axis=1)
-    return (dc * f, _unproject(dz, masks.recurrent, recurrent_t)), dz
+    return (dc * f, _masked(dz @ recurrent_t, masks.recurrent)), dz
 
   def chunk(count, carry):
     state, d_weights, dx = carry
@@ -177,18 +125,18 @@ def _backward(gate_activation: str, residuals, d_hidden):
     x_k, d_hidden_k, ((c_start, hidden_start), gates, c, hidden) = _at((x, d_hidden, stored), k)
     c_before = jnp.concatenate([c_start[None], c[:-1]])
     hidden_before = jnp.concatenate([hidden_start[None], hidden[:-1]])
-    # All that does not depend on the gradients that come back through time, for the whole chunk at once.
+    # Everything that does not depend on later gradients, for the whole chunk at once.
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     tanh_c = jnp.tanh(c)
-    to_gates = g * slope(i), c_before * slope(f), i * (1 - g * g), tanh_c * slope(o)
+    to_gates = g * (i * (1 - i)), c_before * (f * (1 - f)), i * (1 - g * g), tanh_c * (o * (1 - o))
     through_tanh = o * (1 - tanh_c * tanh_c)
     state, dz = jax.lax.scan(step, state, (d_hidden_k, through_tanh, f, to_gates), reverse=True)
-    d_chunk = _Weights(
-      _weight_gradient(x_k, masks.inputs, dz),
-      _weight_gradient(hidden_before, masks.recurrent, dz),
+    d_chunk = Weights(
+      _weight_gradient(_masked(x_k, masks.inputs), dz),
+      _weight_gradient(_masked(hidden_before, masks.recurrent), dz),
       jnp.sum(dz, axis=(0, 1)),
     )
-    return state, jax.tree.map(jnp.add, d_weights, d_chunk), _put(dx, _unproject(dz, masks.inputs, kernel_t), k)
+    return state, jax.tree.map(jnp.add, d_weights, d_chunk), _put(dx, _masked(dz @ kernel_t, masks.inputs), k)
 
   zeros = jnp.zeros(d_hidden.shape[2:], x.dtype)
   start = (zeros, zeros), jax.tree.map(jnp.zeros_like, weights), jnp.zeros_like(x)
@@ -199,52 +147,36 @@ def _backward(gate_activation: str, residuals, d_hidden):
 _recurrence.defvjp(_forward, _backward)
 
 
-def _chunks(t: int) -> tuple[int, int]:
-  """How many chunks t positions make, and of how many positions each; the first is filled up with padding."""
+@jax.custom_batching.custom_vmap
+def _longest(lengths: jax.Array) -> jax.Array:
+  """Return the largest length; under `jax.vmap` the largest of all models, as one scalar.
+
+  With bounds that differ between models, XLA would select every carried array in every turn of the loop.
+  """
+  return jnp.max(lengths)
+
+
+@_longest.def_vmap
+def _longest_of_all(axis_size, in_batched, lengths):
+  del axis_size, in_batched
+  # The result is not batched. An outer `jax.vmap` applies this rule again.
+  return _longest(lengths.reshape(-1)), False
+
+
+def lstm(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, reverse: bool) -> jax.Array:
+  """Compute `imdb_jax.lstm.lstm` for shared masks and sigmoid gates."""
+  t = inputs.shape[1]
   num_chunks = math.ceil(t / _CHUNK)
-  return num_chunks, math.ceil(t / num_chunks)
-
-
-def num_processed(t: int, longest: int) -> int:
-  """Positions of t that are computed where the longest row has `longest` real ones."""
-  _, chunk_size = _chunks(t)
-  return math.ceil(longest / chunk_size) * chunk_size
-
-
-def lstm(
-  inputs: jax.Array,
-  kernel: jax.Array,
-  recurrent_kernel: jax.Array,
-  bias: jax.Array,
-  *,
-  input_dropout_mask: jax.Array | None,
-  recurrent_dropout_mask: jax.Array | None,
-  lengths: jax.Array | None,
-  gate_activation: str,
-  reverse: bool,
-) -> jax.Array:
-  """See `imdb_jax.lstm.lstm`."""
-  b, t, _ = inputs.shape
-  num_chunks, chunk_size = _chunks(t)
+  chunk_size = math.ceil(t / num_chunks)
   padding = num_chunks * chunk_size - t
   first, end, is_real = 0, num_chunks, None
   if padding or lengths is not None:
-    lengths = jnp.full((b,), t, jnp.int32) if lengths is None else lengths
+    lengths = known_lengths(lengths, inputs)
     inputs = jnp.pad(inputs, ((0, 0), (padding, 0), (0, 0)))
-    is_real = jnp.arange(t + padding)[:, None] >= t + padding - lengths[None, :]
-    # Whole chunks of padding cost nothing: the number of turns is known when the batch is.
-    num_real = -(-jnp.max(lengths) // chunk_size)
+    is_real = _in_chunks(in_order(real_positions(lengths, t + padding), reverse)[:, :, None], num_chunks)
+    # Chunks without a real position are skipped.
+    num_real = -(-_longest(lengths) // chunk_size)
     first, end = (0, num_real) if reverse else (num_chunks - num_real, num_chunks)
-  if reverse:
-    inputs, is_real = inputs[:, ::-1], None if is_real is None else is_real[::-1]
-  hidden = _from_chunks(
-    _recurrence(
-      _in_chunks(inputs, num_chunks),
-      _Weights(kernel, recurrent_kernel, bias),
-      _Masks(input_dropout_mask, recurrent_dropout_mask),
-      None if is_real is None else is_real.reshape(num_chunks, chunk_size, b),
-      (first, end),
-      gate_activation,
-    )
-  )
-  return hidden[:, ::-1][:, padding:] if reverse else hidden[:, padding:]
+  x = _in_chunks(in_order(inputs, reverse), num_chunks)
+  hidden = _from_chunks(_recurrence(x, weights, masks, is_real, (first, end)))
+  return in_order(hidden, reverse)[:, padding:]

@@ -1,4 +1,4 @@
-"""The readable reference: `nn.scan` over a plain cell. Kept plain, never optimised."""
+"""The readable reference: `nn.scan` over a cell. Kept plain, never optimised."""
 
 from typing import Any
 
@@ -6,9 +6,69 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imdb_jax.lstm.shared import Masks, Weights, real_positions
+
+
+def scan(
+  cell: nn.Module, carry: Any, inputs: jax.Array, lengths: jax.Array | None, *constants: Any, reverse: bool = False
+) -> Any:
+  """Run a cell over time.
+
+  Args:
+    cell: a bound module, such as Flax's recurrent cells: called with a carry, inputs [b, e] and the constants, it
+      returns the new carry and an output.
+    carry: state at the start, a tree of arrays [b, ...].
+    inputs: f32[b, t, e].
+    lengths: i32[b]; only the last lengths[b] positions are real, the others leave the carry as it is. None: all are.
+    *constants: further arguments of the cell, the same at every position.
+    reverse: process the last position first.
+
+  Returns:
+    The outputs of all positions, a tree of arrays [b, t, ...]; zeros at positions that are not real.
+  """
+
+  def step(cell: nn.Module, carry: Any, x: jax.Array, is_real: jax.Array) -> tuple[Any, Any]:
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
+      return jnp.where(is_real.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    new_carry, output = cell(carry, x, *constants)
+    zeros = jax.tree.map(jnp.zeros_like, output)
+    return jax.tree.map(select, new_carry, carry), jax.tree.map(select, output, zeros)
+
+  over_time = nn.scan(
+    step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1, reverse=reverse
+  )
+  b, t, _ = inputs.shape
+  is_real = jnp.ones((b, t), bool) if lengths is None else real_positions(lengths, t)
+  return over_time(cell, carry, inputs, is_real)[1]
+
+
+class LSTMCell(nn.Module):
+  """One position of the LSTM, see `imdb_jax.lstm`."""
+
+  hidden_size: int
+  gate_activation: str
+
+  @nn.compact
+  def __call__(self, carry, x, input_mask, recurrent_mask):
+    """Return the new carry and h, from the carry (c, h), f32[b, h] each, and x f32[b, e]."""
+    c, h = carry
+    # The caller brings the parameters, so only their shapes matter here.
+    zeros = nn.initializers.zeros
+    kernel = self.param("kernel", zeros, (x.shape[1], 4 * self.hidden_size))
+    recurrent_kernel = self.param("recurrent_kernel", zeros, (self.hidden_size, 4 * self.hidden_size))
+    bias = self.param("bias", zeros, (4 * self.hidden_size,))
+    gate = nn.sigmoid if self.gate_activation == "sigmoid" else _hard_sigmoid
+
+    z = _project(x, input_mask, kernel) + _project(h, recurrent_mask, recurrent_kernel) + bias[None, :]
+    i, f, g, o = jnp.split(z, 4, axis=1)
+    c = gate(f) * c + gate(i) * jnp.tanh(g)
+    h = gate(o) * jnp.tanh(c)
+    return (c, h), h
+
 
 def _project(x: jax.Array, mask: jax.Array | None, weights: jax.Array) -> jax.Array:
-  """Masked x [b, n] times weights [n, 4h]: [b, 4h]. With one mask a gate, each gate's columns see their own."""
+  """Return masked x [b, n] times weights [n, 4h]; a mask [4, b, n] has one mask for the columns of each gate."""
   if mask is None or mask.ndim == 2:
     return (x if mask is None else x * mask) @ weights
   columns = jnp.split(weights, 4, axis=1)
@@ -19,62 +79,15 @@ def _hard_sigmoid(x: jax.Array) -> jax.Array:
   return jnp.clip(0.2 * x + 0.5, 0.0, 1.0)
 
 
-class Cell(nn.Module):
-  """One position of the recurrence, see `imdb_jax.lstm`."""
-
-  input_size: int
-  hidden_size: int
-  gate_activation: str
-
-  @nn.compact
-  def __call__(self, carry, x, is_real, input_mask, recurrent_mask):
-    """carry: c and h, f32[b, h] each; x: f32[b, e]; is_real: bool[b, 1]. Returns the new carry and h, or zeros."""
-    c, h = carry
-    zeros = nn.initializers.zeros
-    kernel = self.param("kernel", zeros, (self.input_size, 4 * self.hidden_size))
-    recurrent_kernel = self.param("recurrent_kernel", zeros, (self.hidden_size, 4 * self.hidden_size))
-    bias = self.param("bias", zeros, (4 * self.hidden_size,))
-    gate = nn.sigmoid if self.gate_activation == "sigmoid" else _hard_sigmoid
-
-    z = _project(x, input_mask, kernel) + _project(h, recurrent_mask, recurrent_kernel) + bias[None, :]
-    i, f, g, o = jnp.split(z, 4, axis=1)
-    new_c = gate(f) * c + gate(i) * jnp.tanh(g)
-    new_h = gate(o) * jnp.tanh(new_c)
-
-    c, h = jnp.where(is_real, new_c, c), jnp.where(is_real, new_h, h)
-    return (c, h), jnp.where(is_real, h, jnp.zeros_like(h))
-
-
 def lstm(
-  inputs: jax.Array,
-  kernel: jax.Array,
-  recurrent_kernel: jax.Array,
-  bias: jax.Array,
-  *,
-  input_dropout_mask: jax.Array | None,
-  recurrent_dropout_mask: jax.Array | None,
-  lengths: jax.Array | None,
-  gate_activation: str,
-  reverse: bool,
+  inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, gate_activation: str, reverse: bool
 ) -> jax.Array:
-  """See `imdb_jax.lstm.lstm`."""
-  (b, t, e), h = inputs.shape, recurrent_kernel.shape[0]
-  if lengths is None:
-    is_real = jnp.ones((b, t, 1), bool)
-  else:
-    is_real = (jnp.arange(t)[None, :] >= t - lengths[:, None])[:, :, None]
-  scanned = nn.scan(
-    Cell,
-    variable_broadcast="params",
-    split_rngs={"params": False},
-    in_axes=(1, 1, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]: flax declares only int.
-    out_axes=1,
-    reverse=reverse,
-  )
-  cell = scanned(input_size=e, hidden_size=h, gate_activation=gate_activation, parent=None)
+  """Compute `imdb_jax.lstm.lstm` with every setting."""
+  b, h = inputs.shape[0], weights.recurrent_kernel.shape[0]
   zeros = jnp.zeros((b, h), inputs.dtype)
-  params = {"kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": bias}
-  carry_and_hidden: Any = cell.apply(
-    {"params": params}, (zeros, zeros), inputs, is_real, input_dropout_mask, recurrent_dropout_mask
+  run = nn.apply(
+    lambda cell: scan(cell, (zeros, zeros), inputs, lengths, *masks, reverse=reverse),
+    # No parent: otherwise the cell would become a part of the module that calls this function.
+    LSTMCell(h, gate_activation, parent=None),
   )
-  return carry_and_hidden[1]
+  return run({"params": weights._asdict()})

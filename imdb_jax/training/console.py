@@ -1,79 +1,75 @@
-"""What a person sees of a training run: live on a terminal, plain lines in a pipe or file."""
+"""Console output of a training run: live on a terminal, plain lines in a pipe, file or notebook."""
 
 import errno
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich import progress as rich_progress
 from rich.console import Console as RichConsole
 from rich.table import Column, Table
+from rich.text import Text
 
 
 def decimal(value: float) -> str:
-  """To four places; a huge value to four digits."""
+  """Format a number with four decimals, or with four digits if it is huge."""
   return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 class _Output(RichConsole):
-  """Training goes on where nobody reads any more."""
+  """A console that keeps silent once nobody reads it, so that training goes on."""
 
   def on_broken_pipe(self) -> None:
-    """As in `train.py | head`."""
+    """Silence the console, as in `train.py | head`."""
     self.quiet = True
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
   def __exit__(self, *exception) -> None:
-    """Ends the writing of something; its terminal may have gone, as with a lost connection."""
     try:
       super().__exit__(*exception)
     except OSError as error:
+      # The terminal has gone.
       if error.errno != errno.EIO:
         raise
       self.on_broken_pipe()
 
 
 class Console:
-  """Writes to standard output, and to nothing in the processes other than the first."""
+  """Standard output; quiet in all processes except the first."""
 
   def __init__(self, *, is_quiet: bool = False):
-    self._console = _Output(quiet=is_quiet, highlight=False, soft_wrap=True)
+    # In a notebook, rich would create an output block per line.
+    self._console = _Output(quiet=is_quiet, highlight=False, force_jupyter=False)
+    # A terminal wraps at words; a file or pipe gets whole lines.
+    self._console.soft_wrap = not self._console.is_terminal
     self._progress: rich_progress.Progress | None = None
     self._task = rich_progress.TaskID(0)
     self._started = 0.0
     self._done_before = 0
 
   def line(self, text: str = "") -> None:
+    """Print a line of text."""
     self._console.print(text, markup=False)
 
   def header(self, rows: Mapping[str, str]) -> None:
-    """One `name  value` line each."""
+    """Print one line of name and value each; on a terminal, long values wrap below themselves."""
+    if self._console.is_terminal:
+      grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+      for name, value in rows.items():
+        grid.add_row(Text(name), Text(value))
+      self._console.print(grid)
+      return
     width = max(map(len, rows))
     for name, value in rows.items():
       self.line(f"{name:<{width}}  {value}")
 
-  def table(self, title: str, columns: Sequence[str], rows: list[list[str]], *, least: Sequence[str]) -> None:
-    """Where the terminal is too narrow, the columns named in `least` are left out, the first of them first."""
-    widths = {name: max(map(len, cells)) for name, *cells in zip(columns, columns, *rows, strict=True)}
-    for name in least:
-      # A column has a border and two blanks, the last one a border more.
-      if sum(widths.values()) + 3 * len(widths) + 1 > self._console.width:
-        del widths[name]
-    table = Table(title=title, title_justify="left")
-    for name, width in widths.items():
-      # Rich would cut what is too wide, numbers too.
-      table.add_column(name, justify="right", min_width=width)
-    for row in rows:
-      table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in widths))
-    self._console.print(table)
-
   def start_epoch(self, epoch: int, num_epochs: int, *, num_steps: int, done: int) -> None:
-    """Begins to show an epoch of which `done` steps lie behind a resume."""
+    """Start to show an epoch, whose first `done` steps a resumed run does not repeat."""
     self._epoch, self._num_steps = f"{epoch}/{num_epochs}", num_steps
     self._started, self._done_before = time.perf_counter(), done
     if self._console.is_terminal and not self._console.is_dumb_terminal:
-      # Only the bar gives way where the terminal is narrow.
+      # Only the bar shrinks on a narrow terminal.
       progress = rich_progress.Progress(
         "{task.description}",
         rich_progress.BarColumn(),
@@ -84,36 +80,45 @@ class Console:
         transient=True,
       )
       progress.start()
-      # Rich hides the cursor, and a second Ctrl-C leaves nobody to show it again.
+      # Rich hides the cursor, and a second Ctrl-C would leave it hidden.
       self._console.show_cursor()
       self._progress = progress
       self._task = progress.add_task(f"Epoch {self._epoch}", total=num_steps, completed=done, status="")
 
   def show_step(self, done: int, means: Mapping[str, float], num_reviews: int, *, is_logged: bool) -> None:
-    """After `done` steps of the epoch: means so far, and the reviews that all seeds have seen since it started here."""
+    """Show the progress of an epoch.
+
+    Args:
+      done: steps of the epoch that are done.
+      means: loss and accuracy of the epoch so far.
+      num_reviews: reviews that all seeds have processed since `start_epoch`.
+      is_logged: whether to print a line if there is no terminal.
+    """
     seconds = max(time.perf_counter() - self._started, 1e-9)
     parts = [f"{name} {decimal(means[name])}" for name in ("loss", "accuracy")]
     parts.append(f"{num_reviews / seconds:,.0f} reviews/s")
     if self._progress is not None:
-      self._progress.update(self._task, completed=done, status=self._fitting(parts))
+      self._progress.update(self._task, completed=done, status=self._fit(parts))
     elif is_logged:
       left = (self._num_steps - done) * seconds / max(done - self._done_before, 1)
       self.line("  ".join((f"Epoch {self._epoch}", f"step {done}/{self._num_steps}", *parts, f"{left:.0f} s left")))
 
-  def _fitting(self, parts: list[str]) -> str:
-    """As many of the first ones as the progress line has room for."""
-    # Beside them stand the epoch and the steps, and in 13 columns a slash, four blanks and the time left.
+  def _fit(self, parts: list[str]) -> str:
+    """Return the first parts, as many as the progress line has room for."""
+    # Epoch and steps take their own width; a slash, four blanks and the time left take 13 columns.
     room = self._console.width - len(f"Epoch {self._epoch}") - 2 * len(str(self._num_steps)) - 13
     while len("  ".join(parts)) > max(room, 0):
       parts = parts[:-1]
     return "  ".join(parts)
 
   def show_evaluation(self, done: int, total: int) -> None:
+    """Show the progress of an evaluation."""
     if self._progress is not None:
       description = f"Validation {self._epoch}"
       self._progress.update(self._task, description=description, completed=done, total=total, status="")
 
   def end_epoch(self) -> None:
+    """Remove the progress bar."""
     if self._progress is not None:
       self._progress.stop()
       self._progress = None

@@ -1,105 +1,122 @@
-"""The end of a run: a table on the console, and `report.md` and `history.png` beside the checkpoints."""
+"""Reports of a run: the header, the closing lines, and history.csv, history.png and report.md."""
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from imdb_jax import plots
 from imdb_jax.config import Config
+from imdb_jax.data.tokens import TokenData
+from imdb_jax.program import Program
+from imdb_jax.store import metrics_log
+from imdb_jax.store.metrics_log import METRICS, Line
 from imdb_jax.training.console import Console, decimal
-from imdb_jax.training.recorder import write_history
 
-_METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
-_COLUMNS = ("epoch", *_METRICS, "seconds", "evaluation_seconds")
+_COLUMNS = ("epoch", *METRICS, "seconds", "evaluation_seconds")
 
 
-def _cells(line: dict[str, Any]) -> list[str]:
-  return [
-    str(line["epoch"]),
-    *(decimal(line[name]) for name in _METRICS),
-    *(f"{line[name]:.1f}" for name in _COLUMNS[5:]),
-  ]
+def start_facts(program: Program, step: int) -> dict[str, Any]:
+  """Return what provenance.json records of a start of the trainer."""
+  return {
+    "step": step,
+    "devices": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}",
+    "processes": jax.process_count(),
+    "implementation": program.choice.name,
+    "precision": program.precision,
+  }
 
 
-def epoch_line(line: dict[str, Any], num_epochs: int) -> str:
-  """An epoch in one line."""
-  names = (*_METRICS, "ensemble_accuracy") if "seeds" in line else _METRICS
-  values = "  ".join(f"{name} {decimal(line[name])}" for name in names)
-  return (
-    f"Epoch {line['epoch']}/{num_epochs}  {values}  "
-    f"{line['seconds']:.1f} s training, {line['evaluation_seconds']:.1f} s evaluation"
+def show_header(program: Program, data: TokenData, step: int, console: Console) -> None:
+  """Print what will be trained, on what and how."""
+  config, seeds = program.config, program.config.training.seeds
+  facts, platform = start_facts(program, step), program.mesh.devices.flat[0].platform
+  num_available = len(jax.devices(platform))
+  limited = f" of {num_available}" if program.mesh.size < num_available else ""
+  num_parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().params)) // len(seeds)
+  num_steps = -(-len(data.train) // config.training.batch_size)
+  console.header(
+    {
+      "Preset": config.preset,
+      "Seeds": f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}: {len(seeds)} models, one ensemble",
+      "Devices": f"{facts['devices']} ({platform}){limited}, {facts['processes']} process(es)",
+      "Recurrence": f"{program.choice.name} ({program.choice.reason})",
+      "Precision": f"matrix products in {program.precision}",
+      "Parameters": f"{num_parameters:,}",
+      "Examples": f"{len(data.train):,} train, {len(data.validation):,} validation ({config.data.validation})",
+      "Steps": f"{num_steps:,} per epoch, {config.training.epochs} epoch(s)",
+      "Run": f"{config.run_dir} ({f'resumed at step {step:,}' if step else 'new'})",
+    }
   )
 
 
-def best(history: list[dict[str, Any]]) -> dict[str, Any]:
-  """The epoch with the highest validation accuracy; of equals the last, which is also the best checkpoint."""
+def epoch_line(line: Line, num_epochs: int) -> str:
+  """Return an epoch in one line."""
+  values = "  ".join(f"{name} {decimal(line[name])}" for name in METRICS)
+  times = f"{line['seconds']:.1f} s training, {line['evaluation_seconds']:.1f} s evaluation"
+  return f"Epoch {line['epoch']}/{num_epochs}  {values}  {times}"
+
+
+def best_epoch(history: list[Line]) -> Line:
+  """Return the epoch with the highest validation accuracy, the last of equals: that of the best checkpoint."""
   return max(reversed(history), key=lambda line: line["val_accuracy"])
 
 
-def _val_accuracy(line: dict[str, Any]) -> str:
-  """Of an epoch; of several seeds the mean and how far they spread."""
-  mean = f"val_accuracy {line['val_accuracy']:.4f}"
-  if "seeds" not in line:
-    return mean
-  values = [of_seed["val_accuracy"] for of_seed in line["seeds"]]
-  spread = f"sample standard deviation, n = {len(values)}; minimum {min(values):.4f}, maximum {max(values):.4f}"
-  return f"{mean} ± {statistics.stdev(values):.4f} ({spread}), ensemble_accuracy {line['ensemble_accuracy']:.4f}"
+def _val_accuracy(line: Line) -> str:
+  """Return the validation accuracy; with several seeds, also their mean and sample standard deviation."""
+  shown = f"val_accuracy {line['val_accuracy']:.4f}"
+  values = [seed["val_accuracy"] for seed in line["seeds"]]
+  if len(values) == 1:
+    return shown
+  spread = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+  return f"{shown} (ensemble), {spread} (seeds, n = {len(values)}, from {min(values):.4f} to {max(values):.4f})"
 
 
-def _seed_cells(of_seed: dict[str, Any]) -> list[str]:
-  return [str(of_seed["seed"]), *(decimal(of_seed[name]) for name in _METRICS)]
+def _chosen_on(config: Config) -> str:
+  if config.data.validation == "test":
+    return "chosen on the test reviews, as in the article, which flatters"
+  return "chosen on reviews held out of training"
+
+
+def _epoch_cells(line: Line) -> list[str]:
+  metrics = [decimal(line[name]) for name in METRICS]
+  return [str(line["epoch"]), *metrics, *(f"{line[name]:.1f}" for name in ("seconds", "evaluation_seconds"))]
+
+
+def _seed_cells(seed: Line) -> list[str]:
+  return [str(seed["seed"]), *(decimal(seed[name]) for name in METRICS)]
+
+
+def show(config: Config, history: list[Line], console: Console) -> None:
+  """Print the last and the best epoch; the lines of all epochs have been printed already."""
+  best, last = best_epoch(history), history[-1]
+  console.line(f"Last epoch: {_val_accuracy(last)}")
+  console.line(f"Best epoch {best['epoch']}: {_val_accuracy(best)} ({_chosen_on(config)})")
 
 
 def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
   return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
-def _chosen_on(config: Config) -> str:
-  if config.dataset.validation == "test":
-    return "chosen on the test reviews, as in the article: it flatters; the last epoch does not"
-  return "chosen on reviews held out of training"
-
-
-def show(config: Config, history: list[dict[str, Any]], console: Console) -> None:
-  """The closing table and the commands that people want next."""
-  columns = [name.replace("evaluation_seconds", "eval s") for name in _COLUMNS]
-  least = ("eval s", "seconds", "loss", "accuracy", "val_loss")
-  console.table("History", columns, list(map(_cells, history)), least=least)
-  top, last = best(history), history[-1]
-  if "seeds" in last:
-    console.table("Last epoch by seed", ["seed", *_METRICS], list(map(_seed_cells, last["seeds"])), least=least[2:])
-    console.line(f"Last epoch: {_val_accuracy(last)}")
-  console.line(f"Best epoch {top['epoch']}: {_val_accuracy(top)} ({_chosen_on(config)})")
-  run_dir = shlex.quote(str(config.run_dir))
-  console.line()
-  console.line("Next:")
-  console.line(f"  python scripts/evaluate.py {run_dir}")
-  console.line(f'  python scripts/predict.py {run_dir} "A film I will not forget."')
-  console.line(f"  {config.run_dir / 'history.png'} shows the curves")
-
-
-def write(config: Config, history: list[dict[str, Any]]) -> None:
-  """Writes history.csv, history.png and report.md into the run directory."""
-  write_history(config.run_dir, history)
-  plots.plot_history(config.run_dir, config.run_dir / "history.png")
-  table = _markdown_table(_COLUMNS, list(map(_cells, history)))
-  top, last = best(history), history[-1]
+def write(config: Config, history: list[Line]) -> None:
+  """Write history.csv, history.png and report.md into the run directory."""
+  metrics_log.write_csv(config.run_dir, history)
+  plots.plot_history(history, config.run_dir.resolve().name, config.run_dir / "history.png")
+  best, last = best_epoch(history), history[-1]
   total = sum(line["seconds"] + line["evaluation_seconds"] for line in history)
-  settings = ", ".join(
-      f"{name} {value}" for section in config.to_dict().values() if isinstance(section, dict)
-      for name, value in section.items()
-  )  # fmt: skip
-  if "seeds" in last:
-    table += "\n\nThe means of the seeds; seed by seed after the last epoch:\n\n"
-    table += _markdown_table(("seed", *_METRICS), list(map(_seed_cells, last["seeds"])))
+  settings = ", ".join(f"{name} {value}" for section in config.settings().values() for name, value in section.items())
   text = f"""# Run `{config.run_dir.name}`, preset {config.preset}
 
 Last epoch: {_val_accuracy(last)}.
-Best epoch: {top["epoch"]}, {_val_accuracy(top)} ({_chosen_on(config)}).
-Training and evaluation: {total:.0f} s, compilation apart.
+Best epoch: {best["epoch"]}, {_val_accuracy(best)} ({_chosen_on(config)}).
+Training and evaluation: {total:.0f} s, without compilation and saves.
 
-{table}
+{_markdown_table(_COLUMNS, list(map(_epoch_cells, history)))}
+
+Training metrics are means over the seeds; validation metrics are those of the ensemble. The seeds after the last epoch:
+
+{_markdown_table(("seed", *METRICS), list(map(_seed_cells, last["seeds"])))}
 
 ![Accuracy and loss](history.png)
 

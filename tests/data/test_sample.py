@@ -1,4 +1,4 @@
-"""The embedded sample: the same everywhere, fairly split, and not solvable without word order."""
+"""The embedded sample: the same everywhere, split by films, and not solvable without word order."""
 
 import re
 
@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from imdb_jax.data import reviews, sample
 
 SIZES = {"train": 4000, "test": 1000}
-# Change these only with a deliberate change of the corpus: take the digests from the failure, and train the sample
-# preset again with several seeds, because its expected accuracy belongs to this text.
+# `Reviews.digest` of each split. After a deliberate change of the corpus, also train the sample preset with several
+# seeds: its expected accuracy belongs to this text.
 DIGESTS = {
   "train": "4f80c36bc9340370a872f0d598622ba5b77ba3a1830d5b671e2f58ad0142318f",
   "test": "a070145f85ccd5016d47cb1f042461ae2d27b3c1670636c24b1ff06b0fcab17a",
@@ -33,12 +33,12 @@ def test_every_load_gives_the_same_reviews(splits):
   for split in splits:
     assert again[split].texts == splits[split].texts
     np.testing.assert_array_equal(again[split].labels, splits[split].labels)
-    np.testing.assert_array_equal(again[split].films, splits[split].films)
+    np.testing.assert_array_equal(again[split].groups, splits[split].groups)
 
 
 @pytest.mark.parametrize("split", SIZES)
 def test_reviews_are_the_published_ones(splits, split):
-  assert reviews.content_digest(splits[split]) == DIGESTS[split], "the corpus changed: see the comment at DIGESTS"
+  assert splits[split].digest == DIGESTS[split], "the corpus changed: see the comment at DIGESTS"
 
 
 @pytest.mark.parametrize("split", SIZES)
@@ -54,7 +54,7 @@ def test_no_text_occurs_twice(splits):
 
 
 def test_splits_share_no_film(splits):
-  train, test = (set(splits[split].films.tolist()) for split in ("train", "test"))
+  train, test = (set(splits[split].groups.tolist()) for split in ("train", "test"))
   assert len(train) == 160
   assert len(test) == 40
   assert not train & test
@@ -69,7 +69,7 @@ def test_no_title_is_in_both_splits(splits):
 
 @pytest.mark.parametrize("split", SIZES)
 def test_every_film_has_both_labels(splits, split):
-  films, labels = splits[split].films, splits[split].labels
+  films, labels = splits[split].groups, splits[split].labels
   assert all(0.4 < labels[films == film].mean() < 0.6 for film in np.unique(films))
 
 

@@ -1,6 +1,6 @@
-"""Words and ids are Keras's, and a vocabulary file is read back or refused in one line.
+"""Words and ids are those of Keras, and a vocabulary file is read back or refused in one line.
 
-Run as a script this file is Keras's side of the comparison.
+Run as a script, this file is Keras's side of the comparison.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from imdb_jax.errors import UsageError
 
 
 def keras_side(source: Path, target: Path) -> None:
-  """Fits Keras's tokenizer on the first texts of each corpus and encodes all of them."""
+  """Fit Keras's tokenizer on the first texts of each corpus and encode all of them."""
   import keras
   from keras.src.legacy.preprocessing.text import Tokenizer
 
@@ -54,7 +54,7 @@ def fit(*texts: str, size: int = 100, strip_html: bool = True) -> Vocabulary:
     ('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~a', ["a"]),
     ("one\ttwo\nthree", ["one", "two", "three"]),
     ("10/10", ["10", "10"]),
-    # Only ASCII marks separate words: what looks like a quote, a dash or a space stays.
+    # Only ASCII marks separate words; other quotes, dashes and spaces do not.
     ("caf\u00e9 \u201cfine\u201d a\u2014b", ["caf\u00e9", "\u201cfine\u201d", "a\u2014b"]),
     ("a\u00a0b\u2003c\rd", ["a\u00a0b\u2003c\rd"]),
     ("\u00c9T\u00c9 STRASSE \u0130", ["\u00e9t\u00e9", "strasse", "i\u0307"]),
@@ -86,14 +86,14 @@ def test_frequent_words_have_low_ids():
 
 
 def test_ties_go_to_the_word_that_comes_first():
-  """Also beyond the words that are kept, and not by the alphabet."""
+  """Not in alphabetical order, and also where the list of words is cut off."""
   assert fit("z y x w", "w x y z", "v").words == ("z", "y", "x", "w", "v")
   assert fit("z y x w", "w x y z", "v", size=3).words == ("z", "y")
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6, 7])
 def test_size_counts_the_padding_id(size):
-  """Keras's num_words: ids stay below it, so one word fewer is known."""
+  """As Keras's num_words: ids are below it, so one word fewer is known."""
   vocabulary = fit("a a a a a b b b b c c c d d e", size=size)
   assert vocabulary.words == tuple("abcde"[: size - 1])
   tokens, _ = vocabulary.encode(["a b c d e f"], 8)
@@ -105,7 +105,7 @@ def test_golden_ids():
   assert vocabulary.words == ("the", "film", "was", "good")
   texts = ["The end was NOT the good end.", "", "unknown words", "good", "film film the was the film"]
   tokens, lengths = vocabulary.encode(texts, 4)
-  # Unknown words leave no gap, padding stands at the front, and of a long review the last words are kept.
+  # Unknown words leave no gap, padding is at the front, and of a long review the last words are kept.
   expected = [[1, 3, 1, 4], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 4], [1, 3, 1, 2]]
   np.testing.assert_array_equal(tokens, expected)
   np.testing.assert_array_equal(lengths, [4, 0, 0, 1, 4])
@@ -132,12 +132,12 @@ def test_ids_fit_their_type(size, dtype):
 def test_vocabulary_survives_its_file(tmp_path, strip_html):
   vocabulary = fit("don't caf\u00e9 \u201ca\u201d \U0001f3ac \u2028 a\u00a0b <br />", size=50, strip_html=strip_html)
   path = tmp_path / "vocab.json"
-  path.write_text(vocabulary.to_json(), encoding="utf-8")
+  path.write_text(vocabulary.json, encoding="utf-8")
   assert Vocabulary.load(path) == vocabulary
 
 
 def vocabulary_json(**changes) -> str:
-  fields = json.loads(fit("a b c", size=10).to_json()) | changes
+  fields = json.loads(fit("a b c", size=10).json) | changes
   return json.dumps({name: value for name, value in fields.items() if value is not None})
 
 
@@ -171,6 +171,56 @@ def test_damaged_file_is_refused_by_name(tmp_path, content):
     Vocabulary.load(path)
 
 
+# Words, tags, separators, and characters whose lower case is longer or depends on the neighbours.
+PIECES = ["a", "b", "The", "the", "don't", "'", "ab", "10", "<br />", "<", ">"]
+PIECES += ["\u0130", "\u00df", "\u1e9e", "\u03a3", "\u0391\u03a3", "caf\u00e9", "cafe\u0301", "\u201c", "\U0001f3ac"]
+PIECES += " \t\n\r\x0b\x1c.,-_/&|~`\u00a0\u2003\u2028"
+TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=40).map("".join)
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("A good<br />film!", ["A", "good", "film"]),
+    # The lower case of \u0130 has two characters.
+    ("\u0130\u0130 \u0130 good", ["\u0130\u0130", "\u0130", "good"]),
+    # The first word ends in a final sigma; in the second, the sigma is followed by a letter.
+    (
+      "\u039f\u0394\u039f\u03a3 \u039f\u0394\u039f\u03a3.\u0391",
+      ["\u039f\u0394\u039f\u03a3", "\u039f\u0394\u039f\u03a3", "\u0391"],
+    ),
+    ("<i>\u0130</i>\U0001f3ac, <b>end", ["\u0130", "\U0001f3ac", "end"]),
+    ("", []),
+  ],
+)
+def test_spans_are_the_places_of_the_words(text, words):
+  vocabulary = fit(text)
+  spans = vocabulary.spans(text)
+  assert [text[start:end] for _, start, end in spans] == words
+  assert [number for number, _, _ in spans] == vocabulary.ids(text)
+
+
+def test_unknown_words_have_no_span():
+  assert fit("good film").spans("a good, bad FILM") == [(1, 2, 6), (2, 12, 16)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, known=TEXTS, strip_html=st.booleans())
+def test_spans_of_any_text(text, known, strip_html):
+  """Every id has its place; only the form of a sigma may depend on the text around it."""
+  vocabulary = fit(text[::2], known, strip_html=strip_html)
+  spans = vocabulary.spans(text)
+  assert [number for number, _, _ in spans] == vocabulary.ids(text)
+  positions = [position for _, start, end in spans for position in (start, end)]
+  assert positions == sorted(positions)
+  for number, start, end in spans:
+    (word,) = split_words(text[start:end], strip_html=False)
+    assert word.replace("\u03c2", "\u03c3") == vocabulary.words[number - 1].replace("\u03c2", "\u03c3")
+    # The word is whole: both neighbours are separators. "<" and ">" of tags are separators, too.
+    for neighbour in (text[max(start - 1, 0) : start], text[end : end + 1]):
+      assert split_words(neighbour, strip_html=False) == []
+
+
 WORDS = st.lists(st.text(max_size=8), max_size=8)
 ODD = st.none() | st.integers() | st.floats() | st.text() | st.lists(st.text() | st.integers(), max_size=3)
 
@@ -195,7 +245,7 @@ def test_any_object_gives_the_vocabulary_that_it_describes_or_one_clear_line(fie
   except UsageError as error:
     assert len(str(error).splitlines()) == 1
     return
-  assert json.loads(vocabulary.to_json()) == fields
+  assert json.loads(vocabulary.json) == fields
   tokens, lengths = vocabulary.encode([text, *vocabulary.words], 5)
   assert tokens.max() < vocabulary.size
   assert tokens.min() >= 0
@@ -223,15 +273,11 @@ def test_absent_file_is_named(tmp_path, name):
 
 
 def generated_corpora() -> list[dict]:
-  """Texts that hypothesis makes of words, separators, and characters whose lower case or kind is special."""
-  words = ["a", "b", "The", "the", "don't", "'", "ab", "10", "<br />"]
-  words += ["\u0130", "\u00df", "\u1e9e", "\u03a3", "\u0391\u03a3", "caf\u00e9", "cafe\u0301", "\u201c", "\U0001f3ac"]
-  pieces = st.sampled_from([*words, *" \t\n\r\x0b\x1c.,-_<>/&|~`\u00a0\u2003\u2028"])
-  texts = st.lists(st.one_of(pieces, st.characters(exclude_categories=["Cs"])), max_size=40).map("".join)
+  """Return corpora that hypothesis generates."""
   corpora = []
 
   @settings(max_examples=150, derandomize=True, database=None, deadline=None)
-  @given(st.lists(texts, min_size=1, max_size=8), st.integers(2, 12), st.integers(1, 12), st.integers(1, 8))
+  @given(st.lists(TEXTS, min_size=1, max_size=8), st.integers(2, 12), st.integers(1, 12), st.integers(1, 8))
   def collect(texts, size, sequence_length, num_fitted):
     corpora.append({"texts": texts, "size": size, "sequence_length": sequence_length, "num_fitted": num_fitted})
 
@@ -250,7 +296,7 @@ def assert_same_as_keras(corpora: list[dict], folder: Path) -> None:
   done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
   assert done.returncode == 0, done.stderr[-2000:]
   for corpus, keras in zip(corpora, json.loads(target.read_text(encoding="utf-8")), strict=True):
-    # Keras strips no tags. Its index holds all words, of which it uses those below num_words.
+    # Keras strips no tags. Its index holds all words, but it uses only those with an id below num_words.
     vocabulary = fit(*corpus["texts"][: corpus["num_fitted"]], size=corpus["size"], strip_html=False)
     used = {word: i for word, i in keras["index"].items() if i < corpus["size"]}
     assert {word: i for i, word in enumerate(vocabulary.words, start=1)} == used

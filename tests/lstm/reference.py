@@ -1,6 +1,6 @@
 """The contract of the recurrence as a loop over reviews, positions and gates in NumPy float64, and its gradients.
 
-It shares nothing with the package: each review is a sequence of its own, of its own length.
+It shares no code with the package, and processes each review separately, over its own length.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def hard_sigmoid(z: np.ndarray) -> np.ndarray:
-  """Keras 1: clip(0.2 z + 0.5, 0, 1). Clips by the real part, so that a complex step passes."""
+  """Compute clip(0.2 z + 0.5, 0, 1) as in Keras 1. Clip by the real part, so that complex steps work."""
   y = 0.2 * z + 0.5
   return np.where(y.real <= 0, 0, np.where(y.real >= 1, 1, y))
 
@@ -26,12 +26,12 @@ def _activate(z: list[np.ndarray], gate_activation: str) -> tuple[np.ndarray, ..
 
 
 def _gate_slope(y: np.ndarray, gate_activation: str) -> np.ndarray:
-  """Derivative of a gate where it holds the value y."""
+  """Return the derivative of a gate, from its value y."""
   return y * (1 - y) if gate_activation == "sigmoid" else np.where((y > 0) & (y < 1), 0.2, 0.0)
 
 
 def _review_masks(mask: np.ndarray | None, row: int, size: int) -> np.ndarray:
-  """The masks of one review, one a gate: [4, size]."""
+  """Return the masks of one review, one per gate: [4, size]."""
   if mask is None:
     return np.ones((4, size))
   return np.stack([(mask[row] if mask.ndim == 2 else mask[gate, row]) for gate in GATES]).astype(np.float64)
@@ -43,7 +43,7 @@ def _positions(t: int, length: int, reverse: bool) -> list[int]:
 
 
 def _run(inputs, kernel, recurrent_kernel, bias, masks, gate_activation, positions) -> Iterator[tuple]:
-  """One review: yields (position, gates, c before, h before, c after, h after)."""
+  """Yield (position, gates, c before, h before, c after, h after) for one review."""
   h_size = recurrent_kernel.shape[0]
   x_masks, h_masks = masks
   c, h = np.zeros(h_size), np.zeros(h_size)
@@ -78,7 +78,7 @@ def lstm(
   gate_activation="sigmoid",
   reverse=False,
 ) -> np.ndarray:
-  """hidden f64[b, t, h]; arguments as of `imdb_jax.lstm.lstm`. Complex arguments give a complex result."""
+  """Return hidden f64[b, t, h]; arguments as for `imdb_jax.lstm.lstm`. Complex arguments give a complex result."""
   inputs, kernel, recurrent_kernel, bias = _float64(inputs, kernel, recurrent_kernel, bias)
   (b, t, e), h_size = inputs.shape, recurrent_kernel.shape[0]
   hidden = np.zeros((b, t, h_size), np.result_type(inputs, kernel, recurrent_kernel, bias))
@@ -103,7 +103,7 @@ def gradients(
   gate_activation="sigmoid",
   reverse=False,
 ) -> dict[str, np.ndarray]:
-  """Gradients of sum(hidden * cotangent) by backpropagation through time, f64, one for each array."""
+  """Return the gradients f64 of sum(hidden * cotangent) for each array, by backpropagation through time."""
   inputs, kernel, recurrent_kernel, bias, cotangent = _float64(inputs, kernel, recurrent_kernel, bias, cotangent)
   (b, t, e), h_size = inputs.shape, recurrent_kernel.shape[0]
   d_inputs, d_kernel = np.zeros_like(inputs), np.zeros_like(kernel)

@@ -1,4 +1,4 @@
-"""What the front door refuses, whichever implementation serves."""
+"""The checks of the front door, the same for every implementation."""
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ def test_wrong_shape_is_named(name, shape):
     lstm(**good_call() | {name: np.ones(shape, np.int32 if name == "lengths" else np.float32)})
 
 
-@pytest.mark.parametrize("name", [*contract.ARRAYS[1:], "input_dropout_mask", "recurrent_dropout_mask", "lengths"])
+@pytest.mark.parametrize("name", [*contract.ARRAYS, "input_dropout_mask", "recurrent_dropout_mask", "lengths"])
 def test_wrong_dtype_is_named(name):
   good = good_call()
   with pytest.raises(ValueError, match=rf"^{name}\b"):
@@ -58,8 +58,29 @@ def test_unknown_gate_activation_is_named():
 
 
 def test_unknown_implementation_is_named_and_never_replaced():
-  with pytest.raises(ValueError, match="implementation 'abacus'"):
+  with pytest.raises(ValueError, match="implementation 'abacus': must be one of mosaic_gpu, cudnn, chunked, scan"):
     lstm(**good_call(), implementation="abacus")
+
+
+ONLY_SCAN = {
+  "one mask per gate": {"input_dropout_mask": np.ones((4, 2, 5), np.float32)},
+  "one mask per gate for the state": {"recurrent_dropout_mask": np.ones((4, 2, 2), np.float32)},
+  "hard_sigmoid": {"gate_activation": "hard_sigmoid"},
+}
+
+
+@pytest.mark.parametrize("settings", ONLY_SCAN.values(), ids=ONLY_SCAN)
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "cudnn", "chunked"])
+def test_named_implementation_refuses_what_only_scan_computes(implementation, settings):
+  with pytest.raises(ValueError, match=rf"{implementation}.*; only scan computes (one mask per gate|hard_sigmoid)"):
+    lstm(**good_call() | settings, implementation=implementation)
+
+
+@pytest.mark.parametrize("settings", ONLY_SCAN.values(), ids=ONLY_SCAN)
+def test_scan_is_the_default_for_what_only_scan_computes(settings):
+  call = good_call() | settings
+  programs = [jax.make_jaxpr(lambda name=name: lstm(**call, implementation=name))() for name in (None, "scan")]
+  assert str(programs[0]) == str(programs[1])
 
 
 def test_good_call_of_the_error_tests_is_good():

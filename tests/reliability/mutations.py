@@ -1,11 +1,13 @@
-"""Files from outside, mutated: of each the outcome is an answer or an error of ours."""
+"""Files that the package reads, changed at random: each must give an answer or one of our errors."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
 import lzma
 import random
+import shutil
 import signal
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,16 +16,17 @@ from typing import Any
 
 from reliability.sandbox import Failure, require
 
-from imdb_jax import manifest, run_directory
 from imdb_jax.config import DataConfig
-from imdb_jax.data import archive, tokens
+from imdb_jax.data import archive, reviews, sample, sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import ImdbJaxError
-from imdb_jax.training.recorder import read_metrics
+from imdb_jax.store import manifest, metrics_log, run_directory
+
+Reader = Callable[[Path], Any]
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-  """A few bytes, a piece, or a value changed for another."""
+  """Change a few bytes or a piece, or replace a value."""
   changed = bytearray(content)
   for _ in range(rng.randint(1, 4)):
     position = rng.randrange(len(changed) + 1)
@@ -48,13 +51,28 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
   return bytes(changed)
 
 
-def make_inputs(whole: Path, folder: Path) -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
-  """What comes from outside: the content of an honest file, and what reads it.
+def make_inputs(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]]:
+  """Return the content of each kind of intact file, and a function that reads such a file.
 
   Args:
-    whole: a run that has ended.
-    folder: to work in.
+    whole: a finished run.
+    folder: folder to work in.
   """
+  vocabulary = Vocabulary.load(whole / "vocab.json")
+
+  def read_text(path: Path) -> None:
+    vocabulary.encode([path.read_bytes().decode("utf-8", "replace")], 24)
+
+  return {
+    "vocab.json": ((whole / "vocab.json").read_bytes(), Vocabulary.load),
+    "review": ("A film <br /> of 10/10 - «déjà vu» ☺ &amp; more".encode(), read_text),
+    **_archives(),
+    **_files_of_a_run(whole, folder),
+    **_cached_arrays(folder),
+  }
+
+
+def _archives() -> dict[str, tuple[bytes, Reader]]:
   kinds = ("train/neg", "train/pos", "test/neg", "test/pos")
   packed = io.BytesIO()
   with tarfile.open(fileobj=packed, mode="w") as file:
@@ -65,75 +83,81 @@ def make_inputs(whole: Path, folder: Path) -> dict[str, tuple[bytes, Callable[[P
         member.size = len(text)
         file.addfile(member, io.BytesIO(text))
   tar = packed.getvalue()
-  expected = dict.fromkeys(kinds, 2)
-  vocabulary = Vocabulary.load(whole / "vocab.json")
 
-  def read_archive(path: Path) -> None:
-    archive.read_archive(path, expected=expected)
-
-  def read_config(path: Path) -> None:
-    run_dir = folder / "config"
-    run_dir.mkdir(exist_ok=True)
-    path.replace(run_dir / "config.json")
-    run_directory.load_config(run_dir)
-
-  def read_lines(path: Path) -> None:
-    run_dir = folder / "metrics"
-    run_dir.mkdir(exist_ok=True)
-    path.replace(run_dir / "metrics.jsonl")
-    read_metrics(run_dir)
-
-  newest = max((whole / "checkpoints").iterdir(), key=lambda step: int(step.name))
-  manifest_path = whole / "manifests" / f"{newest.name}.json"
-  honest_files = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
-
-  def read_manifest(path: Path) -> None:
-    problem = manifest.problem(newest, path)
-    if problem is None:
-      is_same = json.loads(path.read_text(encoding="utf-8"))["files"] == honest_files
-      require(is_same, "a manifest of other files passes")
-
-  def read_text(path: Path) -> None:
-    vocabulary.encode([path.read_bytes().decode("utf-8", "replace")], 24)
-
-  cached = folder / "cached"
-  config = DataConfig(vocabulary_size=50, sequence_length=8)
-  archive_path = folder / "honest.tar"
-  archive_path.write_bytes(tar)
-  entry = tokens._entry(config, archive.fingerprint(archive_path), cached)
-  data = tokens.encode(config, archive.read_archive(archive_path, expected=expected))
-  tokens._write(data, entry, config, official=True)
-  honest = {path.name: path.read_bytes() for path in entry.iterdir()}
-
-  def read_cache(name: str) -> Callable[[Path], None]:
-    def read(path: Path) -> None:
-      for other, content in honest.items():
-        (entry / other).write_bytes(content)
-      path.replace(entry / name)
-      try:
-        found = tokens._read(entry)
-      # `load` takes any error of a cache for damage, and makes it anew.
-      except Exception:
-        return
-      require(found.digest() == data.digest(), f"a damaged cache passes: {name}")
-
-    return read
+  def read(path: Path) -> None:
+    archive.read_archive(path, expected=dict.fromkeys(kinds, 2))
 
   return {
-    "archive.tar": (tar, read_archive),
-    "archive.tar.gz": (gzip.compress(tar), read_archive),
-    "archive.tar.xz": (lzma.compress(tar), read_archive),
-    "vocab.json": ((whole / "vocab.json").read_bytes(), Vocabulary.load),
-    "config.json": ((whole / "config.json").read_bytes(), read_config),
-    "metrics.jsonl": ((whole / "metrics.jsonl").read_bytes(), read_lines),
-    "manifest": (manifest_path.read_bytes(), read_manifest),
-    "review": ("A film <br /> of 10/10 - «déjà vu» ☺ &amp; more".encode(), read_text),
-    **{f"cached {name}": (content, read_cache(name)) for name, content in honest.items()},
+    "archive.tar": (tar, read),
+    "archive.tar.gz": (gzip.compress(tar), read),
+    "archive.tar.xz": (lzma.compress(tar), read),
   }
 
 
+def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]]:
+  provenance = json.loads((whole / "provenance.json").read_bytes())
+
+  def check(run_dir: Path) -> None:
+    run_directory.check(run_dir, data_digest=provenance["data_digest"], precision=provenance["starts"][0]["precision"])
+
+  def within_a_run(name: str, read: Reader) -> tuple[bytes, Reader]:
+    run_dir = folder / name
+    run_dir.mkdir()
+    shutil.copy(whole / "vocab.json", run_dir)
+
+    def read_as(path: Path) -> None:
+      path.replace(run_dir / name)
+      read(run_dir)
+
+    return (whole / name).read_bytes(), read_as
+
+  newest = max((whole / "checkpoints").iterdir(), key=lambda step: int(step.name))
+  manifest_path = whole / "manifests" / f"{newest.name}.json"
+  intact = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
+
+  def read_manifest(path: Path) -> None:
+    try:
+      manifest.check(newest, path)
+    except (OSError, ValueError):
+      return
+    is_same = json.loads(path.read_text(encoding="utf-8"))["files"] == intact
+    require(is_same, "a manifest of other files is accepted")
+
+  return {
+    "config.json": within_a_run("config.json", run_directory.load_config),
+    "metrics.jsonl": within_a_run("metrics.jsonl", metrics_log.read_history),
+    "provenance.json": within_a_run("provenance.json", check),
+    "manifest": (manifest_path.read_bytes(), read_manifest),
+  }
+
+
+def _cached_arrays(folder: Path) -> dict[str, tuple[bytes, Reader]]:
+  config, cache_dir = DataConfig(vocabulary_size=50, sequence_length=8), folder / "cached"
+  splits = {name: split.take(range(6)) for name, split in sample.load().items()}
+  source = dataclasses.replace(
+    sources.find(DataConfig(source="sample"), None, cache_dir),
+    fingerprint=lambda: reviews.content(splits),
+    load=lambda report: splits,
+  )
+  digest = tokens.load(source, config, cache_dir=cache_dir).digest
+  (entry,) = (cache_dir / "tokens").iterdir()
+  intact = {path.name: path.read_bytes() for path in entry.iterdir()}
+
+  def read_cache(name: str) -> Reader:
+    def read(path: Path) -> None:
+      for other, content in intact.items():
+        (entry / other).write_bytes(content)
+      path.replace(entry / name)
+      found = tokens.load(source, config, cache_dir=cache_dir)
+      require(found.digest == digest, f"a damaged cache is used: {name}")
+
+    return read
+
+  return {f"cached {name}": (content, read_cache(name)) for name, content in intact.items()}
+
+
 @contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
+def _within(seconds: int) -> Iterator[None]:
   def late(*_: Any) -> None:
     raise Failure(f"hangs for {seconds} s")
 
@@ -146,22 +170,22 @@ def within(seconds: int) -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
-def _listing(folder: Path) -> dict[str, bytes]:
+def _contents(folder: Path) -> dict[str, bytes]:
   return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def read_mutated(whole: Path, folder: Path, count: int, seed: int) -> list[str]:
-  """Mutates inputs and reads them; returns what went wrong.
+  """Change files and read them; return a text per failure.
 
   Args:
-    whole: a run that has ended.
-    folder: to work in.
-    count: files to mutate.
-    seed: of all that is random.
+    whole: a finished run.
+    folder: folder to work in.
+    count: number of files to change.
+    seed: seed of the changes.
   """
   folder.mkdir()
   inputs = make_inputs(whole, folder)
-  before, failures = _listing(whole), []
+  before, failures = _contents(whole), []
   for number in range(count):
     rng = random.Random(f"{seed} mutation {number}")
     name = rng.choice(sorted(inputs))
@@ -169,13 +193,13 @@ def read_mutated(whole: Path, folder: Path, count: int, seed: int) -> list[str]:
     path = folder / "mutated"
     path.write_bytes(mutate(content, rng))
     try:
-      with within(20):
+      with _within(20):
         read(path)
     except ImdbJaxError as error:
       if len(str(error).splitlines()) != 1:
         failures.append(f"mutation {number} of {name}: not one line: {error}")
     except Exception as error:
       failures.append(f"mutation {number} of {name}: {error!r}")
-  if _listing(whole) != before:
+  if _contents(whole) != before:
     failures.append("a file of another run was written")
   return failures

@@ -1,8 +1,8 @@
-"""Commands as forks of a process that has JAX and the package imported, and has started neither.
+"""Commands as forks of a server that has imported JAX and the package, but has not started JAX.
 
-Importing takes longer than most of what a trial does with a process. A fork is a process like any other: it compiles,
-computes and ends by itself, signals reach it, and it shares nothing with the others. A byte that it does share with
-who started it tells what it is at.
+The imports take longer than most of what a trial does with a process. A fork compiles, computes, handles signals and
+exits by itself, and shares no state with the other forks. One byte of shared memory tells the trial what its process is
+doing.
 """
 
 import json
@@ -23,20 +23,22 @@ _MOST_BYTES = 2**16
 
 
 class Server:
-  """Starts commands until it is closed."""
+  """A process that starts commands until it is closed."""
 
   def __init__(self):
     self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-      # With threads of its own a process cannot be forked.
+      # A process with threads cannot be forked.
       environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
       command = [sys.executable, __file__, str(theirs.fileno())]
       self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
 
   def start(self, script: Path, arguments: Sequence[str], cwd: Path) -> "Process":
+    """Start a script with arguments in a folder."""
     return Process(self._requests, {"script": str(script), "arguments": arguments, "cwd": str(cwd)})
 
   def close(self) -> None:
+    """Stop the server; commands in progress continue."""
     self._requests.close()
     self._process.wait()
 
@@ -45,7 +47,8 @@ class Process:
   """A command in progress."""
 
   def __init__(self, requests: socket.socket, command: dict[str, Any]):
-    # All three are read by position: the offset is shared with the process that writes.
+    # Standard output, standard error and the shared byte. They are read by position, because the offset is shared with
+    # the process that writes.
     self._files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
     self._files[2].write(b"\0")
     self._files[2].flush()
@@ -63,22 +66,24 @@ class Process:
 
   @property
   def stdout(self) -> str:
+    """What the command has written to standard output so far."""
     return self._content(0)
 
   @property
   def stderr(self) -> str:
+    """What the command has written to standard error so far."""
     return self._content(1)
 
   @property
   def moment(self) -> str:
-    """What it is at, or was at its end."""
+    """What the command is doing, or was doing when it ended: one of MOMENTS."""
     return MOMENTS[ord(self._content(2))]
 
   def wait(self, seconds: float) -> int:
-    """Its exit code, the negative number of a signal that ended it.
+    """Wait for the end and return the exit code, which is negative if a signal ended the command.
 
     Raises:
-      TimeoutError: it goes on.
+      TimeoutError: the command is still running.
     """
     if self.returncode is None:
       self._keeper.settimeout(seconds)
@@ -86,12 +91,13 @@ class Process:
     return self.returncode
 
   def send_signal(self, number: signal.Signals) -> None:
-    """Its number is its own until `close`."""
+    """Send a signal to the command, unless it has ended."""
+    # No other process gets its number before `close`.
     if self.returncode is None:
       os.kill(self.pid, number)
 
   def close(self) -> None:
-    """Kills it where it goes on, and forgets it."""
+    """Kill the command if it is still running, and release its files."""
     self.send_signal(signal.SIGKILL)
     self.wait(60)
     self._keeper.close()
@@ -100,9 +106,9 @@ class Process:
 
 
 def _mark(moments: mmap.mmap) -> None:
-  """Has the parts of a run note in `moments` when they begin, and what they were called from when they end."""
+  """Make the parts of a run write to `moments` when they start, and restore the previous moment when they end."""
   from imdb_jax import evaluation
-  from imdb_jax.checkpoint import Checkpoints
+  from imdb_jax.store.checkpoints import Checkpoints
   from imdb_jax.training import loop, report
 
   def marked(moment: int, function):
@@ -128,7 +134,7 @@ def _mark(moments: mmap.mmap) -> None:
 
 
 def _become(command: dict[str, Any], fds: list[int]) -> None:
-  """Runs a script as Python itself would."""
+  """Run a script as Python itself would."""
   stdout, stderr, moments = fds
   os.dup2(stdout, 1)
   os.dup2(stderr, 2)
@@ -139,7 +145,7 @@ def _become(command: dict[str, Any], fds: list[int]) -> None:
 
 
 def _keep(command: dict[str, Any], fds: list[int]) -> None:
-  """Forks a command and tells its number, then its exit code. Comes back in the command alone, once it has ended."""
+  """Fork a command and send its process id, then its exit code. Only the command returns, at its end."""
   *own, parent = fds
   signal.signal(signal.SIGCHLD, signal.SIG_DFL)
   pid = os.fork()
@@ -153,7 +159,7 @@ def _keep(command: dict[str, Any], fds: list[int]) -> None:
     assert ended is not None
     code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
     keeper.send(str(code).encode())
-    # Not before the other side is done with its number may another process get that.
+    # Keep the process id reserved until the other side no longer needs it.
     keeper.recv(1)
   os._exit(0)
 
@@ -167,7 +173,7 @@ def _serve(requests: socket.socket) -> None:
   num_threads = len(list(Path("/proc/self/task").iterdir()))
   if num_threads > 1:
     sys.exit(f"There are {num_threads} threads after the imports, which a fork would lack.")
-  # As at the start of the scripts.
+  # As the scripts do.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
   signal.signal(signal.SIGCHLD, signal.SIG_IGN)
   while True:

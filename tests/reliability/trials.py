@@ -1,7 +1,7 @@
-"""One disturbance each, at a moment or of a kind that is drawn at random; see `TRIALS`.
+"""Trials: functions that each disturb a run once, at a random moment or in a random way. See `TRIALS`.
 
-A trial raises `Failure` if the run does not end like one that nothing disturbed, bit for bit in parameters, optimizer
-state and metrics. It returns the moments at which it disturbed something.
+A trial raises `Failure` unless the run ends like an undisturbed one, bit for bit in parameters, optimizer state and
+metrics. It returns the moments at which it disturbed a process.
 """
 
 import contextlib
@@ -16,39 +16,39 @@ from pathlib import Path
 from reliability.processes import Process
 from reliability.sandbox import HANGS, LAST_LINE_BUT_ONE, Failure, Sandbox, finish, last_line, newest_state, require
 
-from imdb_jax import manifest
 from imdb_jax.errors import CheckpointError, PlatformError
+from imdb_jax.store import manifest
 
 SIGNAL_EXITS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-# Several processes agree on a signal before every fourth dispatch, of up to eight steps, and at every fourth batch of
-# an evaluation, so a later one may find the run at its end.
+# Several processes agree on a signal before every fourth dispatch, of up to eight steps, and after every fourth batch
+# of an evaluation. So after a later signal the run may end before they agree.
 LAST_AGREEMENT = LAST_LINE_BUT_ONE - 16
-# Seconds within which a process whose partner was killed has left; it takes about seven.
+# Seconds within which a process must exit after its partner was killed. It takes about seven.
 LEFT_ALONE = 30
-# The same where it may have been killed before they joined: a minute is what a process waits for another to come.
+# The same if the partner may have been killed before they joined: a process waits a minute for others to join.
 NEVER_JOINED = 90
 
 
 def _cache(rng: random.Random, folder: Path) -> tuple[str, ...]:
-  """Some runs compile for themselves and keep what they compile, the others find it in the cache."""
+  """Return the flags for an empty cache for some runs, which then compile; the others use the common cache."""
   return ("--cache-dir", str(folder / "cache")) if rng.random() < 0.3 else ()
 
 
-def _go_on(process: Process, seconds: float) -> None:
+def _wait_at_most(process: Process, seconds: float) -> None:
   with contextlib.suppress(TimeoutError):
     process.wait(seconds)
 
 
 def kill(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
-  """Up to three kills, each at any moment from the start to the last save; some while a signal is heeded."""
+  """Kill a run up to three times, at any moment from its start to its last save, sometimes while it handles SIGTERM."""
   run_dir, cache = folder / "run", _cache(rng, folder)
   moments = []
   for _ in range(rng.randint(1, 3)):
     with sandbox.started(run_dir, *cache) as (process,):
-      _go_on(process, rng.uniform(0, sandbox.seconds * 1.1))
+      _wait_at_most(process, rng.uniform(0, sandbox.seconds * 1.1))
       if rng.random() < 0.3:
         process.send_signal(signal.SIGTERM)
-        _go_on(process, rng.uniform(0, 0.3))
+        _wait_at_most(process, rng.uniform(0, 0.3))
       process.send_signal(signal.SIGKILL)
       if process.wait(HANGS) == -signal.SIGKILL:
         moments.append(process.moment)
@@ -58,26 +58,27 @@ def kill(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
 
 
 def stop(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
+  """Send SIGINT or SIGTERM at any moment."""
   run_dir, cache = folder / "run", _cache(rng, folder)
   number = rng.choice(list(SIGNAL_EXITS))
   with sandbox.started(run_dir, *cache) as (process,):
-    _go_on(process, rng.uniform(0, sandbox.seconds))
+    _wait_at_most(process, rng.uniform(0, sandbox.seconds))
     moment = process.moment
     process.send_signal(number)
-    # Read afterwards: training may have gone on by a few lines, never back.
+    # Read after the signal was sent: training may have written more lines, but never fewer.
     line = last_line(run_dir)
     code, stderr = finish(process), process.stderr
   if line < 0:
-    # Before there is anything to save Python itself ends on the signal.
+    # Before there is anything to save, the signal ends Python itself.
     require(code in (SIGNAL_EXITS[number], -number), f"exit {code} on {number.name} at the start: {stderr}")
   elif line < LAST_LINE_BUT_ONE:
     require(code == SIGNAL_EXITS[number], f"exit {code} on {number.name} after step {line}: {stderr}")
   else:
-    # Once the last epoch is evaluated the run ends by itself.
+    # After the last evaluation the run ends by itself.
     require(code in (SIGNAL_EXITS[number], -number, 0), f"exit {code} on {number.name} at the end: {stderr}")
   if "Saved step" in stderr:
     step = _saved_step(stderr)
-    require(newest_state(run_dir)[0] == step, f"step {step} is said to be saved, and is not")
+    require(newest_state(run_dir)[0] == step, f"step {step} is reported as saved, but is not")
   elif code == SIGNAL_EXITS[number]:
     require(line < 0 or line >= LAST_LINE_BUT_ONE, f"nothing was saved after step {line}: {stderr}")
   sandbox.require_end(run_dir, *cache)
@@ -89,8 +90,8 @@ def _saved_step(stderr: str) -> int:
 
 
 def fill_disk(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
-  """Any write may be the one for which there is no room."""
-  # A whole run takes about half a megabyte, and a save asks for a quarter of one beforehand.
+  """Run on a disk that is full at a random write, then on a larger one."""
+  # A whole run takes about half a megabyte, and a save requires a quarter of one to be free.
   with _tmpfs(folder, rng.randint(16, 1000)):
     run_dir = folder / "run"
     with sandbox.started(run_dir) as (process,):
@@ -103,11 +104,17 @@ def fill_disk(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
       require(is_saved or last_line(run_dir) < 20, "all steps were lost")
       if (run_dir / "checkpoints").is_dir():
         for path in (run_dir / "manifests").glob("*.json"):
-          problem = manifest.problem(run_dir / "checkpoints" / path.stem, path)
-          require(problem is None, f"step {path.stem} was lost: {problem}")
+          _require_intact(run_dir / "checkpoints" / path.stem, path)
     subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
     sandbox.require_end(run_dir)
   return []
+
+
+def _require_intact(folder: Path, path: Path) -> None:
+  try:
+    manifest.check(folder, path)
+  except (OSError, ValueError) as error:
+    raise Failure(f"step {path.stem} was lost: {error}") from None
 
 
 @contextlib.contextmanager
@@ -124,7 +131,7 @@ def _tmpfs(folder: Path, kilobytes: int) -> Iterator[None]:
 
 
 def damage(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
-  """One file of the newest checkpoint; it must be noticed, and the step before used, unaltered."""
+  """Damage one file of the newest checkpoint. The step before must be used."""
   run_dir = sandbox.copy_of_whole(folder)
   before, newest = sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())[-2:]
   files = sorted(path for path in (run_dir / "checkpoints" / str(newest)).rglob("*") if path.is_file())
@@ -151,13 +158,14 @@ def damage(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
 
 
 def stop_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
+  """Send SIGTERM to one of two processes during training."""
   run_dir = folder / "run"
   with sandbox.two_started(run_dir) as processes:
     _wait_for_line(run_dir, rng)
     stopped = rng.choice(processes)
     moment = stopped.moment
     stopped.send_signal(signal.SIGTERM)
-    # Read afterwards, as above.
+    # Read after the signal was sent, as in `stop`.
     is_late = last_line(run_dir) >= LAST_AGREEMENT
     codes = [finish(process) for process in processes]
     errors = [process.stderr for process in processes]
@@ -171,6 +179,7 @@ def stop_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[
 
 
 def kill_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[str]:
+  """Kill one of two processes, while they start or during training."""
   run_dir = folder / "run"
   with sandbox.two_started(run_dir) as processes:
     if rng.random() < 0.5:
@@ -184,8 +193,8 @@ def kill_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[
     moment = processes[victim].moment
     other = processes[1 - victim]
     code, stderr = finish(other, NEVER_JOINED if moment == "start" else LEFT_ALONE), other.stderr
-    # Of one that loses the coordinator, or waits for a partner that never comes, JAX makes an abort, unless an error of
-    # ours is faster.
+    # JAX aborts a process that loses the coordinator or waits for a partner that never joins, unless our own error is
+    # faster.
     aborts = [-signal.SIGABRT] if victim == 0 or moment == "start" else []
     exits = (CheckpointError.exit_code, PlatformError.exit_code, *aborts)
     require(code in exits or is_late, f"exit {code} though process {victim} was killed at {moment}: {stderr}")
@@ -194,21 +203,48 @@ def kill_one_of_two(sandbox: Sandbox, rng: random.Random, folder: Path) -> list[
 
 
 def _wait_for_line(run_dir: Path, rng: random.Random) -> None:
-  """Until training has begun, and a little longer."""
+  """Wait until training has started, and a little longer."""
   deadline = time.monotonic() + HANGS
   while last_line(run_dir) < 0:
     if time.monotonic() > deadline:
-      raise Failure("training does not begin")
+      raise Failure("training does not start")
     time.sleep(0.01)
   time.sleep(rng.uniform(0, 2))
 
 
-# Name of the count: what is done, the trial, and how many at a time.
+# By the name of the option: a description, the trial, and how many run at a time.
 TRIALS: Mapping[str, tuple[str, Callable[[Sandbox, random.Random, Path], list[str]], int]] = {
-  "kills": ("SIGKILL at a random moment, up to three times, then resumed", kill, 2),
-  "signals": ("SIGINT or SIGTERM at a random moment, then resumed", stop, 2),
-  "damages": ("a file of the newest checkpoint damaged", damage, 1),
-  "disk_full": ("disk full at a random write, then resumed", fill_disk, 2),
-  "process_stops": ("one of two processes gets SIGTERM, then both resumed", stop_one_of_two, 1),
-  "process_kills": ("one of two processes killed, then both resumed", kill_one_of_two, 1),
+  "kills": (
+    "SIGKILL at a random moment, up to three times, sometimes while SIGTERM was being handled; then resumed: "
+    "bit-identical end",
+    kill,
+    2,
+  ),
+  "signals": (
+    "SIGINT or SIGTERM at a random moment, then resumed: right exit code, the reported step is saved, "
+    "bit-identical end",
+    stop,
+    2,
+  ),
+  "damages": (
+    "one file of the newest checkpoint or its manifest changed, truncated, extended, removed or replaced by a link: "
+    "the step before is used",
+    damage,
+    1,
+  ),
+  "disk_full": (
+    "disk full at a random write (tmpfs), then resumed: one clear line, no older step lost, bit-identical end",
+    fill_disk,
+    2,
+  ),
+  "process_stops": (
+    "SIGTERM to one of two processes, then both resumed: both exit with 143 and the same step, bit-identical end",
+    stop_one_of_two,
+    1,
+  ),
+  "process_kills": (
+    "SIGKILL to one of two processes, then both resumed: the other exits with an error, bit-identical end",
+    kill_one_of_two,
+    1,
+  ),
 }

@@ -1,7 +1,7 @@
-"""The first 50 losses of a small run, as they were once: `python tests/training/golden.py` writes them anew.
+"""The first 50 losses of a small run, as they have been since they were recorded.
 
-They are there to notice a change that nobody meant. Write them anew only for one that is meant, and say so in the
-commit.
+They reveal an unintended change of the numerics. After an intended one, `python tests/training/golden.py` records them
+again; say so in the commit.
 """
 
 import dataclasses
@@ -15,14 +15,16 @@ STEPS = 50
 
 
 def path(platform: str) -> Path:
+  """Return the file with the losses of a platform."""
   return Path(__file__).parent / f"golden-{platform}.json"
 
 
 def config(run_dir: Path) -> Config:
+  """Return the settings of the run."""
   sample = PRESETS["sample"]
   return dataclasses.replace(
     sample,
-    dataset=dataclasses.replace(sample.dataset, limit=16 * STEPS, sequence_length=40),
+    data=dataclasses.replace(sample.data, limit=16 * STEPS, sequence_length=40),
     model=dataclasses.replace(sample.model, embedding_size=16, hidden_size=16),
     optimizer=dataclasses.replace(sample.optimizer, learning_rate=3e-3),
     training=dataclasses.replace(sample.training, epochs=1, batch_size=16),
@@ -31,6 +33,7 @@ def config(run_dir: Path) -> Config:
 
 
 def losses() -> list[float]:
+  """Train, and return the loss of each step."""
   import imdb_jax
 
   with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,7 @@
-"""What a terminal shows of a run, and what a pipe does."""
+"""What a run shows on a terminal, in a file or pipe, and in a notebook."""
 
+import builtins
+import io
 import itertools
 import os
 import re
@@ -9,16 +11,18 @@ import time
 import pytest
 from training.tiny import tiny
 
+import imdb_jax
 from imdb_jax.training import report
 from imdb_jax.training.console import Console, decimal
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 MEANS = {"loss": 0.6916, "accuracy": 0.5288}
+METRICS = {"loss": 0.1, "accuracy": 0.2, "val_loss": 0.3, "val_accuracy": 0.4}
 
 
 @pytest.fixture
 def terminal(monkeypatch):
-  """Has standard output count as a terminal of that kind."""
+  """Make rich treat standard output as a terminal."""
 
   def become(kind: str = "xterm", columns: int = 80) -> None:
     for name, value in {"FORCE_COLOR": "1", "TERM": kind, "COLUMNS": str(columns)}.items():
@@ -28,7 +32,7 @@ def terminal(monkeypatch):
 
 
 def plain(written: str) -> list[str]:
-  """The lines, without colors and moves of the cursor, that are not blank."""
+  """Return the lines that are not blank, without colors and cursor moves."""
   lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", written))
   return [line for line in lines if line.strip()]
 
@@ -40,7 +44,7 @@ def show_an_epoch() -> None:
   console.end_epoch()
 
 
-def test_a_terminal_that_cannot_draw_gets_lines(terminal, capsys):
+def test_a_terminal_without_cursor_moves_gets_lines(terminal, capsys):
   terminal("dumb")
   show_an_epoch()
   written = capsys.readouterr().out
@@ -48,7 +52,7 @@ def test_a_terminal_that_cannot_draw_gets_lines(terminal, capsys):
   assert "\x1b" not in written
 
 
-def test_a_run_that_is_ended_at_once_leaves_a_cursor(terminal, capsys):
+def test_a_run_that_is_killed_leaves_the_cursor_visible(terminal, capsys):
   terminal()
   console = Console()
   console.start_epoch(3, 10, num_steps=391, done=0)
@@ -59,7 +63,7 @@ def test_a_run_that_is_ended_at_once_leaves_a_cursor(terminal, capsys):
   assert written.rfind(SHOW_CURSOR) > written.rfind(HIDE_CURSOR)
 
 
-def test_a_run_goes_on_without_its_terminal(terminal, monkeypatch):
+def test_a_run_continues_without_its_terminal(terminal, monkeypatch):
   terminal()
   ours, theirs = os.openpty()
   with open(theirs, "w") as stdout:  # noqa: PTH123
@@ -83,11 +87,8 @@ def test_a_run_goes_on_without_its_terminal(terminal, monkeypatch):
 def test_the_progress_line_leaves_out_what_does_not_fit(columns, status, terminal, monkeypatch, capsys):
   terminal(columns=columns)
   monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
-  console = Console()
-  console.start_epoch(3, 10, num_steps=391, done=0)
-  console.show_step(50, MEANS, 1600, is_logged=True)
-  console.end_epoch()
-  # Drawn a last time at the end.
+  show_an_epoch()
+  # The line is drawn for the last time at the end.
   line = plain(capsys.readouterr().out)[-1]
   assert line.split()[:2] == ["Epoch", "3/10"]
   assert " 50/391 " in line
@@ -106,28 +107,54 @@ def test_the_progress_line_of_an_evaluation_fits_a_narrow_terminal(terminal, cap
   assert "12000/25000  -:--:--" in line
 
 
-@pytest.mark.parametrize(
-  ("columns", "shown"),
-  [(34, ["loss", "val_loss", "seconds"]), (33, ["loss", "val_loss"]), (23, ["val_loss"]), (10, ["val_loss"])],
-)
-def test_a_table_leaves_out_columns_and_never_cuts_a_number(columns, shown, terminal, capsys):
+def show_a_run(tmp_path) -> None:
+  """Print the longest lines of a run."""
+  line = {"epoch": 1, **METRICS, "val_loss": 1.23456e12, "seconds": 1234.5, "evaluation_seconds": 1.0}
+  line["seeds"] = [{"seed": seed, **METRICS} for seed in range(2)]
+  config, console = tiny(tmp_path, num_seeds=2), Console()
+  reason = "mosaic_gpu: it supports hidden sizes of 64 and 128, not 4; cudnn: it has no recurrent dropout"
+  console.header({"Preset": "sample", "Seeds": "0 to 1: 2 models, one ensemble", "Recurrence": f"chunked ({reason})"})
+  console.line(report.epoch_line(line, 10))
+  report.show(config, [line], console)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_lines_wrap_at_words_on_a_terminal_and_not_at_all_elsewhere(columns, terminal, tmp_path, capsys):
+  show_a_run(tmp_path)
+  whole = capsys.readouterr().out.splitlines()
+  assert len(whole) == 6
+  assert max(map(len, whole)) > 100
   terminal(columns=columns)
-  cells = {"loss": "1.235e+12", "val_loss": "0.5987", "seconds": "0.6"}
-  Console().table("History", list(cells), [list(cells.values())], least=("seconds", "loss"))
-  header, _, row = (line.strip("┏┓┃│ ") for line in plain(capsys.readouterr().out)[2:5])
-  assert [name.strip() for name in header.split("┃")] == shown
-  assert [cell.strip() for cell in row.split("│")] == [cells[name] for name in shown]
+  show_a_run(tmp_path)
+  wrapped = plain(capsys.readouterr().out)
+  assert max(map(len, wrapped)) <= columns
+  assert " ".join(wrapped).split() == " ".join(whole).split()
+  # Long values of the header wrap below themselves.
+  (first,) = (number for number, line in enumerate(wrapped) if line.startswith("Recurrence  chunked"))
+  assert wrapped[first + 1].startswith(" " * len("Recurrence  "))
 
 
-def test_the_closing_tables_keep_the_validation_on_a_narrow_terminal(terminal, tmp_path, capsys):
-  terminal(columns=40)
-  metrics = {"loss": 0.1, "accuracy": 0.2, "val_loss": 0.3, "val_accuracy": 0.4}
-  line = {"epoch": 1, **metrics, "seconds": 1.0, "evaluation_seconds": 1.0, "ensemble_accuracy": 0.5}
-  line["seeds"] = [{"seed": seed, **metrics} for seed in range(2)]
-  report.show(tiny(tmp_path, num_seeds=2), [line], Console())
-  rows = [row for row in plain(capsys.readouterr().out) if row.startswith("│")]
-  assert [re.findall(r"[\d.]+", row) for row in rows] == [[first, "0.3000", "0.4000"] for first in "101"]
-  assert max(map(len, rows)) <= 40
+class Notebook(io.StringIO):
+  """Standard output of a Jupyter kernel, which is not a terminal."""
+
+  def isatty(self) -> bool:
+    return False
+
+
+def test_fit_prints_plain_lines_in_a_notebook_and_no_shell_hints(shared_programs, tmp_path, monkeypatch):
+  shell = type("ZMQInteractiveShell", (), {})()
+  monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+  monkeypatch.setattr(sys, "stdout", Notebook())
+  monkeypatch.setenv("COLUMNS", "60")
+  imdb_jax.fit(tiny(tmp_path / "run"))
+  written = sys.stdout.getvalue()
+  assert "\x1b" not in written
+  assert "\r" not in written
+  assert written.splitlines()[0].split() == ["Preset", "sample"]
+  assert written.splitlines()[-1].startswith("Best epoch ")
+  assert max(map(len, written.splitlines())) > 60
+  for hint in ("Next:", "scripts/", ".py", "imdb-jax"):
+    assert hint not in written
 
 
 @pytest.mark.parametrize(

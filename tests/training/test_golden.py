@@ -1,4 +1,4 @@
-"""Training begins as it always has."""
+"""Training starts as it always has."""
 
 import json
 
@@ -8,11 +8,11 @@ import pytest
 from training import golden
 
 
-def test_the_first_losses_are_those_of_old():
+def test_the_first_losses_have_not_changed():
   path = golden.path(jax.default_backend())
   if not path.exists():
     pytest.skip(f"{path.name} has not been written: python tests/training/golden.py")
   expected = json.loads(path.read_text())
   assert len(expected) == golden.STEPS
-  # Other processors round differently, which grows from step to step.
+  # Other processors round differently, and the difference grows from step to step.
   np.testing.assert_allclose(golden.losses(), expected, rtol=1e-3)

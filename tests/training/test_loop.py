@@ -9,22 +9,28 @@ import time
 import jax
 import numpy as np
 import pytest
-from training.tiny import lines, tiny, without_times
+from training.tiny import change, lines, tiny
 
 import imdb_jax
-from imdb_jax import evaluation, sharding, steps
+from imdb_jax import evaluation
 from imdb_jax.config import PRESETS
-from imdb_jax.data import batches, sample
+from imdb_jax.data import sample
 from imdb_jax.errors import DivergenceError
-from imdb_jax.training.signals import Interrupted
+from imdb_jax.processes import Interrupted
+from imdb_jax.program import Program
+from imdb_jax.store.checkpoints import Checkpoints
+from imdb_jax.task import Sentiment
+from imdb_jax.training.metrics import Recorder
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
+@pytest.mark.slow
 def test_the_sample_is_learnt(tmp_path):
-  """A bag of words stays below 75 % on the same reviews, see `tests/data/test_sample.py`."""
-  config = PRESETS["sample"]
-  config = dataclasses.replace(
-    config, runtime=dataclasses.replace(config.runtime, run_dir=tmp_path / "run", platform="cpu", num_devices=2)
-  )
+  """A bag of words stays below 75% on the same reviews; see `tests/data/test_sample.py`."""
+  config = change(PRESETS["sample"], "runtime", run_dir=tmp_path / "run", platform="cpu", num_devices=2)
+  # Nine of the twelve epochs are enough.
+  config = change(config, "training", epochs=9)
   result = imdb_jax.fit(config)
   assert result.history[-1]["val_accuracy"] > 0.95
   classifier = imdb_jax.Classifier.load(result.run_dir)
@@ -33,48 +39,83 @@ def test_the_sample_is_learnt(tmp_path):
   assert np.mean(is_right) == max(line["val_accuracy"] for line in result.history)
 
 
-def test_the_precision_of_the_program_around_it_stays(tmp_path):
+def test_matmul_precision_of_the_surrounding_program_is_kept(tmp_path):
   before = jax.config.values["jax_default_matmul_precision"]
   jax.config.update("jax_default_matmul_precision", "bfloat16")
   try:
-    result = imdb_jax.fit(tiny(tmp_path))
-    imdb_jax.Classifier.load(result.run_dir).predict(["good"])
+    config = tiny(tmp_path)
+    imdb_jax.fit(config)
+    imdb_jax.Classifier.load(tmp_path, runtime=config.runtime).predict(["good"])
     assert jax.config.values["jax_default_matmul_precision"] == "bfloat16"
   finally:
     jax.config.update("jax_default_matmul_precision", before)
 
 
-def test_a_batch_larger_than_the_reviews_is_as_large_as_they_are(tmp_path, monkeypatch):
-  sizes = []
-  filled = batches.filled
-  monkeypatch.setattr(batches, "filled", lambda *arguments: sizes.append(arguments[2]) or filled(*arguments))
+def test_a_batch_is_never_larger_than_the_training_set(tmp_path, monkeypatch):
+  sizes = set()
+  put_rows = Program.put_rows
+
+  def recorded(program, rows):
+    placed = put_rows(program, rows)
+    sizes.add(placed[0].shape[-1])
+    return placed
+
+  monkeypatch.setattr(Program, "put_rows", recorded)
   result = imdb_jax.fit(tiny(tmp_path, batch_size=5_000))
-  assert set(sizes) == {sharding.padded_batch_size(32, jax.make_mesh((jax.device_count(),), ("data",)))}
+  assert sizes == {32}
   assert [line["step"] for line in result.history] == [1, 2]
 
 
-def test_metrics_are_means_over_all_reviews_of_the_window(tmp_path):
+def test_metrics_are_means_over_all_reviews_since_the_last_line(tmp_path):
   result = imdb_jax.fit(tiny(tmp_path))
   steps = [line for line in lines(tmp_path) if line["kind"] == "step"]
   # Every third step, and the last of an epoch.
   assert [line["step"] for line in steps] == [3, 4, 6, 8]
-  # The windows of the first epoch hold 30 and 2 reviews.
+  # The first two lines cover 30 and 2 reviews.
   expected = (30 * steps[0]["loss"] + 2 * steps[1]["loss"]) / 32
   assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-6)
   assert [line["step"] for line in result.history] == [4, 8]
 
 
-def test_seconds_of_compilation_are_told_apart(tmp_path, monkeypatch):
-  make_train_step = steps.make_train_step
+def test_compilation_is_not_part_of_an_epoch(tmp_path, monkeypatch):
+  sums = Sentiment.sums
 
   def slow(*arguments):
+    # Called only while JAX traces the training step.
     time.sleep(1)
-    return make_train_step(*arguments)
+    return sums(*arguments)
 
-  monkeypatch.setattr(steps, "make_train_step", slow)
-  result = imdb_jax.fit(tiny(tmp_path))
+  monkeypatch.setattr(Sentiment, "sums", slow)
+  # No other test shares a program of seven epochs.
+  result = imdb_jax.fit(tiny(tmp_path, epochs=7))
   assert result.compile_seconds > 1
   assert result.history[0]["seconds"] < 1
+
+
+def test_saves_and_evaluation_are_not_part_of_the_training_time(tmp_path, monkeypatch):
+  save, evaluate = Checkpoints.save, evaluation.evaluate
+  monkeypatch.setattr(Checkpoints, "save", lambda *arguments, **given: time.sleep(0.7) or save(*arguments, **given))
+  monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: time.sleep(0.7) or evaluate(*arguments))
+  (line,) = imdb_jax.fit(change(tiny(tmp_path, epochs=1), "runtime", save_every_steps=1)).history
+  assert Checkpoints(tmp_path, read_only=True).steps()[:-1] == [3]
+  assert line["seconds"] < 0.7 <= line["evaluation_seconds"]
+
+
+def test_the_training_time_of_an_epoch_includes_the_steps_before_a_stop(tmp_path, monkeypatch):
+  record_steps = Recorder.record_steps
+
+  def slow(recorder, steps, sums):
+    time.sleep(0.3)
+    if steps[0] == 3 and not Checkpoints(tmp_path, read_only=True).steps():
+      os.kill(os.getpid(), signal.SIGTERM)
+    record_steps(recorder, steps, sums)
+
+  monkeypatch.setattr(Recorder, "record_steps", slow)
+  with pytest.raises(Interrupted):
+    imdb_jax.fit(tiny(tmp_path, epochs=1))
+  (line,) = imdb_jax.fit(tiny(tmp_path, epochs=1)).history
+  # Four steps of 0.3 s: three before the stop, and one after it.
+  assert 1.2 <= line["seconds"] < 2.4
 
 
 def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_path):
@@ -86,38 +127,47 @@ def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_pat
   assert losses("third", 1) != first
 
 
-def test_validation_split_leaves_the_test_reviews_alone(tmp_path):
-  config = tiny(tmp_path)
-  config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, validation="split", limit=200))
-  imdb_jax.fit(config)
+def test_with_held_out_reviews_the_report_says_so(tmp_path):
+  imdb_jax.fit(change(tiny(tmp_path), "data", validation="split"))
   assert "held out of training" in (tmp_path / "report.md").read_text()
 
 
-def test_two_newest_and_the_best_checkpoint_are_kept(tmp_path):
-  history = imdb_jax.fit(tiny(tmp_path, epochs=6)).history
-  # Of equals the last.
-  best = max(reversed(history), key=lambda line: line["val_accuracy"])
+def test_the_two_newest_checkpoints_and_the_best_one_are_kept(tmp_path):
+  result = imdb_jax.fit(tiny(tmp_path, epochs=6))
+  # The last of equals is the best.
+  best = max(reversed(result.history), key=lambda line: line["val_accuracy"])
+  assert result.best == best
   kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
   assert kept == {20, 24, best["step"]}
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(tmp_path, monkeypatch):
-  imdb_jax.fit(tiny(tmp_path / "good"))
-  before = sorted((tmp_path / "good" / "checkpoints").iterdir())
-  config = tiny(tmp_path / "bad")
-  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38))
+def test_the_best_epoch_is_that_of_the_ensemble_and_is_what_the_classifier_restores(tmp_path, monkeypatch):
+  evaluate = evaluation.evaluate
+  # The accuracy of the ensemble and the mean over its seeds, after each epoch.
+  accuracies = iter([(0.6, 0.9), (0.8, 0.5), (0.7, 0.7), (0.75, 0.95)])
+
+  def chosen(*arguments):
+    of_ensemble, of_seeds = next(accuracies)
+    result = evaluate(*arguments)
+    seeds = [dataclasses.replace(seed, accuracy=of_seeds) for seed in result.seeds]
+    return dataclasses.replace(result, accuracy=of_ensemble, seeds=seeds)
+
+  monkeypatch.setattr(evaluation, "evaluate", chosen)
+  result = imdb_jax.fit(tiny(tmp_path, epochs=4, num_seeds=2))
+  assert (result.best["epoch"], result.best["val_accuracy"]) == (2, 0.8)
+  assert imdb_jax.Classifier.load(tmp_path).step == result.best["step"] == 8
+  assert "Best epoch: 2, val_accuracy 0.8000 (ensemble)" in (tmp_path / "report.md").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
   with pytest.raises(DivergenceError, match="learning-rate"):
-    imdb_jax.fit(config)
-  assert not list((tmp_path / "bad" / "checkpoints").iterdir())
-  assert sorted((tmp_path / "good" / "checkpoints").iterdir()) == before
+    imdb_jax.fit(change(tiny(tmp_path), "optimizer", learning_rate=1e38))
+  assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_implementations_train_alike(tmp_path):
   def losses(implementation):
-    config = tiny(tmp_path / implementation, epochs=5)
-    config = dataclasses.replace(
-      config, runtime=dataclasses.replace(config.runtime, implementation=implementation, log_every=1)
-    )
+    config = change(tiny(tmp_path / implementation, epochs=5), "runtime", implementation=implementation, log_every=1)
     imdb_jax.fit(config)
     return [line["loss"] for line in lines(config.run_dir) if line["kind"] == "step"]
 
@@ -127,38 +177,11 @@ def test_implementations_train_alike(tmp_path):
 
 
 def test_lines_after_the_last_checkpoint_are_dropped_and_written_again(tmp_path):
-  whole = tiny(tmp_path / "run")
-  imdb_jax.fit(whole)
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(config)
   path = tmp_path / "run" / "metrics.jsonl"
   written = lines(tmp_path / "run")
   later = {"kind": "step", "epoch": 3, "step": 11, "loss": 1.0, "accuracy": 0.5}
   path.write_text("".join(json.dumps(line) + "\n" for line in [*written, later]) + '{"kind": "st')
-  imdb_jax.fit(whole)
+  imdb_jax.fit(config)
   assert lines(tmp_path / "run") == written
-
-
-def test_a_stop_during_evaluation_evaluates_again_and_keeps_the_best(tmp_path, monkeypatch):
-  imdb_jax.fit(tiny(tmp_path / "whole"))
-
-  def best(name):
-    return imdb_jax.Classifier.load(tmp_path / name, step="best").step
-
-  # Before the patch: a module that is first imported under it would keep what it imports.
-  best_step = best("whole")
-  evaluate, calls = evaluation.evaluate, []
-
-  def interrupted(*arguments):
-    calls.append(None)
-    if 4 * len(calls) == best_step:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return evaluate(*arguments)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(evaluation, "evaluate", interrupted)
-    with pytest.raises(Interrupted) as stop:
-      imdb_jax.fit(tiny(tmp_path / "stopped"))
-  assert stop.value.step == best_step == 4 * len(calls)
-  assert len([line for line in lines(tmp_path / "stopped") if line["kind"] == "epoch"]) == len(calls) - 1
-  imdb_jax.fit(tiny(tmp_path / "stopped"))
-  assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
-  assert best("stopped") == best_step

@@ -1,0 +1,126 @@
+"""Command-line flags: a parser that suggests similar flags, and flags made from the settings of a run."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.metadata
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+from imdb_jax import config as config_lib
+from imdb_jax.config import Config
+from imdb_jax.errors import UsageError
+from imdb_jax.validation import flag, options
+
+_COMMON = ("source", "archive", "run_dir", "epochs", "platform")
+_SEVERAL_MACHINES = ("distributed", "coordinator_address", "num_processes", "process_id")
+
+
+class Parser(argparse.ArgumentParser):
+  """An argument parser that refuses abbreviations, suggests similar flags, and raises UsageError."""
+
+  def __init__(self, **settings: Any):
+    def formatter(prog: str) -> argparse.HelpFormatter:
+      return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)
+
+    super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
+    if settings.get("add_help", True):
+      self.add_argument("--version", action="version", version=f"imdb_jax {importlib.metadata.version('imdb_jax')}")
+
+  def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Parse all arguments.
+
+    Raises:
+      UsageError: a flag is unknown, or lacks its value.
+    """
+    # Texts may follow flags, as in `predict RUN_DIR --json TEXT`.
+    parsed, unknown = self.parse_known_intermixed_args(args, namespace)
+    if unknown:
+      similar = _similar(unknown[0].split("=")[0], [name for name in self._option_string_actions if name[:2] == "--"])
+      hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+      raise UsageError(f"{unknown[0]:.80}: unknown.{hint} See --help.")
+    return parsed
+
+  def error(self, message: str) -> NoReturn:
+    """Raise UsageError."""
+    raise UsageError(f"{message.removeprefix('argument ')}. See --help.")
+
+
+def _similar(name: str, flags: list[str]) -> list[str]:
+  """Return the flags that a misspelt or abbreviated flag may mean."""
+  wanted = name.strip("-")
+  abbreviated = [each for each in flags if wanted and wanted == "".join(word[:1] for word in each[2:].split("-"))]
+  longer = [each for each in flags if len(wanted) > 2 and wanted in each]
+  return abbreviated or difflib.get_close_matches(name, flags, n=1, cutoff=0.75) or longer[:3]
+
+
+def parse_config(prog: str, args: Sequence[str]) -> Config:
+  """Return the settings that command-line arguments describe: those of the preset, and the other flags over them.
+
+  Args:
+    prog: name of the command, for the help.
+    args: its arguments.
+
+  Raises:
+    UsageError: a flag or value is invalid.
+  """
+  chooser = Parser(add_help=False)
+  chooser.add_argument("--preset", default="article")
+  chosen = config_lib.preset(chooser.parse_known_args(args)[0].preset)
+  parser = Parser(
+    prog=prog,
+    usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]",
+    description="Train a sentiment classifier, or resume its training.",
+    epilog=f"""examples:
+  {prog} --preset sample                      a demonstration without a download
+  {prog} --preset fast --run-dir runs/fast    better and sooner than the article
+  {prog} --platform gpu --num-seeds 8         an ensemble of eight, on a GPU""",
+  )
+  groups = {name: parser.add_argument_group(name) for name in ("common", "data", "training", "model", "optimizer")}
+  groups |= {"runtime": parser.add_argument_group("runtime"), "machines": parser.add_argument_group("several machines")}
+  presets = "article (the recipe of the reference), fast or sample; other flags override it"
+  groups["common"].add_argument("--preset", metavar="NAME", help=f"Settings to start from: {presets}.")
+  owners = {}
+  for section in dataclasses.fields(Config)[1:]:
+    settings = getattr(chosen, section.name)
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+      name = field.name
+      group = "common" if name in _COMMON else "machines" if name in _SEVERAL_MACHINES else section.name
+      _add(groups[group], name, options(hints[name]), field.metadata["doc"], getattr(settings, name))
+      owners[name] = section.name
+  given = vars(parser.parse_args(args))
+  given.pop("preset")
+  sections = {
+    section: dataclasses.replace(
+      getattr(chosen, section), **{name: given[name] for name in given if owners[name] == section}
+    )
+    for section in set(owners.values())
+  }
+  return dataclasses.replace(chosen, **sections)
+
+
+def _add(group: Any, name: str, kinds: tuple[Any, ...], doc: str, default: Any) -> None:
+  shown = "" if default is None or "default" in doc or default is False else f" [{default}]"
+  settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": (doc + shown).replace("%", "%%")}
+  if bool in kinds:
+    group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **settings)
+    return
+  choices = [",".join(typing.get_args(kind)) for kind in kinds if typing.get_origin(kind) is Literal]
+  metavar = f"{{{choices[0]}}}" if choices else {int: "N", float: "X", str: "TEXT"}.get(kinds[0], "PATH")
+  group.add_argument(flag(name), type=lambda text: _parse(text, kinds), metavar=metavar, **settings)
+
+
+def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
+  """Return the value that a text stands for; what is not one of these types is left to the settings to refuse."""
+  if types.NoneType in kinds and text == "None":
+    return None
+  for number in (int, float):
+    if number in kinds:
+      try:
+        return number(text)
+      except ValueError:
+        return text
+  return text

@@ -1,0 +1,93 @@
+"""Sources of reviews: a local archive, the official reviews, and the embedded sample."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+
+from imdb_jax.config import DataConfig
+from imdb_jax.data import archive as archive_reader
+from imdb_jax.data import imdb, sample
+from imdb_jax.data.download import download
+from imdb_jax.data.reviews import Reviews
+from imdb_jax.store import files
+
+# Folder of the record store below a root of tfds stores.
+STORE = PurePath("imdb_reviews", "plain_text", "1.0.0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """Labelled texts from one place.
+
+  Attributes:
+    name: the place, for messages.
+    content: what `reviews.content` should return for the texts; None if any texts are right.
+    fingerprint: returns a text that changes with the reviews; None if loading them is as fast as reading a cache.
+    load: returns the splits "train" and "test", in canonical order, or raises DataError. It calls its argument with a
+      line before slow work.
+  """
+
+  name: str
+  content: str | None
+  fingerprint: Callable[[], str | None]
+  load: Callable[[Callable[[str], None]], dict[str, Reviews]]
+
+
+def find(config: DataConfig, archive: Path | None, cache_dir: Path) -> Source:
+  """Return the source that the settings select, without reading it.
+
+  Args:
+    config: names the data.
+    archive: local archive or folder of the IMDB reviews; None for the official ones.
+    cache_dir: folder for downloaded and prepared reviews.
+  """
+  if config.source == "sample":
+    return Source(name="the embedded sample", content=None, fingerprint=lambda: None, load=lambda report: sample.load())
+  if archive is not None:
+    return Source(
+      name=str(archive),
+      content=imdb.CONTENT,
+      fingerprint=lambda: archive_reader.fingerprint(archive),
+      load=lambda report: archive_reader.read_archive(archive),
+    )
+  return Source(
+    name="the prepared store, or the download",
+    content=imdb.CONTENT,
+    # Arrays of the official texts are right, whatever they were made from.
+    fingerprint=lambda: imdb.CONTENT,
+    load=functools.partial(_load_official, cache_dir),
+  )
+
+
+def _load_official(cache_dir: Path, report: Callable[[str], None]) -> dict[str, Reviews]:
+  """Read the first record store in `cache_dir`, $TFDS_DATA_DIR or ~/tensorflow_datasets, or else download the archive.
+
+  A download is kept in `cache_dir`, also as a record store if tensorflow-datasets and array-record are installed.
+  """
+  if not all(importlib.util.find_spec(name) for name in ("tensorflow_datasets", "array_record")):
+    return archive_reader.read_archive(download(cache_dir / "downloads", report))
+  # This import is slow.
+  from imdb_jax.data import tfds_imdb
+
+  shared = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  store = find_store([cache_dir, shared])
+  if store is None:
+    store = tfds_imdb.prepare(cache_dir, download(cache_dir / "downloads", report))
+  return tfds_imdb.read_store(store)
+
+
+def find_store(roots: Sequence[Path]) -> Path | None:
+  """Return the first ArrayRecord store below the roots of tfds stores, or None. Only TensorFlow reads other formats."""
+  for path in (root / STORE for root in roots):
+    try:
+      info = files.read_json(path / "dataset_info.json")
+    except (FileNotFoundError, NotADirectoryError):
+      continue
+    except (OSError, ValueError):
+      return path  # `read_store` says what is wrong with it.
+    if not isinstance(info, dict) or info.get("fileFormat") == "array_record":
+      return path
+  return None

@@ -1,0 +1,148 @@
+"""Devices: platform, mesh, memory allocation, and the cache of compiled programs."""
+
+import collections
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imdb_jax import processes
+from imdb_jax.config import RuntimeConfig
+from imdb_jax.errors import PlatformError, UsageError
+
+# The one axis of the mesh. The rows of a batch are sharded over it.
+AXIS = "data"
+
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
+_INSTALL = {
+  "gpu": "Install JAX for CUDA (pip install 'imdb_jax[gpu]') and check the driver with nvidia-smi.",
+  "tpu": "Install JAX for TPUs (pip install 'imdb_jax[tpu]') on a TPU machine.",
+}
+
+
+def keep_freed_memory(runtime: RuntimeConfig) -> None:
+  """Make glibc keep freed memory for the whole process, to avoid page faults on every step.
+
+  XLA allocates the temporary arrays of each step anew: tens of MB, a third of a step's time on a CPU. Call it before
+  `start`: a thread that has already allocated keeps an arena of its own, which does not reuse large arrays. It does
+  nothing if a GPU or TPU is requested, or without glibc.
+  """
+  if runtime.platform in ("gpu", "tpu") or sys.platform != "linux":
+    return
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  if mallopt is not None:
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_ARENA_MAX, 1)
+
+
+def start(runtime: RuntimeConfig, batch_size: int) -> Mesh:
+  """Join the other processes, start the platform and return a mesh over its devices.
+
+  Call it before JAX's first computation. It sets what JAX keeps for the whole program: the number of CPU devices, and
+  the cache of compiled programs unless the program has set one.
+
+  Args:
+    runtime: where to compute.
+    batch_size: rows of a batch; by default no more devices are used than that.
+
+  Raises:
+    PlatformError: the platform or that many devices are missing, or the other processes do not answer.
+    UsageError: `deterministic` is requested for a GPU after JAX has started.
+  """
+  if jax.config.values["jax_compilation_cache_dir"] is None:
+    _cache_compiled_programs(runtime.cache_dir.absolute() / "xla")
+  if runtime.platform == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+  has_started = False
+  try:
+    # A small product gains nothing from a second thread. A second device with half of the batch does.
+    jax.config.update("jax_num_cpu_devices", runtime.num_devices or min(num_cores(), batch_size))
+  except RuntimeError:
+    # JAX has started already, as in a notebook. `_choose` raises if there are too few devices.
+    has_started = True
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  is_deterministic = _DETERMINISTIC_FLAG in flags
+  if runtime.deterministic and not is_deterministic and not has_started:
+    # XLA reads the flag when the platform starts.
+    os.environ["XLA_FLAGS"] = " ".join([*flags, _DETERMINISTIC_FLAG])
+  processes.join(runtime)
+  devices = _choose(runtime, batch_size)
+  if runtime.deterministic and devices[0].platform == "gpu" and has_started and not is_deterministic:
+    raise UsageError(f"--deterministic: JAX has started already; set XLA_FLAGS={_DETERMINISTIC_FLAG} before it does.")
+  return Mesh(np.array(devices), (AXIS,))
+
+
+def num_cores() -> int:
+  """Return the number of cores that this process may use; a container or a scheduler may limit it."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache_compiled_programs(folder: Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  # JAX would warn about each program that it cannot save.
+  if os.access(folder, os.W_OK):
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # The default of one second would leave out small programs, such as prediction of a single review.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _choose(runtime: RuntimeConfig, batch_size: int) -> list[Any]:
+  """Return the devices to use, the same number in each process."""
+  platform = runtime.platform
+  try:
+    devices = jax.devices() if platform == "auto" else jax.devices(platform)
+  except RuntimeError as error:
+    # Never fall back to the CPU silently.
+    seen = ", ".join(sorted({device.platform for device in jax.devices()}))
+    raise PlatformError(f"--platform {platform}: JAX sees only {seen}. {_INSTALL.get(platform, '')}") from error
+  by_process = collections.defaultdict(list)
+  for device in devices:
+    by_process[device.process_index].append(device)
+  counts = {process: len(by_process[process]) for process in sorted(by_process)}
+  if len(set(counts.values())) > 1:
+    shown = ", ".join(f"process {process}: {count}" for process, count in counts.items())
+    raise PlatformError(f"The processes have different numbers of devices ({shown}). Give all the same --num-devices.")
+  available, most = counts[min(counts)], batch_size // len(counts)
+  if most == 0:
+    raise PlatformError(f"{len(counts)} processes cannot share a batch of {batch_size}: raise --batch-size.")
+  wanted = runtime.num_devices or min(available, most)
+  if wanted > available:
+    raise PlatformError(f"--num-devices {wanted}: JAX sees {available} on platform {devices[0].platform}.")
+  if wanted > most:
+    raise PlatformError(f"--num-devices {wanted}: a batch of {batch_size} has work for {most} per process at most.")
+  return [device for process in sorted(by_process) for device in by_process[process][:wanted]]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Return the sharding with which every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def over_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """Return the sharding that spreads one axis, the rows of a batch, over the devices."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+
+
+def padded_size(num_rows: int, mesh: Mesh) -> int:
+  """Return the smallest multiple of the number of devices that is not below `num_rows`."""
+  return -(-num_rows // mesh.size) * mesh.size
+
+
+def put(arrays: Any, sharding: NamedSharding) -> Any:
+  """Place a tree of host arrays on the devices; every process passes the same global arrays."""
+  if jax.process_count() == 1:
+    return jax.device_put(arrays, sharding)
+  return jax.tree.map(
+    lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), arrays
+  )

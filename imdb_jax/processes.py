@@ -1,0 +1,226 @@
+"""Processes of a run: joining a cluster, agreeing, leaving, and signals."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from imdb_jax.config import RuntimeConfig
+from imdb_jax.errors import PlatformError, UsageError, first_line
+
+# Seconds to wait for other processes to start, and for a sign of life afterwards.
+_TIMEOUT = 60
+# Seconds to wait for other processes at the end. After a failure they leave within a step, or never.
+_LEAVE_TIMEOUT = 5
+
+
+def join(runtime: RuntimeConfig) -> None:
+  """Join the other processes of the run, if the settings ask for it; raise PlatformError if they do not answer."""
+  if jax.distributed.is_initialized():
+    return
+  # JAX would take over SIGTERM. `StopRequest` makes all processes save the same step instead.
+  jax.config.update("jax_enable_preemption_service", False)
+  initialize = functools.partial(
+    jax.distributed.initialize,
+    initialization_timeout=_TIMEOUT,
+    heartbeat_timeout_seconds=_TIMEOUT,
+    shutdown_timeout_seconds=_TIMEOUT,
+  )
+  if runtime.process_id:
+    _await_coordinator(str(runtime.coordinator_address))
+  try:
+    if runtime.coordinator_address is not None:
+      initialize(
+        runtime.coordinator_address,
+        runtime.num_processes,
+        runtime.process_id,
+        # All visible devices. Inside a SLURM job JAX would use one.
+        local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else [],
+        # By default the coordinator, which has no authentication, listens on every interface.
+        coordinator_bind_address=runtime.coordinator_address if runtime.process_id == 0 else None,
+      )
+    elif runtime.distributed:
+      initialize(local_device_ids=local_device_ids(os.environ))
+  except (RuntimeError, ValueError) as error:
+    raise PlatformError(f"Cannot join the other processes: {first_line(error)}.") from error
+
+
+def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
+  """Return which of the visible GPUs this task of a SLURM or Open MPI job should use, from environment variables.
+
+  By default JAX gives each task one GPU, that of the task's rank on its node (jax#16788). Here the tasks of a node
+  share its visible GPUs equally. An empty list stands for all of them, and None leaves the choice to JAX.
+  """
+  if "JAX_LOCAL_DEVICE_IDS" in environ:
+    return None
+  if "SLURM_STEP_TASKS_PER_NODE" in environ:
+    # For example 2(x3),1: two tasks on each of three nodes, one on the fourth.
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+    counts = [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
+    node = int(environ.get("SLURM_NODEID", 0))
+    num_tasks, rank = counts[min(node, len(counts) - 1)], int(environ.get("SLURM_LOCALID", 0))
+  elif "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
+    num_tasks, rank = int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+  else:
+    return None
+  visible = environ.get("CUDA_VISIBLE_DEVICES")
+  num_visible = len(visible.split(",")) if visible else num_tasks
+  # With --gpus-per-task, SLURM shows each task only the GPUs that belong to it.
+  if num_tasks == 1 or num_visible == 1 or "SLURM_GPUS_PER_TASK" in environ:
+    return []
+  if num_visible % num_tasks:
+    raise PlatformError(
+      f"{num_tasks} tasks on a node cannot share {num_visible} GPUs equally: change --ntasks-per-node."
+    )
+  share = num_visible // num_tasks
+  return list(range(rank * share, (rank + 1) * share))
+
+
+def _await_coordinator(address: str) -> None:
+  """Wait until the first process listens. JAX would abort with a stack trace instead."""
+  host, port = address.rsplit(":", 1)
+  give_up_at = time.monotonic() + _TIMEOUT
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT).close()
+    except OSError as error:
+      if time.monotonic() > give_up_at:
+        raise PlatformError(f"--coordinator-address {address}: process 0 does not answer: {error}.") from error
+      time.sleep(0.2)
+    else:
+      return
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Run a block that all processes must pass: if one fails, the others leave instead of waiting for it.
+
+  Raises:
+    PlatformError: another process failed or has gone.
+  """
+  failure = None
+  try:
+    yield
+  except Exception as error:
+    failure = error
+  if jax.process_count() > 1:
+    try:
+      has_failed = multihost_utils.process_allgather(np.int32(failure is not None))
+    # Gloo, which connects CPUs, raises ValueError.
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+      raise failure or PlatformError(f"Another process has gone: {first_line(error)}.") from error
+    if failure is None and has_failed.any():
+      raise PlatformError("Another process failed; see its output.")
+  if failure is not None:
+    raise failure
+
+
+def largest(values: list[int]) -> list[int]:
+  """Return the largest of each value over all processes. All of them must call it."""
+  if jax.process_count() == 1:
+    return values
+  return np.max(multihost_utils.process_allgather(np.array(values, np.int32)), axis=0).tolist()
+
+
+def require_equal(settings: Mapping[str, Any]) -> None:
+  """Raise UsageError in every process if they were started with unequal settings, which would deadlock."""
+  if jax.process_count() == 1:
+    return
+  digests = [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in settings.values()]
+  gathered = multihost_utils.process_allgather(np.stack(digests))
+  differing = [
+    name for name, rows in zip(settings, np.moveaxis(gathered, 1, 0), strict=True) if (rows != rows[0]).any()
+  ]
+  if differing:
+    raise UsageError(f"The processes were started with different values of {', '.join(differing)}.")
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+  """Let a command that exits early wait for the other processes. For one that has gone, JAX would wait a minute."""
+  try:
+    yield
+  except BaseException as early:
+    if jax.distributed.is_initialized():
+      shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+      shutdown.start()
+      # The coordinator leaves last: JAX aborts processes that lose it.
+      shutdown.join(_LEAVE_TIMEOUT + (2 if jax.process_index() == 0 else 0))
+      if shutdown.is_alive():
+        code = early.code if isinstance(early, SystemExit) else None
+        if code is None:
+          traceback.print_exc()
+        os._exit(code if isinstance(code, int) else 1)
+    raise
+
+
+@contextlib.contextmanager
+def computing() -> Iterator[None]:
+  """Turn a failed computation into a PlatformError of one line: out of memory, or another process has gone."""
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    if isinstance(error, ValueError) and "Gloo" not in str(error):
+      raise
+    advice = (
+      "If memory did not suffice, use smaller batches or fewer seeds."
+      if jax.process_count() == 1
+      else "Another process may have gone."
+    )
+    raise PlatformError(f"The computation failed: {first_line(error)}. {advice}") from error
+
+
+class Interrupted(Exception):
+  """Training stopped on the signal `signal`, after saving the step `step`."""
+
+  def __init__(self, number: signal.Signals, step: int):
+    super().__init__(f"{number.name}: saved step {step}")
+    self.signal, self.step = number, step
+
+
+class StopRequest:
+  """Signal handler for Ctrl-C, SIGTERM and SIGHUP (a lost connection).
+
+  While the context is entered, the first signal only sets the attribute `signal`; a second SIGINT or SIGTERM ends the
+  process at once. Signals that are ignored already stay ignored: a shell makes background commands ignore Ctrl-C, and
+  nohup makes any command ignore SIGHUP.
+  """
+
+  _HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+  def __init__(self):
+    self.signal: signal.Signals | None = None
+    self._previous = {}
+
+  def __enter__(self) -> "StopRequest":
+    # Python lets only the main thread handle signals.
+    if threading.current_thread() is threading.main_thread():
+      for number in self._HANDLED:
+        if signal.getsignal(number) != signal.SIG_IGN:
+          self._previous[number] = signal.signal(number, self._on_signal)
+    return self
+
+  def __exit__(self, *exception) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _on_signal(self, number, frame) -> None:
+    del frame
+    self.signal = signal.Signals(number)
+    for each in self._previous:
+      # A handler in Python would run only after the computation; the default action of the kernel is immediate.
+      # A lost terminal may send SIGHUP twice, from the shell and from the kernel.
+      is_quick = each in (signal.SIGINT, signal.SIGTERM)
+      signal.signal(each, signal.SIG_DFL if is_quick else signal.SIG_IGN)

@@ -1,0 +1,270 @@
+"""Everything that is compiled: initialisation, training steps and prediction, for all seeds of a run.
+
+Every array of the state has a first axis [seeds], also for a single seed. A global batch is sharded over the mesh:
+`shard_map` gives each device its rows, so that gradients are summed across devices once per step and not once per
+position of the time loop.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from imdb_jax import devices, lstm
+from imdb_jax.config import Config, OptimizerConfig
+from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.errors import UsageError
+from imdb_jax.model import TextClassifier, draw_dropout_masks
+from imdb_jax.task import Sentiment
+
+Examples = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+_ROWS, _REPLICATED = PartitionSpec(devices.AXIS), PartitionSpec()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """What training changes.
+
+  Attributes:
+    step: i32[seeds], steps done.
+    params: parameters of the model, a tree of dicts of f32[seeds, ...].
+    opt_state: state of the optimizer.
+    key: u32[seeds, 2], the raw PRNG key from which the dropout masks of all steps follow.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: optax.OptState
+  key: jax.Array
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+  """Return Adam in Keras's form: lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), with t from 1.
+
+  optax adds its epsilon after bias correction of the second moment. There, an epsilon of epsilon / sqrt(1 - b2^t) gives
+  Keras's form exactly.
+
+  Args:
+    config: constants and schedule.
+    num_steps: steps of the whole run, over which a schedule extends.
+  """
+
+  def epsilon(count: jax.Array) -> jax.Array:
+    t = count.astype(jnp.float32) + 1
+    return config.epsilon / jnp.sqrt(1 - config.b2**t)
+
+  adam = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "learning_rate", "eps_root"))
+  learning_rate: optax.ScalarOrSchedule = config.learning_rate
+  if config.schedule == "one_cycle":
+    learning_rate = optax.schedules.cosine_onecycle_schedule(num_steps, config.learning_rate)
+  return adam(learning_rate=learning_rate, b1=config.b1, b2=config.b2, eps=epsilon)
+
+
+class Program:
+  """The compiled functions of a run. This is the only place that calls `jax.jit`.
+
+  Attributes:
+    config: settings of the run.
+    mesh: devices.
+    task: loss and metrics.
+    model: the network.
+    choice: implementation of the recurrence, and why.
+    train_steps: jitted `(state, split, rows, num_steps) -> (state, sums)`: several training steps in one dispatch.
+      It donates the buffers of the state. `split` and `rows` come from `put_split` and `put_rows`. The sums are those
+      of `Sentiment.sums` and `is_finite` (1 if loss, gradients and parameters are finite, else 0), f32[seeds, k] each;
+      entries beyond `num_steps` are 0. One program makes any number of steps up to k, so that a run's result does not
+      depend on where it stops.
+    predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`.
+  """
+
+  def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1):
+    """Build the functions; they are compiled when they are first called.
+
+    Args:
+      config: settings of the run.
+      mesh: devices to use.
+      num_steps: steps of the whole run.
+
+    Raises:
+      UsageError: the named implementation does not support the model or the device.
+    """
+    self.config, self.mesh, self.task = config, mesh, Sentiment()
+    self.choice = _choose(config, mesh.devices.flat[0])
+    self.model = TextClassifier(config.model, config.data.vocabulary_size, self.task.head_size, self.choice.name)
+    self._optimizer = make_optimizer(config.optimizer, num_steps)
+    everywhere, rows = devices.replicated(mesh), devices.over_rows(mesh)
+    self._init = jax.jit(self._init_seeds, out_shardings=everywhere)
+    self.train_steps = jax.jit(
+      self._train_steps,
+      donate_argnums=0,
+      in_shardings=(everywhere, everywhere, devices.over_rows(mesh, axis=2), everywhere),
+      out_shardings=everywhere,
+    )
+    self.predict = jax.jit(self._predict, in_shardings=(everywhere, rows, rows), out_shardings=everywhere)
+
+  @property
+  def precision(self) -> str:
+    """Precision of the matrix products, in words."""
+    others = self._matmul_precision
+    recurrent = lstm.recurrent_precision(self.choice.name, self.config.training.matmul_precision)
+    return others if recurrent == others else f"{others}, recurrence {recurrent}"
+
+  @property
+  def _matmul_precision(self) -> str:
+    precision = self.config.training.matmul_precision
+    return "float32" if precision == "auto" else precision
+
+  def init(self) -> TrainState:
+    """Return the state before the first step, on every device."""
+    return self._init(np.array(self.config.training.seeds, np.uint32))
+
+  def abstract_state(self) -> TrainState:
+    """Return shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
+    place = devices.replicated(self.mesh)
+    shapes = jax.eval_shape(self._init_seeds, jnp.zeros(self.config.training.num_seeds, jnp.uint32))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+  def put_split(self, split: TokenSplit) -> Examples:
+    """Place the reviews of a split on every device."""
+    arrays = {"tokens": split.tokens, "lengths": split.lengths, "labels": split.labels}
+    return devices.put(arrays, devices.replicated(self.mesh))
+
+  def put_rows(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Place the rows of some steps on the devices.
+
+    Args:
+      rows: i32[steps, seeds, b], the reviews of each step; -1 is none.
+
+    Returns:
+      i32[seeds, k, b], padded to k = `steps_per_dispatch` steps and to a batch that divides over the devices; and the
+      number of steps, i32[].
+    """
+    num_steps, num_seeds, batch_size = rows.shape
+    shape = num_seeds, self.config.runtime.steps_per_dispatch, devices.padded_size(batch_size, self.mesh)
+    padded = np.full(shape, -1, np.int32)
+    padded[:, :num_steps, :batch_size] = rows.swapaxes(0, 1)
+    return (
+      devices.put(padded, devices.over_rows(self.mesh, axis=2)),
+      devices.put(np.array(num_steps, np.int32), devices.replicated(self.mesh)),
+    )
+
+  def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a function of one seed's arrays into one of all seeds' arrays."""
+    # On a CPU one seed keeps all cores busy, and vmap would pad every seed to the longest batch. cuDNN has no vmap.
+    if self.mesh.devices.flat[0].platform == "cpu" or self.choice.name == "cudnn":
+      return lambda *arrays: jax.lax.map(lambda one: function(*one), arrays)
+    return jax.vmap(function)
+
+  def _init_seeds(self, seeds: jax.Array) -> TrainState:
+    def init(seed: jax.Array) -> TrainState:
+      params_key, dropout_key = jax.random.split(jax.random.key(seed))
+      tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+      params = self.model.init(params_key, tokens, lengths)["params"]
+      return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=self._optimizer.init(params),
+        key=jax.random.key_data(dropout_key),
+      )
+
+    # vmap might round the decomposition behind the recurrent kernel differently.
+    return jax.lax.map(init, seeds)
+
+  def _train_steps(self, state: TrainState, split: Examples, rows: jax.Array, num_steps: jax.Array):
+    def one_seed(state: TrainState, rows: jax.Array):
+      def step(i, carry):
+        state, sums = carry
+        state, step_sums = self._train_step(state, self._gather(split, rows[i]))
+        return state, jax.tree.map(lambda values, value: values.at[i].set(value), sums, step_sums)
+
+      names = ("loss", "correct", "weight", "is_finite")
+      sums = {name: jnp.zeros(len(rows), jnp.float32) for name in names}
+      return jax.lax.fori_loop(0, num_steps, step, (state, sums))
+
+    # Seeds outside, steps inside: XLA would copy a state with a seed axis on every step.
+    with jax.default_matmul_precision(self._matmul_precision):
+      return self._over_seeds(one_seed)(state, rows)
+
+  def _gather(self, split: Examples, rows: jax.Array) -> Examples:
+    """Return the reviews at rows i32[b]; each device looks up its own."""
+
+    def gather(split, rows):
+      is_review = rows >= 0
+      return {
+        "tokens": jnp.where(is_review[:, None], split["tokens"][rows], 0),
+        "lengths": jnp.where(is_review, split["lengths"][rows], 0),
+        "labels": jnp.where(is_review, split["labels"][rows], 0).astype(jnp.float32),
+        "weights": is_review.astype(jnp.float32),
+      }
+
+    return self._sharded(gather, (_REPLICATED, _ROWS), _ROWS)(split, rows)
+
+  def _sharded(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    # check_vma would sum gradients over devices where the parameters are used, inside the time loop.
+    return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+  def _train_step(self, state: TrainState, examples: Examples) -> tuple[TrainState, Sums]:
+    """One step of one seed."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    # Drawn for the global batch, so that the result does not depend on the number of devices.
+    dropout_masks = draw_dropout_masks(key, self.config.model, examples["labels"].shape[0])
+    gradients = self._sharded(self._gradients, (_REPLICATED, _ROWS, _ROWS), _REPLICATED)
+    grads, sums = gradients(state.params, examples, dropout_masks)
+    grads = jax.tree.map(lambda grad: grad / sums["weight"], grads)
+    # optax raises a float to an integer power, which strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(optax.tree.norm(grads))]
+    is_finite = jnp.stack([*finite, *(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))]).all()
+    if self.config.optimizer.non_finite == "skip":
+      params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
+      )
+    new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
+    return new_state, sums | {"is_finite": is_finite.astype(jnp.float32)}
+
+  def _gradients(self, params: Any, examples: Examples, dropout_masks: Any) -> tuple[Any, Sums]:
+    """Return the gradients of the summed loss and the sums of a batch, on each device the total over all devices."""
+
+    def summed_loss(params):
+      logits: Any = self.model.apply({"params": params}, examples["tokens"], examples["lengths"], dropout_masks)
+      sums = self.task.sums(logits, examples["labels"], examples["weights"])
+      return sums["loss"], sums
+
+    grads, sums = jax.grad(summed_loss, has_aux=True)(params)
+    return jax.lax.psum((grads, sums), devices.AXIS)
+
+  def _predict(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    def logits(params, tokens, lengths):
+      return self.model.apply({"params": params}, tokens, lengths)
+
+    sharded = self._sharded(logits, (_REPLICATED, _ROWS, _ROWS), _ROWS)
+    with jax.default_matmul_precision(self._matmul_precision):
+      return self._over_seeds(lambda params: sharded(params, tokens, lengths))(params)
+
+
+def _choose(config: Config, device: Any) -> lstm.Choice:
+  """Return the implementation of the recurrence that the settings ask for on a device."""
+  call = lstm.Call(
+    hidden_size=config.model.hidden_size,
+    recurrent_dropout=config.model.recurrent_dropout_rate > 0,
+    per_gate_masks=config.model.dropout_masks == "per_gate",
+    gate_activation=config.model.gate_activation,
+    precision=config.training.matmul_precision,
+  )
+  name = config.runtime.implementation
+  if name == "auto":
+    return lstm.choose(call, device)
+  problem = lstm.unsupported(name, call, device)
+  if problem is not None:
+    raise UsageError(f"--implementation {name}: {problem}.")
+  return lstm.Choice(name, "--implementation")

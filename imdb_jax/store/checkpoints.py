@@ -1,0 +1,285 @@
+"""Checkpoints of a run. The only module that imports Orbax.
+
+A step exists if it has a manifest. The manifest is written after Orbax has committed the step's folder, and removed
+before the folder is. So whenever a process dies, each step is complete or counts as never saved. A step that differs
+from its manifest has been damaged and is not used.
+"""
+
+import dataclasses
+import errno
+import itertools
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from jax.experimental import multihost_utils
+
+from imdb_jax import processes
+from imdb_jax.errors import CheckpointError, first_line
+from imdb_jax.store import files, manifest
+
+_State = TypeVar("_State")
+_LOG = logging.getLogger(__name__)
+# The newest steps are kept for resuming, and the best one.
+_NUM_KEPT = 2
+# More than are ever kept: processes exchange arrays of a fixed size.
+_MAX_STEPS = 64
+# How often a reader retries when the trainer of a live run removes the step that it is about to read.
+_MAX_TRIES = 10
+# Upper bound on the size of a checkpoint's small files and Orbax's metadata.
+_OVERHEAD_BYTES = 2**18
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+  """A saved step.
+
+  Attributes:
+    step: training steps done.
+    progress: JSON, what resuming needs besides the state.
+    score: value of the monitored metric; None for a step that has not been evaluated.
+  """
+
+  step: int
+  progress: dict[str, Any]
+  score: float | None
+
+  @property
+  def rank(self) -> tuple[float, int]:
+    """Sort key: score, then step. A missing score or NaN ranks last."""
+    if self.score is None or math.isnan(self.score):
+      return -math.inf, self.step
+    return self.score, self.step
+
+
+class _UnreadableError(CheckpointError):
+  """A step that agreed with its manifest could not be read."""
+
+
+class _NotFiniteError(CheckpointError):
+  """A step agrees with its manifest, but holds values that are not finite."""
+
+
+class Checkpoints:
+  """The steps in `RUN_DIR/checkpoints` and their manifests in `RUN_DIR/manifests`. Methods raise CheckpointError."""
+
+  def __init__(self, run_dir: Path, *, read_only: bool):
+    """Find the steps of a run, and warn of damaged ones.
+
+    A reader changes nothing, so it may look at a live run. A writer removes what interrupted saves left behind. If
+    some step is usable, a writer also moves damaged steps to `RUN_DIR/damaged`, so that they can be saved again.
+    """
+    self.directory = run_dir.absolute() / "checkpoints"
+    self._manifests = run_dir.absolute() / "manifests"
+    if read_only and not self.directory.is_dir():
+      raise CheckpointError(f"{run_dir}: there are no checkpoints. Is this a run directory?")
+    self._saved: dict[int, Saved]
+    self._damaged: dict[int, str]
+    try:
+      self._find_all()
+      if not read_only:
+        # Orbax logs several lines per save at INFO, and tracebacks of the exceptions that it raises at ERROR.
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        with processes.together():
+          self._adopt_steps_of_process_0()
+        with processes.together():
+          if jax.process_index() == 0:
+            self._tidy()
+    except OSError as error:
+      raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
+    self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+  def _find_all(self) -> None:
+    self._saved, self._damaged = {}, {}
+    names = [path.stem for path in self._manifests.glob("*.json")]
+    for step in sorted(int(name) for name in names if name.isdecimal() and name == str(int(name))):
+      try:
+        facts = manifest.check(self._folder(step), self._manifest(step))
+        progress, score = facts.get("progress"), facts.get("score")
+        if not isinstance(progress, dict) or type(score) not in (float, int, type(None)):
+          raise ValueError("its manifest lacks progress or score")
+      except (OSError, ValueError) as error:
+        # The trainer of a live run may have just removed the step.
+        if os.path.lexists(self._manifest(step)):
+          self._damaged[step] = str(error)
+          _LOG.warning("%s: damaged and not used: %s", self._folder(step), error)
+      else:
+        self._saved[step] = Saved(step=step, progress=progress, score=score)
+
+  def _adopt_steps_of_process_0(self) -> None:
+    if jax.process_count() == 1:
+      return
+    steps = np.full(_MAX_STEPS, -1, np.int32)
+    newest = self.steps()[-_MAX_STEPS:]
+    steps[: len(newest)] = newest
+    wanted = [step for step in multihost_utils.broadcast_one_to_all(steps).tolist() if step >= 0]
+    missing = [step for step in wanted if step not in self._saved]
+    if missing:
+      raise CheckpointError(f"{self.directory}: process {jax.process_index()} cannot use step {missing[0]}.")
+    self._saved = {step: self._saved[step] for step in wanted}
+
+  def _folder(self, step: int) -> Path:
+    return self.directory / str(step)
+
+  def _manifest(self, step: int) -> Path:
+    return self._manifests / f"{step}.json"
+
+  def _tidy(self) -> None:
+    self.directory.mkdir(parents=True, exist_ok=True)
+    if self._saved:
+      for step in self._damaged:
+        self._set_aside(step)
+    known = {str(step) for step in (*self._saved, *self._damaged)}
+    for path in self.directory.iterdir():
+      if path.name not in known:
+        files.remove(path)
+
+  def _set_aside(self, step: int) -> None:
+    """Move a damaged step to a new folder in `RUN_DIR/damaged`, for people to look at."""
+    damaged = self.directory.parent / "damaged"
+    damaged.mkdir(exist_ok=True)
+    place = next(damaged / f"{step}-{n}" for n in itertools.count(1) if not os.path.lexists(damaged / f"{step}-{n}"))
+    place.mkdir()
+    for path, name in ((self._manifest(step), "manifest.json"), (self._folder(step), "checkpoint")):
+      if os.path.lexists(path):
+        path.rename(place / name)
+
+  def steps(self) -> list[int]:
+    """Return the usable steps, in order."""
+    return sorted(self._saved)
+
+  def is_empty(self) -> bool:
+    """Return whether nothing has been saved yet, not even steps that are damaged now."""
+    return not self._saved and not self._damaged
+
+  def find(self, which: int | Literal["best", "latest"]) -> Saved:
+    """Return a usable step."""
+    if which in self._damaged:
+      raise CheckpointError(f"{self.directory / str(which)}: damaged: {self._damaged[which]}.")
+    if not self._saved:
+      reasons = "; ".join(f"step {step}: {problem}" for step, problem in self._damaged.items())
+      raise CheckpointError(f"{self.directory}: no checkpoint can be used: {reasons or 'none has been saved yet'}.")
+    if which == "latest":
+      return self._saved[max(self._saved)]
+    if which == "best":
+      return max(self._saved.values(), key=lambda saved: saved.rank)
+    if which not in self._saved:
+      steps = ", ".join(map(str, self.steps()))
+      raise CheckpointError(f"{self.directory}: there is no step {which}; there are {steps}.")
+    return self._saved[which]
+
+  def save(self, saved: Saved, state: Any) -> None:
+    """Save a step and wait until it is on disk; then remove older steps that are no longer needed.
+
+    Args:
+      saved: the step and its facts. If the step exists already, only the facts are replaced.
+      state: a tree of arrays on all devices.
+    """
+    try:
+      if saved.step not in self._saved:
+        with processes.together():
+          self._require_space(state)
+        self._orbax.save(self._folder(saved.step), args=ocp.args.StandardSave(state))
+      with processes.together():
+        if jax.process_index() == 0:
+          facts = {"progress": saved.progress, "score": saved.score}
+          manifest.write(self._folder(saved.step), self._manifest(saved.step), facts)
+    # Orbax, tensorstore and the file system raise errors without a common base class.
+    except Exception as error:
+      raise CheckpointError(
+        f"Step {saved.step} could not be saved in {self.directory}: {first_line(error)}. Earlier steps are intact."
+      ) from error
+    self._saved[saved.step] = saved
+    for old in self._saved.keys() - {*self.steps()[-_NUM_KEPT:], self.find("best").step}:
+      del self._saved[old]
+      if jax.process_index() == 0:
+        self._manifest(old).unlink(missing_ok=True)
+        files.remove(self._folder(old))
+
+  def _require_space(self, state: Any) -> None:
+    """Raise OSError if the disk is nearly full. On a full disk, tensorstore prints long messages."""
+    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
+    free = shutil.disk_usage(self.directory).free
+    if free < needed:
+      raise OSError(errno.ENOSPC, f"No space left on device: {free:,} bytes are free, {needed:,} are needed")
+
+  def restore_latest(self, abstract: _State) -> tuple[Saved, _State]:
+    """Restore the newest step; set aside steps whose values are not finite.
+
+    A step that agrees with its manifest but cannot be read stays where it is: the cause may be memory, the file system
+    or another process, and the next attempt may succeed.
+    """
+    while True:
+      saved = self.find("latest")
+      try:
+        return saved, self._restore(saved.step, abstract)
+      except _NotFiniteError as error:
+        _LOG.warning("%s", error)
+        self._damaged[saved.step] = str(error)
+        del self._saved[saved.step]
+        with processes.together():
+          if jax.process_index() == 0 and self._saved:
+            self._set_aside(saved.step)
+
+  def restore(self, which: int | Literal["best", "latest"], abstract: _State) -> tuple[Saved, _State]:
+    """Restore a step; if the trainer of a live run removes it meanwhile, look again.
+
+    Args:
+      which: the step.
+      abstract: tree of shapes, dtypes and shardings to restore into.
+    """
+    for _ in range(_MAX_TRIES):
+      saved = self.find(which)
+      try:
+        state = self._restore(saved.step, abstract)
+      except _UnreadableError:
+        if os.path.lexists(self._manifest(saved.step)):
+          raise
+      else:
+        # The manifest is removed first, so all files were complete while they were read.
+        if os.path.lexists(self._manifest(saved.step)):
+          return saved, state
+      self._find_all()
+    raise CheckpointError(f"{self.directory}: steps are removed faster than they can be read.")
+
+  def _restore(self, step: int, abstract: _State) -> _State:
+    folder = self._folder(step)
+    try:
+      # Before anything is allocated.
+      metadata: Any = self._orbax.metadata(folder).item_metadata
+      # Orbax returns None if the folder is missing.
+      if metadata is None:
+        raise FileNotFoundError("it has no metadata")
+      expected, found = _shapes(abstract), _shapes(metadata)
+    # Orbax and tensorstore raise errors without a common base class.
+    except Exception as error:
+      raise _UnreadableError(f"{folder}: the checkpoint cannot be read: {first_line(error)}") from error
+    for name in sorted(expected.keys() | found.keys()):
+      if expected.get(name) != found.get(name):
+        raise CheckpointError(
+          f"{folder}: {name} has shape {found.get(name)}, but config and vocabulary require {expected.get(name)}."
+        )
+    try:
+      state = self._orbax.restore(folder, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:
+      raise _UnreadableError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}") from error
+    # Every device holds the whole state.
+    if not all(np.isfinite(leaf.addressable_data(0)).all() for leaf in jax.tree.leaves(state)):
+      raise _NotFiniteError(f"{folder}: the checkpoint holds values that are not finite.")
+    return state
+
+  def close(self) -> None:
+    """Release Orbax's resources."""
+    self._orbax.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,101 @@
+"""Bounded reads and atomic writes of small files.
+
+Links are never followed. All functions raise OSError if a file is missing, not a regular file, or cannot be written,
+and the reading ones ValueError if its content is too large or malformed.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 2**20
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+  """Open a regular file for reading."""
+  # O_NONBLOCK: opening a pipe would otherwise wait for its writer.
+  file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+  if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    file.close()
+    raise OSError(f"{path.name} is not a regular file")
+  return file
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+  """Return the content of a file of at most `max_bytes`."""
+  with open_regular(path) as file:
+    content = file.read(max_bytes + 1)
+  if len(content) > max_bytes:
+    raise ValueError(f"{path.name} is larger than {max_bytes:,} bytes")
+  return content
+
+
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+  """Return the content of a UTF-8 file of at most `max_bytes`."""
+  return read_bytes(path, max_bytes).decode()
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+  """Return the value of a JSON file of at most `max_bytes`."""
+  try:
+    return json.loads(read_text(path, max_bytes))
+  except RecursionError as error:
+    raise ValueError(f"{path.name} is nested too deeply") from error
+
+
+def sha256(path: Path) -> str:
+  """Return the SHA-256 of a regular file, in hex."""
+  with open_regular(path) as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, text: str) -> None:
+  """Write a file that survives a power cut: readers see the old content or the new, never a part."""
+  unfinished = path.with_name(path.name + ".new")
+  remove(unfinished)
+  # Exclusive creation: a link that appears in the meantime is not written through.
+  with unfinished.open("x", encoding="utf-8", newline="") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  unfinished.replace(path)
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    os.fsync(folder)
+  finally:
+    os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Write a value as indented JSON, as `write` does."""
+  write(path, json.dumps(value, indent=1) + "\n")
+
+
+def remove(path: Path) -> None:
+  """Remove a file, a link or a whole folder; do nothing if the path is missing."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+  """Yield the relative name and the size of each file below a folder, in order; refuse links and devices."""
+  if not stat.S_ISDIR(folder.lstat().st_mode):
+    raise OSError(f"{folder} is not a folder")
+  with os.scandir(folder) as entries:
+    ordered = sorted(entries, key=lambda entry: entry.name)
+  for entry in ordered:
+    status, name = entry.stat(follow_symlinks=False), prefix + entry.name
+    if stat.S_ISDIR(status.st_mode):
+      yield from walk(folder / entry.name, name + "/")
+    elif stat.S_ISREG(status.st_mode):
+      yield name, status.st_size
+    else:
+      raise OSError(f"{name} is a link or a device, not a file")

@@ -1,0 +1,166 @@
+"""The run directory: self-contained, and never overwritten silently.
+
+config.json      all settings that define the result
+vocab.json       the vocabulary
+provenance.json  digests of data and vocabulary; step, versions and devices of each start of the trainer
+metrics.jsonl    one line every few steps and one per epoch, see `imdb_jax.store.metrics_log`
+history.csv, history.png, report.md
+checkpoints/, manifests/, damaged/     see `imdb_jax.store.checkpoints`
+lock             held by a running trainer
+
+The functions raise UsageError if the folder is not a run directory, a file in it is damaged, or it cannot be written.
+"""
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from imdb_jax.config import Config, RuntimeConfig, differing_fields
+from imdb_jax.errors import DataError, UsageError
+from imdb_jax.store import files
+
+_PACKAGES = ("imdb_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# The size of provenance.json is limited.
+_MAX_STARTS = 1000
+_LOCK = "lock"
+# config.json is written last: a folder that holds only these is a new run whose creation was interrupted.
+_BEFORE_CONFIG = {_LOCK, "vocab.json", "vocab.json.new", "provenance.json", "provenance.json.new", "config.json.new"}
+
+
+def _names(run_dir: Path) -> set[str]:
+  """Return the names in a folder, none if it is absent. Links are refused: they could lead out of the folder."""
+  try:
+    entries = list(run_dir.iterdir()) if run_dir.exists() else []
+  except OSError as error:
+    raise UsageError(f"{run_dir}: cannot be read: {error}") from error
+  odd = [path.name for path in entries if path.is_symlink() or not (path.is_file() or path.is_dir())]
+  if odd:
+    raise UsageError(f"{run_dir}: holds links or devices ({', '.join(sorted(odd))}), which are not followed.")
+  return {path.name for path in entries}
+
+
+def _read_json(path: Path) -> Any:
+  try:
+    return files.read_json(path)
+  except (OSError, ValueError) as error:
+    raise UsageError(f"{path}: not readable: {error}") from error
+
+
+def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
+  """Return the settings of a run."""
+  if "config.json" not in _names(run_dir):
+    raise UsageError(f"{run_dir}: not a run directory: it has no config.json.")
+  value = _read_json(run_dir / "config.json")
+  try:
+    return Config.from_dict(value, runtime)
+  except UsageError as error:
+    raise UsageError(f"{run_dir / 'config.json'}: {error}") from error
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[bool]:
+  """Lock the run directory of a config for training, and yield whether it holds this run already.
+
+  The folder is created if it is absent, and removed again if no run was created in it. The kernel releases the lock
+  when the process exits.
+  """
+  run_dir = config.run_dir
+  # Before the lock is created, so that a folder that is not a run stays untouched.
+  _require_run_or_empty(run_dir)
+  was_absent = not run_dir.exists()
+  lock = filelock.FileLock(run_dir / _LOCK, timeout=0)
+  try:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+  except filelock.Timeout as error:
+    raise UsageError(f"--run-dir {run_dir}: another trainer is using it; name another folder.") from error
+  except OSError as error:
+    raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
+  try:
+    yield exists(config)
+  finally:
+    # While the lock is held. A process that opens the lock just before its removal notices that when it acquires it.
+    if was_absent and _names(run_dir) == {_LOCK}:
+      files.remove(run_dir)
+    lock.release()
+
+
+def _require_run_or_empty(run_dir: Path) -> set[str]:
+  names = _names(run_dir)
+  if "config.json" not in names and names and not (_LOCK in names and names <= _BEFORE_CONFIG):
+    raise UsageError(f"--run-dir {run_dir}: holds something that is not a run; nothing was touched. Name another.")
+  return names
+
+
+def exists(config: Config) -> bool:
+  """Return whether the run directory of a config holds this run; a run with other settings is refused."""
+  run_dir = config.run_dir
+  if "config.json" not in _require_run_or_empty(run_dir):
+    return False
+  differing = differing_fields(load_config(run_dir), config)
+  if differing:
+    raise UsageError(
+      f"--run-dir {run_dir}: holds a run with other settings ({'; '.join(differing)}); "
+      "nothing was touched. Repeat its settings to resume it, or name another folder."
+    )
+  return True
+
+
+def create(config: Config, vocabulary: str, data_digest: str) -> None:
+  """Write the files of a new run; `vocabulary` is JSON."""
+  run_dir = config.run_dir
+  try:
+    files.write(run_dir / "vocab.json", vocabulary)
+    digests = {"data_digest": data_digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
+    files.write_json(run_dir / "provenance.json", {**digests, "starts": []})
+    files.write_json(run_dir / "config.json", config.to_dict())
+  except OSError as error:
+    raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
+
+
+def check(run_dir: Path, *, data_digest: str | None = None, precision: str | None = None) -> None:
+  """Check that the vocabulary of a run is unchanged, and that it was trained on these data and in this precision.
+
+  Raises:
+    DataError: the data differ.
+  """
+  provenance = _provenance(run_dir)
+  try:
+    vocabulary_sha256 = files.sha256(run_dir / "vocab.json")
+  except OSError as error:
+    raise UsageError(f"{run_dir / 'vocab.json'}: not readable: {error}") from error
+  if vocabulary_sha256 != provenance["vocabulary_sha256"]:
+    raise UsageError(f"{run_dir / 'vocab.json'}: not the vocabulary that this run was trained with.")
+  if data_digest not in (None, provenance["data_digest"]):
+    raise DataError(f"{run_dir}: these are not the reviews that the run was trained on. See --archive.")
+  before = provenance["starts"][-1].get("precision") if provenance["starts"] else precision
+  if precision not in (None, before):
+    raise UsageError(
+      f"--run-dir {run_dir}: the run has computed matrix products in {before}, but would continue in {precision} on "
+      "this device. Resume it on a device like the first, or start a new run with --matmul-precision float32."
+    )
+
+
+def _provenance(run_dir: Path) -> dict[str, Any]:
+  path = run_dir / "provenance.json"
+  value = _read_json(path)
+  for name, kind in {"data_digest": str, "vocabulary_sha256": str, "starts": list}.items():
+    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+      raise UsageError(f"{path}: has no {name}.")
+  if not all(isinstance(start, dict) for start in value["starts"]):
+    raise UsageError(f"{path}: starts must be JSON objects.")
+  return value
+
+
+def record_start(run_dir: Path, facts: dict[str, Any]) -> None:
+  """Add a start of the trainer to provenance.json: some facts, and the versions of the packages."""
+  provenance = _provenance(run_dir)
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  provenance["starts"].append({**facts, "python": platform.python_version(), "versions": versions})
+  del provenance["starts"][1:-_MAX_STARTS]
+  files.write_json(run_dir / "provenance.json", provenance)

@@ -1,0 +1,111 @@
+"""What is learned: the size of the head, the loss, and the metrics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import special
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metrics:
+  """Predictions compared with labels. A ratio with denominator 0 (no positive predicted, say) is 0."""
+
+  num_reviews: int
+  loss: float
+  accuracy: float
+  precision: float
+  recall: float
+  f1: float
+  roc_auc: float
+  true_negatives: int
+  false_positives: int
+  false_negatives: int
+  true_positives: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation(Metrics):
+  """Metrics of the ensemble, which averages the probabilities of its seeds, and of each seed."""
+
+  seeds: list[Metrics]
+
+
+class Sentiment:
+  """Binary classification with one logit: positive means a positive review.
+
+  Attributes:
+    head_size: logits per review.
+    monitor: the metric by which the best checkpoint is chosen; higher is better.
+  """
+
+  head_size = 1
+  monitor = "accuracy"
+
+  def sums(self, logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    """Return sums over a batch; dividing by `weight` gives means.
+
+    Args:
+      logits: f32[b, 1].
+      labels: f32[b], 0 or 1.
+      weights: f32[b]; a review of weight 0 changes nothing.
+
+    Returns:
+      f32[] each: loss (binary cross-entropy), correct, weight.
+    """
+    losses = optax.sigmoid_binary_cross_entropy(logits[:, 0], labels)
+    is_correct = (logits[:, 0] > 0) == (labels > 0.5)
+    return {
+      "loss": jnp.sum(losses * weights),
+      "correct": jnp.sum(jnp.where(is_correct, weights, 0)),
+      "weight": jnp.sum(weights),
+    }
+
+  def ensemble(self, logits: np.ndarray) -> np.ndarray:
+    """Return the logits f64[n, 1] of the mean probability over the seeds, from logits [seeds, n, 1].
+
+    It averages in log space, which is exact however certain a model is.
+    """
+    x = logits.astype(np.float64)
+    return special.logsumexp(special.log_expit(x), axis=0) - special.logsumexp(special.log_expit(-x), axis=0)
+
+  def probabilities(self, logits: np.ndarray) -> np.ndarray:
+    """Return the probability of a positive review, f32[n], averaged over the seeds of logits [seeds, n, 1]."""
+    return special.expit(self.ensemble(logits)[:, 0]).astype(np.float32)
+
+  def evaluate(self, logits: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Return the metrics of logits [seeds, n, 1] against labels int[n]."""
+    seeds = [_metrics(seed[:, 0].astype(np.float64), labels == 1) for seed in logits]
+    return Evaluation(**vars(_metrics(self.ensemble(logits)[:, 0], labels == 1)), seeds=seeds)
+
+
+def _metrics(logits: np.ndarray, is_positive: np.ndarray) -> Metrics:
+  predicted = logits > 0
+  tp, fp = int(np.sum(predicted & is_positive)), int(np.sum(predicted & ~is_positive))
+  fn, tn = int(np.sum(~predicted & is_positive)), int(np.sum(~predicted & ~is_positive))
+  return Metrics(
+    num_reviews=len(logits),
+    loss=float(np.mean(-special.log_expit(np.where(is_positive, logits, -logits)))),
+    accuracy=_ratio(tp + tn, len(logits)),
+    precision=_ratio(tp, tp + fp),
+    recall=_ratio(tp, tp + fn),
+    f1=_ratio(2 * tp, 2 * tp + fp + fn),
+    roc_auc=_roc_auc(logits[is_positive], logits[~is_positive]),
+    true_negatives=tn,
+    false_positives=fp,
+    false_negatives=fn,
+    true_positives=tp,
+  )
+
+
+def _ratio(part: float, whole: float) -> float:
+  return part / whole if whole else 0.0
+
+
+def _roc_auc(positive: np.ndarray, negative: np.ndarray) -> float:
+  """Return the Mann-Whitney statistic: how often a positive review scores above a negative one; ties count half."""
+  ordered = np.sort(negative)
+  below, up_to = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
+  return _ratio(float(np.sum(below + up_to)) / 2, len(positive) * len(negative))

@@ -1,0 +1,163 @@
+"""Metrics of a run in progress: from sums on the devices to means on the console and in metrics.jsonl.
+
+The sums of a dispatch are read after the next one has started, so the devices never wait for the host. Nothing else in
+the training loop reads a device value. So at most two dispatches are in flight. With more than 32, several CPU devices
+of one process can deadlock (jaxlib 0.10.2): calls that wait for a free slot occupy the threads that a collective needs.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from imdb_jax.config import Config
+from imdb_jax.errors import CheckpointError, DivergenceError
+from imdb_jax.store.metrics_log import MetricsLog
+from imdb_jax.task import Evaluation
+from imdb_jax.training.console import Console
+
+# Give up after this many consecutive non-finite steps.
+_MAX_SKIPPED = 10
+
+
+class Sums:
+  """Weighted sums over reviews, f64[seeds] each, that become means."""
+
+  _NAMES = ("loss", "correct", "weight")
+
+  def __init__(self, values: dict[str, Any], num_seeds: int):
+    """Start from the values of `to_dict`, or from zeros if there are none."""
+    values = values or dict.fromkeys(self._NAMES, [0.0] * num_seeds)
+    self._sums = {name: np.array(values[name], np.float64) for name in self._NAMES}
+    if any(sums.shape != (num_seeds,) for sums in self._sums.values()):
+      raise ValueError(f"sums are not those of {num_seeds} seeds")
+
+  def add(self, values: dict[str, np.ndarray]) -> None:
+    """Add the sums of a step."""
+    for name in self._NAMES:
+      self._sums[name] += values[name]
+
+  def seed_means(self) -> dict[str, np.ndarray]:
+    """Return loss and accuracy of each seed; NaN where all steps were skipped."""
+    with np.errstate(invalid="ignore"):
+      return {name: self._sums[key] / self._sums["weight"] for name, key in (("loss", "loss"), ("accuracy", "correct"))}
+
+  def means(self) -> dict[str, float]:
+    """Return the means of loss and accuracy over the seeds."""
+    return {name: float(values.mean()) for name, values in self.seed_means().items()}
+
+  def to_dict(self) -> dict[str, list[float]]:
+    """Return the sums as JSON types."""
+    return {name: sums.tolist() for name, sums in self._sums.items()}
+
+
+class Recorder:
+  """Sums of metrics that feed `console` and `log`. Reading a non-finite step raises DivergenceError."""
+
+  def __init__(self, config: Config, console: Console, log: MetricsLog, progress: dict[str, Any]):
+    """Continue from the `progress` of a checkpoint; {} for a new run."""
+    self.console, self.log, self._config = console, log, config
+    self._seeds = config.training.seeds
+    num_seeds = len(self._seeds)
+    try:
+      self._epoch_sums = Sums(progress.get("epoch_sums", {}), num_seeds)
+      self._window_sums = Sums(progress.get("window_sums", {}), num_seeds)
+      self._num_skipped = np.array(progress.get("num_skipped", [0] * num_seeds), np.int64)
+      if self._num_skipped.shape != (num_seeds,):
+        raise ValueError(f"num_skipped is not that of {num_seeds} seeds")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise CheckpointError(f"The checkpoint's progress is invalid: {error!r}.") from error
+    self._pending: tuple[range, dict[str, jax.Array]] | None = None
+    self._epoch, self._first_step, self._num_steps, self._num_reviews = 0, 0, 0, 0
+
+  def start_epoch(self, epoch: int, step: int, num_steps: int) -> None:
+    """Start or continue an epoch of `num_steps` steps, `step` steps into the run."""
+    self._epoch, self._num_steps, self._num_reviews = epoch, num_steps, 0
+    self._first_step = (epoch - 1) * num_steps
+    self.console.start_epoch(epoch, self._config.training.epochs, num_steps=num_steps, done=step - self._first_step)
+
+  def progress(self) -> dict[str, Any]:
+    """Return what a checkpoint must hold to continue from here. Call `flush` first."""
+    return {
+      "epoch_sums": self._epoch_sums.to_dict(),
+      "window_sums": self._window_sums.to_dict(),
+      "num_skipped": self._num_skipped.tolist(),
+    }
+
+  def record_steps(self, steps: range, sums: dict[str, jax.Array]) -> None:
+    """Take the sums of the steps just dispatched, from `Program.train_steps`, and read those of the steps before."""
+    previous, self._pending = self._pending, (steps, sums)
+    if previous is not None:
+      self._read(*previous)
+
+  def flush(self) -> None:
+    """Read what is still on the devices."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self._read(*pending)
+
+  def _read(self, steps: range, sums: dict[str, jax.Array]) -> None:
+    values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(sums).items()}
+    for i, step in enumerate(steps):
+      self._add(step, {name: value[:, i] for name, value in values.items()})
+
+  def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
+    is_finite = values["is_finite"] > 0
+    self._num_skipped = (self._num_skipped + 1) * ~is_finite
+    if not is_finite.all():
+      self._skip(step, values["loss"])
+      values = {name: np.where(is_finite, value, 0) for name, value in values.items()}
+    self._epoch_sums.add(values)
+    self._window_sums.add(values)
+    self._num_reviews += int(values["weight"].sum())
+    done = step - self._first_step
+    is_logged = step % self._config.runtime.log_every == 0 or done == self._num_steps
+    if is_logged:
+      self.log.write({"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means()})
+      self._window_sums = Sums({}, len(self._seeds))
+    self.console.show_step(done, self._epoch_sums.means(), self._num_reviews, is_logged=is_logged)
+
+  def _skip(self, step: int, losses: np.ndarray) -> None:
+    """Report a non-finite step, or raise DivergenceError."""
+    if self._config.optimizer.non_finite == "stop":
+      raise DivergenceError(f"Step {step:,} is not finite ({self._causes(losses, 1)}).")
+    if np.any(self._num_skipped >= _MAX_SKIPPED):
+      causes = self._causes(losses, _MAX_SKIPPED)
+      raise DivergenceError(f"Steps {step - _MAX_SKIPPED + 1:,} to {step:,} are not finite (the last: {causes}).")
+    self.console.line(f"Step {step:,} is not finite ({self._causes(losses, 1)}): its update was skipped")
+
+  def _causes(self, losses: np.ndarray, num_skipped: int) -> str:
+    """Describe what is not finite, for each seed with so many consecutive non-finite steps."""
+    causes = []
+    for seed, skipped, loss in zip(self._seeds, self._num_skipped, losses, strict=True):
+      if skipped >= num_skipped:
+        causes.append(f"seed {seed}: " + ("gradients or parameters" if math.isfinite(loss) else f"the loss is {loss}"))
+    return "; ".join(causes)
+
+  def record_epoch(self, step: int, result: Evaluation, *, seconds: float, evaluation_seconds: float) -> dict[str, Any]:
+    """Write the line of a finished epoch, start new sums, and return the line.
+
+    Training metrics are means over the seeds. Validation metrics are those of the ensemble, which is what `Classifier`
+    answers with. `seeds` has those of each seed.
+    """
+    means = self._epoch_sums.seed_means()
+    line = {
+      "kind": "epoch",
+      "epoch": self._epoch,
+      "step": step,
+      **self._epoch_sums.means(),
+      "val_loss": result.loss,
+      "val_accuracy": result.accuracy,
+      "seconds": round(seconds, 3),
+      "evaluation_seconds": round(evaluation_seconds, 3),
+      "seeds": [
+        {"seed": seed, "loss": loss, "accuracy": accuracy, "val_loss": each.loss, "val_accuracy": each.accuracy}
+        for seed, loss, accuracy, each in zip(
+          self._seeds, means["loss"].tolist(), means["accuracy"].tolist(), result.seeds, strict=True
+        )
+      ],
+    }
+    self.log.write(line)
+    self._epoch_sums, self._window_sums = Sums({}, len(self._seeds)), Sums({}, len(self._seeds))
+    return line

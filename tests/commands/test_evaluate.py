@@ -1,0 +1,56 @@
+"""`evaluate`, and what it shares with `predict`: restoring a run."""
+
+import json
+
+import pytest
+from running import assert_one_clear_line, copy_of, history
+
+
+def test_evaluation_agrees_with_training(trained, call):
+  code, stdout, _ = call("evaluate", trained, "--step", "latest", "--json", "--platform", "cpu")
+  assert code == 0
+  result, last = json.loads(stdout), history(trained)[-1]
+  assert result["num_reviews"] == 200
+  assert result["accuracy"] == last["val_accuracy"]
+  assert result["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+  cells = ("true_negatives", "false_positives", "false_negatives", "true_positives")
+  assert sum(result[cell] for cell in cells) == 200
+
+
+def test_the_installed_command_shows_the_same_for_people(trained, call):
+  code, stdout, _ = call("imdb-jax", "evaluate", trained, "--platform", "cpu")
+  assert code == 0
+  shown = dict(line.rsplit(maxsplit=1) for line in stdout.splitlines())
+  assert shown["num reviews"] == "200"
+  best = max(line["val_accuracy"] for line in history(trained) if line["kind"] == "epoch")
+  assert shown["accuracy"] == f"{best:.4f}"
+
+
+def test_no_run_and_no_checkpoint(tmp_path, trained, call):
+  assert_one_clear_line(call("evaluate", tmp_path), 2, "not a run directory")
+  assert_one_clear_line(call("evaluate", trained, "--step", "3", "--platform", "cpu"), 4, "no step 3", "14")
+  assert_one_clear_line(call("evaluate", trained, "--step", "last"), 2, "--step 'last'", "best, latest or a number")
+
+
+def test_a_config_that_does_not_fit_the_checkpoint(trained, tmp_path, call):
+  copy = copy_of(trained, tmp_path)
+  config = json.loads((copy / "config.json").read_text())
+  config["data"]["vocabulary_size"] = 300
+  (copy / "config.json").write_text(json.dumps(config))
+  result = call("predict", copy, "good", "--platform", "cpu")
+  assert_one_clear_line(result, 4, "embedding", "(1, 200, 4)", "(1, 300, 4)")
+
+
+def test_a_damaged_config(trained, tmp_path, call):
+  copy = copy_of(trained, tmp_path)
+  config = json.loads((copy / "config.json").read_text())
+  config["model"]["hidden_size"] = "4; rm -rf /"
+  (copy / "config.json").write_text(json.dumps(config))
+  assert_one_clear_line(call("predict", copy, "good"), 2, "config.json", "--hidden-size", "whole number")
+
+
+def test_other_reviews_than_those_of_training_are_refused(trained, tmp_path, call):
+  copy = copy_of(trained, tmp_path)
+  provenance = json.loads((copy / "provenance.json").read_text())
+  (copy / "provenance.json").write_text(json.dumps(provenance | {"data_digest": "0" * 64}))
+  assert_one_clear_line(call("evaluate", copy, "--platform", "cpu"), 3, "not the reviews", "--archive")

@@ -1,0 +1,103 @@
+"""`predict`: texts from the command line, a file or a pipe."""
+
+import json
+import subprocess
+import types
+
+import pytest
+from running import assert_one_clear_line, finish, start
+
+from imdb_jax import cli
+
+REVIEW = "A film I will not forget."
+
+
+def test_every_text_gets_an_answer(trained, tmp_path, call):
+  texts = [REVIEW, "", "zzzz qqqq", "good " * 200_000]
+  (tmp_path / "first.txt").write_text("\n".join(texts))
+  code, stdout, stderr = call("predict", trained, "--platform", "cpu", "--json", "--file", tmp_path / "first.txt")
+  assert code == 0, stderr
+  answers = [json.loads(line) for line in stdout.splitlines()]
+  assert [answer["text"] for answer in answers] == texts
+  assert all(0 < answer["probability"] < 1 for answer in answers)
+  assert answers[1]["known_words"] == answers[2]["known_words"] == 0
+
+  (tmp_path / "second.txt").write_bytes(b"caf\xff\xfe\n" + texts[0].encode() + b"\n")
+  code, stdout, stderr = call("predict", trained, "--platform", "cpu", "--file", tmp_path / "second.txt")
+  assert code == 0, stderr
+  # The probability of a text does not depend on the other texts.
+  assert float(stdout.splitlines()[1].split()[0]) == pytest.approx(answers[0]["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ("RUN", "good", "bad", "--json", "--platform", "cpu"),
+    ("RUN", "--platform", "cpu", "--json", "good", "bad"),
+    ("--json", "RUN", "good", "--platform", "cpu", "bad"),
+  ],
+)
+def test_texts_may_stand_before_between_and_after_flags(arguments, trained, call):
+  code, stdout, stderr = call("imdb-jax", "predict", *(trained if each == "RUN" else each for each in arguments))
+  assert code == 0, stderr
+  assert [json.loads(line)["text"] for line in stdout.splitlines()] == ["good", "bad"]
+
+
+def test_a_pipe_is_answered_line_by_line(trained):
+  process = start("predict", trained, "--platform", "cpu", stdin=subprocess.PIPE)
+  assert process.stdin is not None
+  assert process.stdout is not None
+  for text in ("good", "bad"):
+    process.stdin.write(f"{text}\r\n".encode())
+    process.stdin.flush()
+    # Before the pipe is closed: the program at its other end may wait for the answer.
+    assert f"  {text}" in process.stdout.readline().decode().rstrip()
+  assert finish(process)[0] == 0
+
+
+def test_many_short_reviews_are_encoded_in_parts(tmp_path, monkeypatch, call):
+  """One read of a file may return a million empty lines, whose tokens would take a gigabyte."""
+  sizes = []
+
+  def predict(texts):
+    sizes.append(len(texts))
+    return [0.0] * len(texts)
+
+  classifier = types.SimpleNamespace(predict=predict, vocabulary=types.SimpleNamespace(ids=str.split))
+  monkeypatch.setattr(cli, "_load", lambda given: classifier)
+  (tmp_path / "reviews.txt").write_text("bad\n" * 1_000)
+  code, stdout, _ = call("predict", tmp_path, "--file", tmp_path / "reviews.txt")
+  assert code == 0
+  assert sum(sizes) == len(stdout.splitlines()) == 1_000
+  assert max(sizes) <= 256
+
+
+def test_a_review_is_shown_in_one_line_without_control_characters(trained, call):
+  code, stdout, stderr = call("predict", trained, "--platform", "cpu", "good\nfilm \x1b[31m\a")
+  assert code == 0, stderr
+  assert stdout.splitlines() == [stdout.removesuffix("\n")]
+  assert "good film  [31m" in stdout
+  assert "\x1b" not in stdout
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (("good", "--file", "reviews.txt"), "--file reviews.txt: cannot be combined with reviews on the command line"),
+    (("--file", "/dev/zero"), "a line of more than 67,108,864 bytes"),
+    (("--file", "/none"), "--file /none: No such file"),
+  ],
+)
+def test_wrong_files_are_refused(trained, arguments, words, call):
+  assert_one_clear_line(call("predict", trained, *arguments, "--platform", "cpu"), 2, words)
+
+
+def test_a_reader_may_leave_early(trained):
+  process = start("predict", trained, "--platform", "cpu", *["good"] * 5000)
+  assert process.stdout is not None
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.stderr is not None
+  with process.stderr:
+    assert process.stderr.read() == b""
+  assert process.wait(timeout=60) == 0

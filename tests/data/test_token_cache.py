@@ -1,0 +1,335 @@
+"""The cache of token arrays: it returns what it should, never anything stale or damaged, and fills only once."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+
+from imdb_jax.config import DataConfig
+from imdb_jax.data import reviews, sources, tokens
+from imdb_jax.data.sources import Source
+from imdb_jax.errors import DataError
+
+CONFIG = DataConfig(vocabulary_size=20, sequence_length=6)
+HELD_OUT = dataclasses.replace(CONFIG, validation="split", validation_fraction=0.3)
+
+
+class Corpus:
+  """A small corpus and a source of it, which counts how often it is read."""
+
+  def __init__(self, fingerprint: str | None = None, word: str = "fine", content: str | None = None):
+    """By default the source is identified by its content, like the official reviews."""
+    self.num_loads, self.splits = 0, {}
+    for name, num_rows in {"train": 12, "test": 6}.items():
+      texts = [f"{name} review {row} is {word}" for row in range(num_rows)]
+      self.splits[name] = reviews.canonical(
+        texts, [row % 2 for row in range(num_rows)], [row // 2 for row in range(num_rows)]
+      )
+    self.content = content or reviews.content(self.splits)
+    fingerprint = fingerprint or self.content
+    self.source = Source(name="a corpus", content=self.content, fingerprint=lambda: fingerprint, load=self.load)
+
+  def load(self, report: Callable[[str], None]) -> dict[str, reviews.Reviews]:
+    self.num_loads += 1
+    return self.splits
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+  return Corpus("archive")
+
+
+@pytest.fixture
+def cache_dir(tmp_path) -> Path:
+  return tmp_path / "cache"
+
+
+def load(corpus: Corpus, cache_dir: Path, config: DataConfig = CONFIG) -> tuple[tokens.TokenData, list[str]]:
+  """Return the data and the reported lines."""
+  lines = []
+  return tokens.load(corpus.source, config, cache_dir=cache_dir, report=lines.append), lines
+
+
+def assert_same(left: tokens.TokenData, right: tokens.TokenData) -> None:
+  assert left.vocabulary == right.vocabulary
+  assert (left.validation is left.test) == (right.validation is right.test)
+  for (name, first), second in zip(left.arrays().items(), right.arrays().values(), strict=True):
+    assert first.dtype == second.dtype, name
+    np.testing.assert_array_equal(first, second)
+
+
+def entry_of(cache_dir: Path) -> Path:
+  """Return the only entry of a cache with one corpus."""
+  (entry,) = [path for path in (cache_dir / "tokens").iterdir() if not path.is_symlink()]
+  return entry
+
+
+def test_sample_is_not_cached(cache_dir):
+  config = dataclasses.replace(CONFIG, source="sample")
+  lines = []
+  source = sources.find(config, None, cache_dir)
+  data = tokens.load(source, config, cache_dir=cache_dir, report=lines.append)
+  assert (len(data.train), len(data.test)) == (4000, 1000)
+  assert not cache_dir.exists()
+  assert not lines
+
+
+@pytest.mark.parametrize("config", [CONFIG, HELD_OUT], ids=["test", "split"])
+def test_second_load_does_not_read_the_source(corpus, cache_dir, config):
+  first, first_lines = load(corpus, cache_dir, config)
+  second, second_lines = load(corpus, cache_dir, config)
+  assert corpus.num_loads == 1
+  assert_same(first, second)
+  assert_same(first, tokens.encode(config, corpus.splits))
+  assert "a corpus" in first_lines[0]
+  assert not any("not the texts" in line for line in first_lines)
+  assert not second_lines
+  assert not [path for path in cache_dir.rglob("*") if path.name.startswith(".")], "a temporary file was left"
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"vocabulary_size": 10},
+    {"sequence_length": 3},
+    {"limit": 4},
+    {"strip_html": False},
+    {"validation": "split"},
+    {"validation_fraction": 0.2},
+  ],
+)
+def test_other_settings_have_an_entry_of_their_own(corpus, cache_dir, changes):
+  load(corpus, cache_dir)
+  config = dataclasses.replace(CONFIG, **changes)
+  data, _ = load(corpus, cache_dir, config)
+  assert corpus.num_loads == 2
+  assert_same(data, tokens.encode(config, corpus.splits))
+
+
+def test_changed_archive_is_read_again(corpus, cache_dir):
+  before, _ = load(corpus, cache_dir)
+  after, _ = load(Corpus("other archive", "dull"), cache_dir)
+  assert "fine" in before.vocabulary.words
+  assert "dull" in after.vocabulary.words
+  assert_same(load(corpus, cache_dir)[0], before)
+
+
+def test_entry_of_another_version_is_ignored(corpus, cache_dir, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(tokens, "_FORMAT", 2)
+    load(corpus, cache_dir)
+  _, lines = load(corpus, cache_dir)
+  assert corpus.num_loads == 2
+  assert not any("damaged" in line for line in lines)
+
+
+class TestContent:
+  """A source that is identified by its content finds the arrays of any source with that content."""
+
+  @pytest.mark.parametrize("config", [CONFIG, HELD_OUT], ids=["test", "split"])
+  def test_arrays_of_an_archive_with_that_content(self, corpus, cache_dir, config):
+    expected, _ = load(corpus, cache_dir, config)
+    official = Corpus()
+    data, lines = load(official, cache_dir, config)
+    assert_same(data, expected)
+    assert (official.num_loads, lines) == (0, [])
+
+  def test_arrays_of_other_settings_are_not_found(self, corpus, cache_dir):
+    load(corpus, cache_dir)
+    official = Corpus()
+    load(official, cache_dir, HELD_OUT)
+    assert official.num_loads == 1
+
+  def test_arrays_of_other_content_are_not_found(self, cache_dir):
+    load(Corpus("archive", "dull"), cache_dir)
+    official = Corpus()
+    load(official, cache_dir)
+    assert official.num_loads == 1
+
+  def test_unexpected_content_is_reported_and_never_passes_for_the_expected_one(self, corpus, cache_dir):
+    altered = Corpus(corpus.content, "dull", content=corpus.content)
+    for num_loads in (1, 2):
+      data, lines = load(altered, cache_dir)
+      assert "dull" in data.vocabulary.words
+      assert any("not the texts of the official IMDB reviews" in line for line in lines)
+      assert altered.num_loads == num_loads
+    assert "fine" in load(Corpus(), cache_dir)[0].vocabulary.words
+
+  def test_reviews_without_groups_are_not_cached_beside_those_with(self, corpus, cache_dir):
+    official = Corpus()
+    official.splits = {name: dataclasses.replace(split, groups=None) for name, split in official.splits.items()}
+    with pytest.raises(DataError, match="--archive"):
+      load(official, cache_dir, HELD_OUT)
+    expected, _ = load(corpus, cache_dir, HELD_OUT)
+    assert_same(load(official, cache_dir, HELD_OUT)[0], expected)
+
+  def test_damaged_entries_do_not_hide_it(self, corpus, cache_dir):
+    expected, _ = load(corpus, cache_dir)
+    for number, content in enumerate(("", "[]", "null", '{"digest": 1}', "[" * 100_000)):
+      (cache_dir / "tokens" / f"00{number}").mkdir()
+      (cache_dir / "tokens" / f"00{number}" / "manifest.json").write_text(content)
+    assert_same(load(Corpus(), cache_dir)[0], expected)
+
+
+def flip(path: Path, place: float) -> None:
+  content = bytearray(path.read_bytes())
+  content[int(place * len(content))] ^= 0xFF
+  path.write_bytes(content)
+
+
+def set_in_directory(path: Path, offset: int, value: int) -> None:
+  """Set a byte of the first entry in the zip's directory."""
+  content = bytearray(path.read_bytes())
+  content[content.index(b"PK\x01\x02") + offset] = value
+  path.write_bytes(content)
+
+
+def truncate(path: Path, share: float) -> None:
+  content = path.read_bytes()
+  path.write_bytes(content[: int(share * len(content))])
+
+
+def change_arrays(entry: Path, **arrays: np.ndarray) -> None:
+  with np.load(entry / "arrays.npz") as old:
+    changed = dict(old) | arrays
+  np.savez(entry / "arrays.npz", **changed)
+
+
+def link_to_itself(entry: Path) -> None:
+  shutil.rmtree(entry)
+  entry.symlink_to(entry.name)
+
+
+DAMAGES = {
+  "arrays absent": lambda entry: (entry / "arrays.npz").unlink(),
+  "arrays empty": lambda entry: truncate(entry / "arrays.npz", 0),
+  "arrays cut short": lambda entry: truncate(entry / "arrays.npz", 0.5),
+  "arrays without their first byte": lambda entry: flip(entry / "arrays.npz", 0),
+  "a byte of the arrays": lambda entry: flip(entry / "arrays.npz", 0.1),
+  "another byte of the arrays": lambda entry: flip(entry / "arrays.npz", 0.5),
+  "arrays of an unknown compression": lambda entry: set_in_directory(entry / "arrays.npz", 10, 99),
+  "arrays that claim to be encrypted": lambda entry: set_in_directory(entry / "arrays.npz", 8, 1),
+  "arrays are pickled": lambda entry: np.savez(entry / "arrays.npz", **{"train.tokens": np.array([{}], object)}),
+  "a split missing": lambda entry: np.savez(entry / "arrays.npz", **{"train.tokens": np.zeros(1)}),
+  "arrays changed as a whole": lambda entry: change_arrays(entry, **{"test.labels": np.ones(6, np.int32)}),
+  "an unknown array": lambda entry: change_arrays(entry, more=np.zeros(1)),
+  "arrays that claim to unpack to 4 GB": lambda entry: set_in_directory(entry / "arrays.npz", 27, 0xFF),
+  "vocabulary absent": lambda entry: (entry / "vocab.json").unlink(),
+  "vocabulary cut short": lambda entry: truncate(entry / "vocab.json", 0.5),
+  "vocabulary changed": lambda entry: (entry / "vocab.json").write_text(
+    (entry / "vocab.json").read_text().replace("review", "sequel")
+  ),
+  "manifest absent": lambda entry: (entry / "manifest.json").unlink(),
+  "manifest cut short": lambda entry: truncate(entry / "manifest.json", 0.5),
+  "manifest not an object": lambda entry: (entry / "manifest.json").write_text("[]"),
+  "manifest deeply nested": lambda entry: (entry / "manifest.json").write_text("[" * 100_000),
+  "manifest without digest": lambda entry: (entry / "manifest.json").write_text("{}"),
+  "manifest larger than 1 MiB": lambda entry: (entry / "manifest.json").write_text(
+    (entry / "manifest.json").read_text() + " " * 2**20
+  ),
+  "entry absent behind its link": shutil.rmtree,
+  "entry replaced by a file": lambda entry: [shutil.rmtree(entry), entry.touch()],
+  "entry replaced by a link to itself": link_to_itself,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_entry_is_reported_and_made_again(corpus, cache_dir, damage):
+  expected, _ = load(corpus, cache_dir)
+  DAMAGES[damage](entry_of(cache_dir))
+  data, lines = load(corpus, cache_dir)
+  assert_same(data, expected)
+  assert corpus.num_loads == 2
+  assert [("damaged" in line) for line in lines] == [True, False, False]
+  # The new entry is intact.
+  assert_same(load(corpus, cache_dir)[0], expected)
+  assert corpus.num_loads == 2
+
+
+def test_arrays_larger_than_any_config_allows_are_not_read(corpus, cache_dir, monkeypatch):
+  load(corpus, cache_dir)
+  monkeypatch.setattr(tokens, "_MAX_ARRAYS_BYTES", 1000)
+  _, lines = load(corpus, cache_dir)
+  assert corpus.num_loads == 2
+  assert any("arrays.npz unpacks to more than 1,000 bytes" in line for line in lines)
+
+
+def test_manifest_tells_what_made_the_entry(corpus, cache_dir):
+  data, _ = load(corpus, cache_dir)
+  manifest = json.loads((entry_of(cache_dir) / "manifest.json").read_text())
+  assert manifest == {"settings": dataclasses.asdict(CONFIG), "content": corpus.content, "digest": data.digest}
+
+
+class TestLock:
+  def test_second_process_waits_and_reads_nothing(self, corpus, cache_dir):
+    is_reading, may_go_on, is_waiting = threading.Event(), threading.Event(), threading.Event()
+    found, second = [], Corpus("archive")
+
+    def load_slowly(report):
+      is_reading.set()
+      assert may_go_on.wait(10)
+      return corpus.load(report)
+
+    def wait(line: str) -> None:
+      assert "Waiting for another process" in line
+      is_waiting.set()
+
+    slow = dataclasses.replace(corpus.source, load=load_slowly)
+    threads = [
+      threading.Thread(target=lambda: found.append(tokens.load(slow, CONFIG, cache_dir=cache_dir))),
+      threading.Thread(
+        target=lambda: found.append(tokens.load(second.source, CONFIG, cache_dir=cache_dir, report=wait))
+      ),
+    ]
+    threads[0].start()
+    assert is_reading.wait(10)
+    threads[1].start()
+    assert is_waiting.wait(10)
+    may_go_on.set()
+    for thread in threads:
+      thread.join(10)
+    assert (corpus.num_loads, second.num_loads) == (1, 0)
+    assert_same(*found)
+
+  def test_filled_cache_is_read_without_the_lock(self, corpus, cache_dir):
+    expected, _ = load(corpus, cache_dir)
+    with filelock.FileLock(cache_dir / "tokens.lock"):
+      data, lines = load(corpus, cache_dir)
+    assert_same(data, expected)
+    assert not lines
+
+  def test_lock_of_a_killed_process_is_released(self, corpus, cache_dir):
+    cache_dir.mkdir()
+    code = (
+      "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(cache_dir / "tokens.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+      assert holder.stdout is not None
+      assert holder.stdout.readline() == b"held\n"
+      holder.kill()
+    _, lines = load(corpus, cache_dir)
+    assert not any("Waiting" in line for line in lines)
+
+  def test_lock_is_released_after_a_failure(self, corpus, cache_dir):
+    corpus.splits |= {"train": corpus.splits["train"].take([])}
+    for _ in range(2):
+      with pytest.raises(Exception, match="no reviews left"):
+        load(corpus, cache_dir)
+
+
+@pytest.mark.parametrize("obstacle", ["cache", "cache/tokens", "cache/tokens.lock/folder"])
+def test_unwritable_cache_is_named(corpus, tmp_path, cache_dir, obstacle):
+  (tmp_path / obstacle).parent.mkdir(parents=True, exist_ok=True)
+  (tmp_path / obstacle).write_text("a file where a folder should be, or the reverse")
+  with pytest.raises(DataError, match=f"--cache-dir {cache_dir}: cannot be written") as caught:
+    load(corpus, cache_dir)
+  assert len(str(caught.value).splitlines()) == 1

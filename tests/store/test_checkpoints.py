@@ -1,0 +1,202 @@
+"""A step exists whole or not at all, and the newest and the best steps are kept."""
+
+import collections
+import dataclasses
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from imdb_jax.errors import CheckpointError
+from imdb_jax.store import files
+from imdb_jax.store.checkpoints import Checkpoints, Saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  run_dir: Path
+  checkpoints: Checkpoints
+  state: dict[str, Any]
+  abstract: dict[str, Any]
+
+  def save(self, step: int, state: Any = None, score: float | None = None) -> None:
+    saved = Saved(step=step, progress={"seconds": 1.5}, score=score)
+    self.checkpoints.save(saved, self.state if state is None else state)
+
+  def state_with_nan(self) -> dict[str, Any]:
+    return self.state | {"params": {"bias": self.state["params"]["bias"] * np.nan}}
+
+  def folders(self) -> list[str]:
+    return sorted(path.name for path in (self.run_dir / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def run(tmp_path):
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state = {"params": {"bias": np.arange(3, dtype=np.float32)[None]}, "step": np.array([4], np.int32)}
+  state = jax.device_put(state, place)
+  abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
+  checkpoints = Checkpoints(tmp_path / "run", read_only=False)
+  yield Run(tmp_path / "run", checkpoints, state, abstract)
+  checkpoints.close()
+
+
+def test_a_saved_step_is_restored_with_its_facts(run):
+  assert run.checkpoints.is_empty()
+  run.save(4, score=0.75)
+  assert not run.checkpoints.is_empty()
+  for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, read_only=True)):
+    saved, state = checkpoints.restore(4, run.abstract)
+    assert saved == Saved(step=4, progress={"seconds": 1.5}, score=0.75)
+    jax.tree.map(np.testing.assert_array_equal, state, run.state)
+
+
+def test_facts_of_an_existing_step_are_replaced(run):
+  run.save(4)
+  run.save(4, state=run.state_with_nan(), score=0.5)
+  saved, state = run.checkpoints.restore(4, run.abstract)
+  assert saved.score == 0.5
+  jax.tree.map(np.testing.assert_array_equal, state, run.state)
+
+
+def test_values_that_are_not_finite_are_refused(run):
+  run.save(4, run.state_with_nan())
+  with pytest.raises(CheckpointError, match="not finite"):
+    run.checkpoints.restore(4, run.abstract)
+  with pytest.raises(CheckpointError, match=r"no checkpoint can be used: step 4: .*not finite"):
+    run.checkpoints.restore_latest(run.abstract)
+  assert run.folders() == ["4"], "nothing is moved as long as no step is usable"
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_set_aside(run):
+  run.save(4)
+  run.save(5, run.state_with_nan())
+  saved, _ = run.checkpoints.restore_latest(run.abstract)
+  assert saved.step == 4
+  assert [path.name for path in (run.run_dir / "damaged").iterdir()] == ["5-1"]
+  assert {path.name for path in (run.run_dir / "damaged" / "5-1").iterdir()} == {"manifest.json", "checkpoint"}
+
+
+def test_a_step_of_another_shape_is_refused_and_the_array_named(run):
+  run.save(4)
+  bias = jax.ShapeDtypeStruct((1, 5), np.float32, sharding=run.abstract["step"].sharding)
+  for restore in (run.checkpoints.restore_latest, lambda abstract: run.checkpoints.restore("best", abstract)):
+    with pytest.raises(CheckpointError, match=r"params\.bias has shape \(1, 3\), .* require \(1, 5\)"):
+      restore(run.abstract | {"params": {"bias": bias}})
+  with pytest.raises(CheckpointError, match="opt_state has shape None"):
+    run.checkpoints.restore_latest(run.abstract | {"opt_state": bias})
+  assert run.folders() == ["4"]
+
+
+@pytest.mark.parametrize("facts", ['{"score": 1}', '{"progress": [], "score": 1}', '{"progress": {}, "score": "1"}'])
+def test_a_manifest_with_other_facts_is_damage(run, facts, caplog):
+  run.save(4)
+  path = run.run_dir / "manifests" / "4.json"
+  listed = path.read_text().partition('"files"')[2]
+  path.write_text(f'{{"facts": {facts}, "files"{listed}')
+  assert Checkpoints(run.run_dir, read_only=True).steps() == []
+  assert "4: damaged and not used: its manifest lacks progress or score" in caplog.text
+
+
+def test_the_manifest_of_a_removed_step_goes_first(run, monkeypatch):
+  """Otherwise a kill in between would leave the manifest of half a step, which counts as damage."""
+  remove, removed = files.remove, []
+
+  def checked(path):
+    if path.parent.name == "checkpoints":
+      assert not (run.run_dir / "manifests" / f"{path.name}.json").exists()
+      removed.append(path.name)
+    remove(path)
+
+  monkeypatch.setattr(files, "remove", checked)
+  for step in range(1, 5):
+    run.save(step)
+  assert removed == ["1", "2"]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+  ("scores", "kept"), [([0.7, 0.9, 0.8, NAN, None], [2, 4, 5]), ([NAN, None, 0.9, 0.8, 0.7], [3, 4, 5])]
+)
+def test_the_best_step_is_kept_and_nan_or_no_score_is_never_best(run, scores, kept):
+  for step, score in enumerate(scores, start=1):
+    run.save(step, score=score)
+  for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, read_only=True)):
+    assert checkpoints.steps() == kept
+    assert checkpoints.find("best").step == kept[0]
+    assert checkpoints.find("latest").step == 5
+
+
+def test_of_equal_scores_the_last_is_best(run):
+  for step in (1, 2):
+    run.save(step, score=0.5)
+  assert run.checkpoints.find("best").step == 2
+
+
+def test_a_missing_step_is_refused_and_the_others_listed(run):
+  with pytest.raises(CheckpointError, match="none has been saved yet"):
+    run.checkpoints.find("latest")
+  run.save(3)
+  run.save(4)
+  with pytest.raises(CheckpointError, match="no step 5; there are 3, 4"):
+    run.checkpoints.find(5)
+
+
+def test_a_reader_refuses_a_folder_without_checkpoints_and_leaves_no_trace(tmp_path):
+  with pytest.raises(CheckpointError, match="Is this a run directory"):
+    Checkpoints(tmp_path / "run", read_only=True)
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_an_interrupted_save_left_is_removed_by_a_writer_alone(run):
+  run.save(4)
+  (run.run_dir / "checkpoints" / "5").mkdir()
+  (run.run_dir / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+  assert Checkpoints(run.run_dir, read_only=True).steps() == [4]
+  assert run.folders() == ["4", "5", "6.orbax-checkpoint-tmp"]
+  assert Checkpoints(run.run_dir, read_only=False).steps() == [4]
+  assert run.folders() == ["4"]
+
+
+def test_all_processes_adopt_the_steps_of_process_0(run, monkeypatch):
+  for step in (4, 5):
+    run.save(step)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda steps: np.array([4, -1]))
+  run.checkpoints._adopt_steps_of_process_0()
+  assert run.checkpoints.steps() == [4]
+  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda steps: np.array([4, 5]))
+  with pytest.raises(CheckpointError, match="process 0 cannot use step 5"):
+    run.checkpoints._adopt_steps_of_process_0()
+
+
+def test_a_save_that_would_not_fit_is_not_started(run, monkeypatch):
+  run.save(4)
+  usage = collections.namedtuple("usage", "free")
+  monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free=1000))
+  with pytest.raises(CheckpointError, match=r"1,000 bytes are free.*Earlier steps are intact"):
+    run.save(5)
+  assert run.folders() == ["4"]
+
+
+def test_an_intact_step_that_cannot_be_read_now_stays_where_it_is(run, monkeypatch):
+  """The cause may be too many open files, or memory, or another process."""
+  for step in (4, 5):
+    run.save(step)
+
+  def fail(*args, **kwargs):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(run.checkpoints._orbax, "restore", fail)
+    with pytest.raises(CheckpointError, match=r"/5: the checkpoint cannot be restored: .*Too many open files"):
+      run.checkpoints.restore_latest(run.abstract)
+  assert not (run.run_dir / "damaged").exists()
+  assert run.checkpoints.restore_latest(run.abstract)[0].step == 5

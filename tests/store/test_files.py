@@ -1,0 +1,155 @@
+"""Small files are read up to a limit, written whole or not at all, and links are never followed."""
+
+import os
+
+import pytest
+
+from imdb_jax.store import files
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text('"é"', encoding="utf-8")
+  assert files.read_bytes(path, 4) == b'"\xc3\xa9"'
+  assert files.read_text(path, 4) == '"é"'
+  assert files.read_json(path, 4) == "é"
+  for read in (files.read_bytes, files.read_text, files.read_json):
+    with pytest.raises(ValueError, match=r"a\.json is larger than 3 bytes"):
+      read(path, 3)
+
+
+def test_a_json_file_may_have_a_mebibyte(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text("7".rjust(2**20))
+  assert files.read_json(path) == 7
+  path.write_text("7".rjust(2**20 + 1))
+  with pytest.raises(ValueError, match="larger than 1,048,576 bytes"):
+    files.read_json(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 10**5, b'{"a": 1} 2'])
+def test_malformed_json_is_a_value_error(content, tmp_path):
+  (tmp_path / "a.json").write_bytes(content)
+  with pytest.raises(ValueError):
+    files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.parent / "real")])
+@pytest.mark.parametrize("read", [files.read_bytes, files.read_text, files.read_json, files.sha256])
+def test_pipes_folders_and_links_are_not_read(make, read, tmp_path):
+  """A pipe without a writer would block forever."""
+  (tmp_path / "real").write_text("{}")
+  make(tmp_path / "a.json")
+  with pytest.raises(OSError):
+    read(tmp_path / "a.json")
+
+
+def test_a_missing_file_is_told_apart(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_written_file_replaces_the_old_one(old, tmp_path):
+  path = tmp_path / "a.json"
+  if old:
+    path.write_text(old)
+  files.write_json(path, {"é": [1, 2.5, None]})
+  assert files.read_json(path) == {"é": [1, 2.5, None]}
+  assert path.read_bytes().endswith(b"\n")
+  assert [each.name for each in tmp_path.iterdir()] == ["a.json"], "no unfinished file stays"
+
+
+def test_lines_end_alike_on_every_system(tmp_path):
+  files.write(tmp_path / "a", "one\r\ntwo\n")
+  assert (tmp_path / "a").read_bytes() == b"one\r\ntwo\n"
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
+  path = tmp_path / "a"
+  files.write(path, "old")
+
+  def fail(descriptor):
+    raise OSError("No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+      files.write(path, "new")
+  assert path.read_text() == "old"
+  # What the failed attempt has left is no obstacle.
+  files.write(path, "new")
+  assert path.read_text() == "new"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+  """Otherwise a power cut may leave an empty file under the final name."""
+  path, synced, fsync = tmp_path / "a", [], os.fsync
+
+  def record(descriptor):
+    synced.append((os.fstat(descriptor).st_ino, path.exists()))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", record)
+  files.write(path, "new")
+  assert synced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+@pytest.mark.parametrize("name", ["a", "a.new"])
+def test_nothing_is_written_through_links(name, tmp_path):
+  outside = tmp_path / "outside"
+  outside.write_text("precious")
+  (tmp_path / name).symlink_to(outside)
+  files.write(tmp_path / "a", "new")
+  assert outside.read_text() == "precious"
+  assert (tmp_path / "a").read_text() == "new"
+  assert not (tmp_path / "a").is_symlink()
+
+
+def test_a_link_that_appears_while_a_file_is_written_is_not_followed(tmp_path, monkeypatch):
+  outside = tmp_path / "outside"
+  outside.write_text("precious")
+  remove = files.remove
+
+  def remove_then_link(path):
+    remove(path)
+    path.symlink_to(outside)
+
+  monkeypatch.setattr(files, "remove", remove_then_link)
+  with pytest.raises(FileExistsError):
+    files.write(tmp_path / "a", "new")
+  assert outside.read_text() == "precious"
+
+
+def test_removing_takes_files_folders_and_links_but_not_what_links_point_to(tmp_path):
+  outside = tmp_path / "outside"
+  outside.mkdir()
+  (outside / "precious").touch()
+  inside = tmp_path / "inside"
+  (inside / "folder").mkdir(parents=True)
+  (inside / "folder" / "link").symlink_to(outside)
+  (inside / "file").touch()
+  (inside / "link").symlink_to(outside)
+  for name in ("folder", "file", "link", "missing"):
+    files.remove(inside / name)
+  assert list(inside.iterdir()) == []
+  assert (outside / "precious").exists()
+
+
+def test_walking_lists_all_files_in_order(tmp_path):
+  (tmp_path / "b" / "empty").mkdir(parents=True)
+  (tmp_path / "b" / "c").write_bytes(b"12")
+  (tmp_path / "a").write_bytes(b"")
+  (tmp_path / "é").write_bytes(b"1")
+  assert list(files.walk(tmp_path)) == [("a", 0), ("b/c", 2), ("é", 1)]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.parent.parent)])
+def test_walking_refuses_links_and_devices(make, tmp_path):
+  (tmp_path / "b").mkdir()
+  make(tmp_path / "b" / "odd")
+  with pytest.raises(OSError, match="b/odd is a link or a device"):
+    list(files.walk(tmp_path))
+  (tmp_path / "link").symlink_to(tmp_path / "b")
+  with pytest.raises(OSError, match="is not a folder"):
+    list(files.walk(tmp_path / "link"))

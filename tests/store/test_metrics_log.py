@@ -1,0 +1,197 @@
+"""Lines of metrics are read however many there are, and a resumed run continues after its checkpoint."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from imdb_jax.errors import CheckpointError, UsageError
+from imdb_jax.store import metrics_log
+from imdb_jax.store.metrics_log import MetricsLog
+
+
+def step_line(step: int, **others) -> dict:
+  return {"kind": "step", "epoch": 1, "step": step, "loss": 0.5, "accuracy": 0.75} | others
+
+
+def epoch_line(epoch: int, num_seeds: int = 1) -> dict:
+  """Return the line of an epoch of four steps, in which a seed's metrics grow with the seed."""
+  seeds = [{"seed": seed, **dict.fromkeys(metrics_log.METRICS, (seed + 1) * epoch / 1024)} for seed in range(num_seeds)]
+  means = dict.fromkeys(metrics_log.METRICS, 0.5)
+  times = {"seconds": 1.5, "evaluation_seconds": 0.25}
+  return {"kind": "epoch", "epoch": epoch, "step": 4 * epoch, **means, **times, "seeds": seeds}
+
+
+# Two epochs of four steps, with a line every two steps.
+LINES = [line for epoch in (1, 2) for line in (step_line(4 * epoch - 2), step_line(4 * epoch), epoch_line(epoch))]
+
+
+def write(run_dir: Path, lines: list, end: str = "") -> str:
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (run_dir / "metrics.jsonl").write_text(text + end)
+  return text
+
+
+def resume(run_dir: Path, step: int, num_epochs: int, is_writer: bool = True) -> MetricsLog:
+  return MetricsLog(run_dir, step=step, num_epochs=num_epochs, is_writer=is_writer)
+
+
+def test_a_new_run_writes_its_lines_at_once(tmp_path):
+  log = resume(tmp_path, 0, 0)
+  for line in LINES:
+    log.write(line)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == line
+  log.sync()
+  log.close()
+  assert log.history == metrics_log.read_history(tmp_path) == [epoch_line(1), epoch_line(2)]
+
+
+def test_without_a_file_there_is_no_history(tmp_path):
+  assert metrics_log.read_history(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+  ("step", "num_epochs", "num_kept"),
+  [(0, 0, 0), (2, 0, 1), (3, 0, 1), (4, 0, 2), (4, 1, 3), (6, 1, 4), (8, 1, 5), (8, 2, 6)],
+)
+@pytest.mark.parametrize("end", ["", '{"kind": "st'])
+def test_lines_after_the_checkpoint_are_dropped(step, num_epochs, num_kept, end, tmp_path):
+  write(tmp_path, LINES, end)
+  log = resume(tmp_path, step, num_epochs)
+  assert log.history == [epoch_line(epoch) for epoch in range(1, num_epochs + 1)]
+  log.write(step_line(step + 1))
+  log.close()
+  kept = [*LINES[:num_kept], step_line(step + 1)]
+  assert list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())) == kept
+
+
+def test_only_the_writer_changes_the_file(tmp_path):
+  text = write(tmp_path, LINES)
+  log = resume(tmp_path, 4, 1, is_writer=False)
+  log.write(epoch_line(2))
+  log.sync()
+  log.close()
+  assert log.history == [epoch_line(1), epoch_line(2)]
+  assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_a_log_that_lacks_epochs_is_refused_and_kept(tmp_path):
+  text = write(tmp_path, LINES[:3])
+  with pytest.raises(CheckpointError, match="holds 1 of the 2 epochs before step 8"):
+    resume(tmp_path, 8, 2)
+  assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_a_last_line_that_a_crash_cut_off_is_ignored(tmp_path):
+  for end in ('{"kind": "epo', json.dumps(epoch_line(2))):
+    write(tmp_path, LINES[:3], end)
+    assert metrics_log.read_history(tmp_path) == [epoch_line(1)]
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    None,
+    [],
+    {},
+    {"kind": "epoch"},
+    step_line(1) | {"step": "1"},
+    step_line(1) | {"step": True},
+    epoch_line(2),
+    epoch_line(1) | {"loss": None},
+    epoch_line(1) | {"seconds": "1"},
+    epoch_line(1) | {"seeds": []},
+    epoch_line(1) | {"seeds": {}},
+    epoch_line(1) | {"seeds": [{"seed": 0}]},
+  ],
+)
+def test_lines_of_another_form_are_refused(line, tmp_path):
+  text = write(tmp_path, [step_line(1), line, *LINES])
+  for use in (metrics_log.read_history, lambda run_dir: resume(run_dir, 8, 2)):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable: line ending at byte [\d,]+: ") as caught:
+      use(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+  assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["{" * 10**5, "[" * 10**5, "", "\0", "\ufeff{}"])
+def test_lines_that_are_not_json_are_refused(text, tmp_path):
+  (tmp_path / "metrics.jsonl").write_text(text + "\n", encoding="utf-8")
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
+    metrics_log.read_history(tmp_path)
+
+
+def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
+  (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "step", "step": 1, "a": "\xff"}\n')
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
+    metrics_log.read_history(tmp_path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path.parent / "elsewhere")])
+def test_only_a_regular_file_is_read(make, tmp_path):
+  (tmp_path / "elsewhere").touch()
+  make(tmp_path / "metrics.jsonl")
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
+    metrics_log.read_history(tmp_path)
+
+
+def test_a_log_of_any_size_is_read_and_continued(tmp_path):
+  """Version 0.1 refused to resume a run whose metrics had grown beyond 256 MiB."""
+  path = tmp_path / "metrics.jsonl"
+  padded = json.dumps(step_line(1, padding="x" * 1_000_000)) + "\n"
+  try:
+    with path.open("w") as file:
+      for _ in range(270):
+        file.write(padded)
+      file.write(json.dumps(epoch_line(1)) + "\n")
+    size = path.stat().st_size
+    assert size > 2**28
+    assert metrics_log.read_history(tmp_path) == [epoch_line(1)]
+    log = resume(tmp_path, 4, 1)
+    log.write(step_line(5))
+    log.close()
+    assert path.stat().st_size == size + len(json.dumps(step_line(5))) + 1
+  finally:
+    # pytest keeps temporary folders.
+    path.unlink()
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_line_that_is_too_long_is_refused(end, tmp_path):
+  line = json.dumps(step_line(1))
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(line.ljust(2**20 - 1) + "\n")
+  assert metrics_log.read_history(tmp_path) == []
+  path.write_text(line.ljust(2**20) + end)
+  for use in (metrics_log.read_history, lambda run_dir: resume(run_dir, 1, 0)):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: .*a line of more than 1,048,576 bytes"):
+      use(tmp_path)
+
+
+def test_an_epoch_of_the_most_seeds_fits_a_line(tmp_path):
+  line = epoch_line(1, num_seeds=1024)
+  for seed in line["seeds"]:
+    seed |= dict.fromkeys(metrics_log.METRICS, -1.2345678901234567e-100) | {"seed": 2**31 - 1}
+  log = resume(tmp_path, 0, 0)
+  log.write(line)
+  log.close()
+  assert metrics_log.read_history(tmp_path) == [line]
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_history_csv_has_a_row_per_epoch_with_the_range_of_the_seeds(num_seeds, tmp_path):
+  metrics_log.write_csv(tmp_path, [epoch_line(1, num_seeds), epoch_line(2, num_seeds)])
+  with (tmp_path / "history.csv").open(encoding="utf-8", newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert [(row["epoch"], row["step"], row["loss"], row["seconds"]) for row in rows] == [
+    ("1", "4", "0.5", "1.5"),
+    ("2", "8", "0.5", "1.5"),
+  ]
+  for epoch, row in enumerate(rows, start=1):
+    assert list(row) == [
+      *metrics_log.EPOCH_FIELDS,
+      *(f"{name}_{end}" for name in metrics_log.METRICS for end in ("min", "max")),
+    ]
+    for name in metrics_log.METRICS:
+      assert (float(row[f"{name}_min"]), float(row[f"{name}_max"])) == (epoch / 1024, num_seeds * epoch / 1024)

@@ -1,0 +1,198 @@
+"""Which devices a run uses, and what the platform is told before it starts."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training.tiny import tiny
+
+from imdb_jax import devices
+from imdb_jax.config import RuntimeConfig
+from imdb_jax.data import sources, tokens
+from imdb_jax.errors import PlatformError, UsageError
+from imdb_jax.program import Program
+from imdb_jax.training import report
+from imdb_jax.training.console import Console
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+CPU = RuntimeConfig(platform="cpu")
+
+# Page faults of three calls with a temporary array of 36 MB on each of two devices, once the heap has grown. glibc
+# keeps arrays below 32 MB by itself.
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from imdb_jax import devices
+from imdb_jax.config import RuntimeConfig
+
+runtime = RuntimeConfig(platform="cpu", num_devices=2)
+if sys.argv[1] == "kept":
+  devices.keep_freed_memory(runtime)
+mesh = devices.start(runtime, batch_size=2)
+x = jax.device_put(jnp.ones((2, 3_000, 3_000)), devices.over_rows(mesh))
+step = jax.jit(lambda x: jnp.sqrt(x) @ jnp.ones(3_000), out_shardings=devices.over_rows(mesh))
+for _ in range(20):
+  step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+  step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_causes_no_page_faults():
+  commands = [[sys.executable, "-c", FAULTS, memory] for memory in ("freed", "kept")]
+  running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+  freed, kept = [int(process.communicate()[0]) for process in running]
+  page_kilobytes = 4
+  pages = 3 * 2 * 3_000 * 3_000 * 4 // (1024 * page_kilobytes)
+  assert freed > pages / 2, "otherwise the check proves nothing"
+  assert kept < pages / 100
+
+
+@pytest.mark.parametrize(("named", "batch_size", "expected"), [(None, 32, 32), (None, 128, 64), (4, 128, 4)])
+def test_no_more_cores_become_devices_than_a_batch_has_rows(named, batch_size, expected, monkeypatch):
+  requested = {}
+  monkeypatch.setattr(devices, "num_cores", lambda: 64)
+  monkeypatch.setattr(jax.config, "update", requested.__setitem__)
+  devices.start(dataclasses.replace(CPU, num_devices=named), batch_size)
+  assert requested["jax_num_cpu_devices"] == expected
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, 1), (3, 3), (4, 4), (32, 4)])
+def test_no_more_devices_are_used_than_a_batch_has_rows(batch_size, expected):
+  assert list(devices.start(CPU, batch_size).devices) == jax.devices()[:expected]
+
+
+def test_a_named_number_of_devices_is_used_or_refused():
+  assert devices.start(dataclasses.replace(CPU, num_devices=3), 32).size == 3
+  with pytest.raises(PlatformError, match=r"^--num-devices 4: a batch of 3 has work for 3 per process at most\.$"):
+    devices.start(dataclasses.replace(CPU, num_devices=4), 3)
+  with pytest.raises(PlatformError, match=r"^--num-devices 5: JAX sees 4 on platform cpu\.$"):
+    devices.start(dataclasses.replace(CPU, num_devices=5), 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """A device of another machine."""
+
+  id: int
+  process_index: int
+  platform: str = "gpu"
+
+
+def pretend(monkeypatch, *counts: int) -> None:
+  """Make JAX see so many devices in each process, those of the last process first."""
+  found = [Device(8 * process + i, process) for process, count in enumerate(counts) for i in range(count)]
+  monkeypatch.setattr(jax, "devices", lambda *platform: found[::-1])
+
+
+@pytest.mark.parametrize(
+  ("counts", "batch_size", "expected"), [((8, 8), 32, 8), ((8, 8), 4, 2), ((8, 8), 5, 2), ((1, 1, 1), 3, 1)]
+)
+def test_every_process_uses_the_same_number_of_devices(counts, batch_size, expected, monkeypatch):
+  pretend(monkeypatch, *counts)
+  found = devices.start(RuntimeConfig(platform="gpu"), batch_size).devices
+  assert [device.process_index for device in found] == [i for i in range(len(counts)) for _ in range(expected)]
+
+
+def test_more_processes_than_rows_are_refused(monkeypatch):
+  pretend(monkeypatch, 1, 1, 1)
+  with pytest.raises(PlatformError, match=r"^3 processes cannot share a batch of 2: raise --batch-size\.$"):
+    devices.start(RuntimeConfig(platform="gpu"), 2)
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
+  pretend(monkeypatch, 2, 1)
+  with pytest.raises(PlatformError, match=r"process 0: 2, process 1: 1\)\. Give all the same --num-devices"):
+    devices.start(RuntimeConfig(platform="gpu"), 32)
+
+
+def test_a_missing_platform_is_an_error_and_not_a_cpu_run():
+  with pytest.raises(PlatformError, match=r"^--platform tpu: JAX sees only cpu\. Install JAX for TPUs"):
+    devices.start(RuntimeConfig(platform="tpu"), 32)
+
+
+def test_the_header_tells_how_many_devices_are_used(tmp_path, capsys):
+  config = tiny(tmp_path / "run", batch_size=2)
+  data = tokens.load(sources.find(config.data, None, tmp_path), config.data, cache_dir=tmp_path, report=print)
+  for num_rows, expected in ((2, r"2 x cpu (cpu) of 4, 1 process(es)"), (32, r"4 x cpu (cpu), 1 process(es)")):
+    program = Program(config, devices.start(CPU, num_rows))
+    report.show_header(program, data, 0, Console())
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Devices"))
+    assert line.split(maxsplit=1)[1] == expected
+
+
+def gpu_mesh(monkeypatch, flags: str | None):
+  """Pretend that the devices are GPUs, and set XLA_FLAGS."""
+  # Registers the variable, so that it is restored.
+  monkeypatch.setenv("XLA_FLAGS", flags or "")
+  if flags is None:
+    monkeypatch.delenv("XLA_FLAGS")
+  pretend(monkeypatch, 1)
+
+
+@pytest.mark.parametrize("flags", [None, "--xla_dump_to=x"])
+def test_deterministic_is_refused_on_a_gpu_once_jax_has_started(flags, monkeypatch):
+  """XLA reads its flags only once, when JAX starts."""
+  gpu_mesh(monkeypatch, flags)
+  # A second attempt, as in a notebook, is refused as well.
+  for _ in range(2):
+    with pytest.raises(UsageError, match=f"^--deterministic: JAX has started already; set XLA_FLAGS={DETERMINISTIC}"):
+      devices.start(RuntimeConfig(deterministic=True), 32)
+  assert os.environ.get("XLA_FLAGS") == flags
+
+
+def test_deterministic_works_if_the_flag_was_set_before_jax_started(monkeypatch):
+  gpu_mesh(monkeypatch, f"--xla_dump_to=x {DETERMINISTIC}")
+  devices.start(RuntimeConfig(deterministic=True), 32)
+  assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {DETERMINISTIC}"
+
+
+@pytest.mark.parametrize(("flags", "expected"), [(None, DETERMINISTIC), ("--a=b", f"--a=b {DETERMINISTIC}")])
+def test_deterministic_sets_the_flag_before_jax_starts(flags, expected, monkeypatch):
+  gpu_mesh(monkeypatch, flags)
+  # As if JAX had not started: it takes a number of CPU devices.
+  monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+  devices.start(RuntimeConfig(deterministic=True), 32)
+  assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_a_cpu_is_deterministic_at_any_time(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert devices.start(dataclasses.replace(CPU, deterministic=True), 32).size == 4
+
+
+@pytest.mark.parametrize("folder_of_the_program", [None, "its own"])
+def test_compiled_programs_are_cached_where_the_program_says(folder_of_the_program, tmp_path):
+  """Otherwise below the cache folder of the run, if that can be written."""
+  before = jax.config.values["jax_compilation_cache_dir"]
+  try:
+    for place, expected in (tmp_path / "cache", str(tmp_path / "cache" / "xla")), (Path("/dev/null"), None):
+      jax.config.update("jax_compilation_cache_dir", folder_of_the_program)
+      devices.start(dataclasses.replace(CPU, cache_dir=place), 32)
+      assert jax.config.values["jax_compilation_cache_dir"] == (folder_of_the_program or expected)
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(0, 0), (1, 4), (4, 4), (5, 8)])
+def test_rows_are_padded_to_a_multiple_of_the_devices(num_rows, expected):
+  assert devices.padded_size(num_rows, devices.start(CPU, 32)) == expected
+
+
+def test_each_device_holds_its_rows_or_the_whole_array():
+  mesh = devices.start(CPU, 32)
+  array = np.arange(16).reshape(2, 8)
+  placed = devices.put({"rows": array, "all": array}, devices.over_rows(mesh, axis=1))["rows"]
+  assert [shard.data.tolist() for shard in placed.addressable_shards] == [
+    array[:, 2 * i : 2 * i + 2].tolist() for i in range(4)
+  ]
+  placed = devices.put(array, devices.replicated(mesh))
+  assert [shard.data.tolist() for shard in placed.addressable_shards] == [array.tolist()] * 4

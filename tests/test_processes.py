@@ -1,0 +1,275 @@
+"""Processes find each other and their GPUs, agree, and leave together; the first signal is noted, the second obeyed."""
+
+import os
+import signal
+import socket
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from imdb_jax import processes
+from imdb_jax.config import RuntimeConfig
+from imdb_jax.errors import PlatformError, UsageError
+from imdb_jax.processes import StopRequest
+
+ALL_GPUS = "0,1,2,3,4,5,6,7"
+
+
+def slurm(tasks: str, rank: int = 0, node: int = 0, gpus: str | None = ALL_GPUS, **others: str) -> dict[str, str]:
+  """Return the variables that SLURM sets for a task of a step."""
+  # Of the job, in which a step may have fewer tasks.
+  variables = {"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "64(x9)", "SLURM_NTASKS": "576", "SLURM_PROCID": "9"}
+  variables |= {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_LOCALID": str(rank), "SLURM_NODEID": str(node)}
+  return variables | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}) | others
+
+
+def open_mpi(tasks: int, rank: int, gpus: str | None = ALL_GPUS) -> dict[str, str]:
+  variables = {"OMPI_COMM_WORLD_LOCAL_SIZE": str(tasks), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}
+  return variables | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})
+
+
+@pytest.mark.parametrize(
+  ("environ", "expected"),
+  [
+    # One task per node uses all GPUs of the node.
+    (slurm("1"), []),
+    (slurm("1(x2)", node=1), []),
+    (slurm("1(x2)", node=1, gpus=None), []),
+    # Tasks that see all GPUs share them.
+    (slurm("8", rank=0), [0]),
+    (slurm("8(x4)", rank=5, node=3), [5]),
+    (slurm("2", rank=1), [4, 5, 6, 7]),
+    (slurm("4", rank=1, gpus="4,5,6,7"), [1]),
+    # SLURM does not say which GPUs are visible: as many as tasks.
+    (slurm("8", rank=5, gpus=None), [5]),
+    # With --gpus-per-task, a task sees only its own.
+    (slurm("8", rank=5, gpus="5"), []),
+    (slurm("4", rank=3, gpus="6,7", SLURM_GPUS_PER_TASK="2"), []),
+    (slurm("2", rank=1, gpus="0,1", SLURM_GPUS_PER_TASK="a100:2"), []),
+    # Nodes with different numbers of tasks, in run lengths.
+    (slurm("2(x3),1", rank=1, node=2), [4, 5, 6, 7]),
+    (slurm("2(x3),1", rank=0, node=3), []),
+    (slurm("1,8(x2),4", rank=3, node=0), []),
+    (slurm("1,8(x2),4", rank=3, node=2), [3]),
+    (slurm("1,8(x2),4", rank=3, node=3), [6, 7]),
+    # Open MPI.
+    (open_mpi(1, 0), []),
+    (open_mpi(8, 3), [3]),
+    (open_mpi(4, 3), [6, 7]),
+    (open_mpi(2, 1, gpus=None), [1]),
+    (open_mpi(2, 1, gpus="3"), []),
+    # JAX decides.
+    ({}, None),
+    ({"CUDA_VISIBLE_DEVICES": ALL_GPUS}, None),
+    ({"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "8"}, None),
+    (slurm("8", rank=5, JAX_LOCAL_DEVICE_IDS="0,1"), None),
+    (open_mpi(8, 3) | {"JAX_LOCAL_DEVICE_IDS": "0"}, None),
+  ],
+)
+def test_tasks_of_a_node_share_its_gpus(environ, expected):
+  assert processes.local_device_ids(environ) == expected
+
+
+@pytest.mark.parametrize("tasks", [2, 4, 8])
+def test_every_gpu_belongs_to_one_task(tasks):
+  for environs in (
+    [slurm(str(tasks), rank) for rank in range(tasks)],
+    [open_mpi(tasks, rank) for rank in range(tasks)],
+  ):
+    assert [gpu for environ in environs for gpu in processes.local_device_ids(environ) or []] == list(range(8))
+
+
+@pytest.mark.parametrize("tasks", [3, 16])
+def test_gpus_that_cannot_be_shared_equally_are_refused(tasks):
+  with pytest.raises(PlatformError, match=f"^{tasks} tasks on a node cannot share 8 GPUs equally"):
+    processes.local_device_ids(slurm(str(tasks)))
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+  """Return the calls of jax.distributed.initialize, which has no effect."""
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **settings: calls.append((args, settings)))
+  for name in list(os.environ):
+    if name.startswith(("SLURM", "OMPI", "CUDA", "JAX_LOCAL")):
+      monkeypatch.delenv(name)
+  return calls
+
+
+@pytest.mark.parametrize(
+  ("environ", "expected"),
+  [
+    (slurm("1(x2)"), []),
+    (slurm("8", rank=3), [3]),
+    (open_mpi(4, 1), [2, 3]),
+    (slurm("8", rank=3, JAX_LOCAL_DEVICE_IDS="0"), None),
+  ],
+)
+def test_joining_a_cluster_passes_the_gpus_of_the_task(environ, expected, initialized, monkeypatch):
+  for name, value in environ.items():
+    monkeypatch.setenv(name, value)
+  processes.join(RuntimeConfig(distributed=True))
+  ((args, settings),) = initialized
+  assert (args, settings["local_device_ids"]) == ((), expected)
+
+
+@pytest.mark.parametrize(("environ", "expected"), [({}, []), ({"JAX_LOCAL_DEVICE_IDS": "1"}, None)])
+@pytest.mark.parametrize("is_in_slurm_job", [False, True])
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_joining_by_hand_uses_all_visible_gpus(
+  environ, expected, is_in_slurm_job, process_id, initialized, monkeypatch
+):
+  """Inside a SLURM job JAX would give each process one GPU."""
+  awaited = []
+  monkeypatch.setattr(processes, "_await_coordinator", awaited.append)
+  for name, value in (environ | (slurm("8", rank=3) if is_in_slurm_job else {})).items():
+    monkeypatch.setenv(name, value)
+  processes.join(RuntimeConfig(coordinator_address="host:1234", num_processes=2, process_id=process_id))
+  ((args, settings),) = initialized
+  assert args == ("host:1234", 2, process_id)
+  assert settings["local_device_ids"] == expected
+  # JAX would listen on every interface.
+  assert settings["coordinator_bind_address"] == ("host:1234" if process_id == 0 else None)
+  assert awaited == ["host:1234"][:process_id]
+
+
+def test_one_process_joins_nothing(initialized):
+  processes.join(RuntimeConfig())
+  assert initialized == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Deadline exceeded.\nstack"), ValueError("no cluster")])
+def test_a_failed_join_is_reported_in_one_line(error, initialized, monkeypatch):
+  def fail(*args, **settings):
+    raise error
+
+  monkeypatch.setattr(jax.distributed, "initialize", fail)
+  with pytest.raises(
+    PlatformError, match=r"^Cannot join the other processes: (Deadline exceeded|no cluster)"
+  ) as caught:
+    processes.join(RuntimeConfig(distributed=True))
+  assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_process_0_that_does_not_answer_is_named(monkeypatch):
+  """JAX would abort with a stack trace."""
+  monkeypatch.setattr(processes, "_TIMEOUT", 0.5)
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(PlatformError, match=f"{address}: process 0 does not answer: .*refused"):
+      processes._await_coordinator(address)
+    probe.listen()
+    processes._await_coordinator(address)
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+  """Pretend to be the first of two processes; return a function that sets what the other one contributes."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+  def set_other(answer) -> None:
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, answer(mine)]))
+
+  return set_other
+
+
+def test_unequal_settings_are_named_in_every_process(two_processes):
+  settings = {"--epochs": 2, "--seed": 3, "--batch-size": 4}
+  two_processes(lambda mine: mine)
+  processes.require_equal(settings)
+  two_processes(lambda mine: np.stack([mine[0], *mine[1:] ^ 1]))
+  with pytest.raises(UsageError, match=r"different values of --seed, --batch-size\.$"):
+    processes.require_equal(settings)
+
+
+def test_the_largest_value_of_all_processes_counts(two_processes):
+  two_processes(lambda mine: np.array([5, 0], np.int32))
+  assert processes.largest([3, 7]) == [5, 7]
+
+
+def test_one_process_agrees_with_itself():
+  processes.require_equal({"--epochs": 2})
+  assert processes.largest([3, 7]) == [3, 7]
+  with processes.together():
+    pass
+  with pytest.raises(KeyError), processes.together():
+    raise KeyError
+
+
+def test_a_block_fails_in_all_processes_or_in_none(two_processes):
+  two_processes(lambda mine: np.int32(0))
+  with processes.together():
+    pass
+  with pytest.raises(KeyError), processes.together():
+    raise KeyError
+  two_processes(lambda mine: np.int32(1))
+  with pytest.raises(PlatformError, match="Another process failed; see its output"), processes.together():
+    pass
+  with pytest.raises(KeyError), processes.together():
+    raise KeyError
+
+
+@pytest.mark.parametrize(
+  "error", [jax.errors.JaxRuntimeError("UNAVAILABLE\nmore"), ValueError("Gloo: connection closed")]
+)
+def test_a_process_that_has_gone_is_reported_in_one_line(error, two_processes):
+  def gone(mine):
+    raise error
+
+  two_processes(gone)
+  with pytest.raises(PlatformError, match=r"^Another process has gone: .*\.$") as caught, processes.together():
+    pass
+  assert len(str(caught.value).splitlines()) == 1
+  # The own failure is the more useful message.
+  with pytest.raises(KeyError), processes.together():
+    raise KeyError
+
+
+@pytest.mark.parametrize(("count", "advice"), [(1, "use smaller batches or fewer seeds"), (2, "Another process")])
+def test_a_failed_computation_is_reported_in_one_line(count, advice, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: count)
+  for error in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED\nmore"), ValueError("Gloo: connection closed")):
+    with pytest.raises(PlatformError, match=f"^The computation failed: .*{advice}") as caught, processes.computing():
+      raise error
+    assert len(str(caught.value).splitlines()) == 1
+  with pytest.raises(ValueError, match="a bug"), processes.computing():
+    raise ValueError("a bug")
+
+
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_the_first_signal_is_noted_and_the_second_is_left_to_the_kernel(number):
+  before = {each: signal.getsignal(each) for each in ALL}
+  with StopRequest() as stop:
+    assert stop.signal is None
+    os.kill(os.getpid(), number)
+    assert stop.signal == number
+    assert {signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+  assert {each: signal.getsignal(each) for each in ALL} == before
+
+
+def test_a_terminal_that_hangs_up_twice_ends_nothing():
+  with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  assert stop.signal == signal.SIGHUP
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signals_that_a_shell_has_made_a_run_ignore_stay_ignored(number):
+  previous = signal.signal(number, signal.SIG_IGN)
+  try:
+    with StopRequest() as stop:
+      os.kill(os.getpid(), number)
+      assert stop.signal is None
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.signal == signal.SIGTERM
+      assert signal.getsignal(number) == signal.SIG_IGN
+    assert signal.getsignal(number) == signal.SIG_IGN
+  finally:
+    signal.signal(number, previous)

@@ -1,0 +1,235 @@
+"""What a training step computes, and how it is compiled, on one device. See also test_program_devices.py."""
+
+import dataclasses
+import functools
+import re
+from unittest import mock
+
+import jax
+import numpy as np
+import optax
+import programs
+import pytest
+from programs import EPOCH, NO_DROPOUT, assert_close, assert_equal, config_of, make_split, program_of, rows_of, train
+
+from imdb_jax import lstm, program
+from imdb_jax.config import OptimizerConfig, RuntimeConfig, TrainingConfig
+from imdb_jax.errors import UsageError
+from imdb_jax.model import TextClassifier
+from imdb_jax.program import Program
+
+
+def model_logits(params: dict, rows: slice) -> np.ndarray:
+  """Return the logits f64[n] of some reviews without dropout, from the parameters of one seed."""
+  model = TextClassifier(NO_DROPOUT, programs.VOCABULARY_SIZE)
+  split = make_split()
+  logits = jax.jit(model.apply)({"params": params}, split.tokens[rows], split.lengths[rows])
+  return np.asarray(logits, np.float64)[:, 0]
+
+
+def first_seed(tree):
+  return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+@functools.cache
+def gradient_descent() -> Program:
+  """Return a program without dropout that moves the parameters by minus the gradient."""
+  with mock.patch.object(program, "make_optimizer", lambda config, num_steps: optax.sgd(1.0)):
+    return Program(config_of(NO_DROPOUT), programs.mesh_of(1))
+
+
+def gradient_and_sums(rows) -> tuple[dict, dict]:
+  initial = jax.device_get(gradient_descent().init())
+  after, sums = train(gradient_descent(), rows_of(rows), initial)
+  return jax.tree.map(np.subtract, initial.params, after.params), first_seed(sums)
+
+
+def test_last_batch_is_averaged_over_its_own_reviews():
+  """The gradient of 8 reviews in a batch of 32 is the mean of those of the single reviews."""
+  gradient, sums = gradient_and_sums(range(96, 104))
+  assert sums["weight"] == 8
+  alone = [gradient_and_sums([row]) for row in range(96, 104)]
+  assert_close(gradient, jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(each for each, _ in alone)), 1e-6)
+  np.testing.assert_allclose(sums["loss"], sum(sums["loss"] for _, sums in alone), rtol=1e-6)
+  assert sums["correct"] == sum(sums["correct"] for _, sums in alone)
+
+
+def test_rows_without_a_review_change_nothing():
+  """Such a row has index -1, which must not read the last review."""
+  config, split = config_of(), make_split()
+  changed = {"tokens": split.tokens.copy(), "lengths": split.lengths.copy(), "labels": split.labels.copy()}
+  changed["tokens"][-1], changed["lengths"][-1], changed["labels"][-1] = 7, programs.LENGTH, 1 - split.labels[-1]
+  rows = rows_of(range(8))
+  expected, expected_sums = train(program_of(1, config), rows)
+  found, sums = train(program_of(1, config), rows, split=type(split)(**changed))
+  assert_equal((found, sums), (expected, expected_sums))
+
+
+def test_sums_are_those_of_the_batch():
+  labels, initial = make_split().labels[:32], gradient_descent().init()
+  logits = model_logits(first_seed(jax.device_get(initial.params)), slice(32))
+  _, sums = gradient_and_sums(range(32))
+  np.testing.assert_allclose(sums["loss"], np.sum(np.logaddexp(0, logits) - logits * labels), rtol=1e-6)
+  assert sums["correct"] == np.sum((logits > 0) == labels)
+  assert sums["weight"] == 32
+  assert sums["is_finite"] == 1
+
+
+def test_predictions_are_those_of_the_model():
+  params = gradient_descent().init().params
+  logits = gradient_descent().predict(params, make_split().tokens[:9], make_split().lengths[:9])
+  assert logits.shape == (1, 9, 1)
+  expected = model_logits(first_seed(jax.device_get(params)), slice(9))
+  np.testing.assert_allclose(logits[0, :, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-7])
+def test_adam_is_that_of_keras(scale):
+  """lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon). With small gradients, the place of epsilon matters."""
+  gradients = scale * np.array([[1.0, -2.0, 0.1, 0.0], [0.5, 2.0, -0.1, 0.0], [-3.0, 1.0, 0.4, 1.0]])
+  optimizer = program.make_optimizer(OptimizerConfig(), num_steps=10)
+  opt_state = optimizer.init(np.zeros(4, np.float32))
+  m, v = np.zeros(4), np.zeros(4)
+  for t, gradient in enumerate(gradients, start=1):
+    with jax.numpy_dtype_promotion("standard"):
+      update, opt_state = optimizer.update(gradient.astype(np.float32), opt_state)
+    m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+    expected = -1e-3 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-7)
+    # optax computes 1 - b2^t in float32, which leaves four digits of 0.001.
+    np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-12, err_msg=f"step {t}")
+
+
+@pytest.mark.parametrize(
+  "changed", [{"learning_rate": 1e-2}, {"b1": 0.5}, {"b2": 0.9}, {"epsilon": 0.1}, {"schedule": "one_cycle"}], ids=str
+)
+def test_each_setting_of_the_optimizer_has_an_effect(changed):
+  updates = []
+  for config in (OptimizerConfig(), OptimizerConfig(**changed)):
+    optimizer = program.make_optimizer(config, num_steps=10)
+    opt_state = optimizer.init(np.zeros(1, np.float32))
+    with jax.numpy_dtype_promotion("standard"):
+      for gradient in (1.0, 0.1):
+        update, opt_state = optimizer.update(np.full(1, gradient, np.float32), opt_state)
+    updates.append(float(update[0]))
+  assert abs(updates[0] - updates[1]) > 1e-5
+
+
+def test_one_program_trains_any_batch():
+  """Compiling the article's program takes longer than many steps."""
+  trained = program_of(1, config_of())
+  state, _ = train(trained, rows_of(*EPOCH))
+  # One step instead of three, a full batch, one with empty rows, and a state that an earlier step has returned.
+  with programs.compilations() as found:
+    for rows in (EPOCH[:1], EPOCH[2:], [range(16, 19)]):
+      state, _ = train(trained, rows_of(*rows), state)
+  assert not found
+  with programs.compilations() as found:
+    jax.jit(lambda x: x + 1)(1.0)
+  assert found, "else the check proves nothing"
+
+
+def test_each_step_draws_its_own_dropout_masks():
+  """With the same parameters and reviews, the loss depends only on the number of the step."""
+  trained, initial, losses = program_of(1, config_of()), programs.initial_state(config_of()), []
+  for number in (0, 1, 2, 0):
+    state = dataclasses.replace(initial, step=np.full(1, number, np.int32))
+    _, sums = train(trained, rows_of(range(32)), state)
+    losses.append(float(sums["loss"][0, 0]))
+  assert len(set(losses[:3])) == 3
+  assert losses[3] == losses[0]
+
+
+def test_no_step_copies_the_parameters():
+  """XLA would copy a state with a seed axis on every step. The embedding is the largest parameter."""
+  config = config_of()
+  trained = program_of(1, config)
+  arguments = trained.abstract_state(), trained.put_split(make_split()), *trained.put_rows(rows_of(*EPOCH[:3]))
+  compiled = trained.train_steps.lower(*arguments).compile().as_text()
+  embedding = rf"f32\[(1,)?{programs.VOCABULARY_SIZE},{config.model.embedding_size}\]\S*"
+  loops, _, entry = compiled.partition("\nENTRY ")
+  assert re.search(embedding, loops), "else the check proves nothing"
+  assert re.search(embedding, entry), "else the check proves nothing"
+  assert not re.findall(rf".* = {embedding} copy\(.*", loops)
+
+
+def test_abstract_state_describes_the_initial_state():
+  trained = program_of(1, config_of())
+  state, abstract = trained.init(), trained.abstract_state()
+  assert jax.tree.structure(state) == jax.tree.structure(abstract)
+  for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+    assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
+    assert leaf.shape[0] == 1, "the first axis is that of the seeds"
+
+
+def program_with(non_finite: str) -> Program:
+  return program_of(1, config_of(optimizer=OptimizerConfig(non_finite=non_finite)))
+
+
+@pytest.mark.parametrize("non_finite", ["skip", "stop"])
+def test_a_step_with_a_non_finite_loss_is_skipped_only_on_request(non_finite):
+  trained = program_with(non_finite)
+  initial, split = programs.initial_state(trained.config), programs.damaged(make_split(), row=0)
+  after, sums = train(trained, rows_of(range(32)), initial, split)
+  assert sums["is_finite"].tolist() == [[0]]
+  assert after.step == 1
+  if non_finite == "stop":
+    assert not np.isfinite(after.params["dense"]["kernel"]).any()
+    return
+  assert_equal(after, dataclasses.replace(initial, step=after.step))
+  # The next good step is Adam's first, with the dropout masks of step 1.
+  moved, sums = train(trained, rows_of(range(32, 64)), after, split)
+  expected, _ = train(trained, rows_of(range(32, 64)), dataclasses.replace(initial, step=after.step), split)
+  assert sums["is_finite"].tolist() == [[1]]
+  assert_equal(moved.params, expected.params)
+
+
+@pytest.mark.parametrize("non_finite", ["skip", "stop"])
+def test_parameters_that_the_last_update_overflows_are_noticed(non_finite):
+  """Loss and gradients of that step are finite, and no later step would show the damage."""
+  trained = program_with(non_finite)
+  initial = programs.initial_state(trained.config)
+  huge = jax.tree.map(lambda leaf: np.full_like(leaf, 3e37), initial.params)
+  before = dataclasses.replace(initial, opt_state=optax.tree.set(initial.opt_state, mu=huge))
+  after, sums = train(trained, rows_of(range(32)), before)
+  assert np.isfinite(sums["loss"]).all()
+  assert sums["is_finite"].tolist() == [[0]]
+  if non_finite == "skip":
+    assert_equal(after, dataclasses.replace(before, step=np.ones(1, np.int32)))
+  else:
+    assert not np.isfinite(after.params["dense"]["kernel"]).any()
+
+
+def test_a_named_implementation_that_cannot_compute_the_model_is_refused():
+  with pytest.raises(UsageError, match=r"^--implementation cudnn: cuDNN has no recurrent dropout\.$"):
+    Program(dataclasses.replace(config_of(), runtime=RuntimeConfig(implementation="cudnn")), programs.mesh_of(1))
+
+
+def test_a_named_kernel_is_refused_under_another_precision():
+  config = config_of(training=TrainingConfig(matmul_precision="float32"))
+  config = dataclasses.replace(config, runtime=RuntimeConfig(implementation="mosaic_gpu"))
+  with pytest.raises(UsageError, match=r"^--implementation mosaic_gpu: it computes recurrent products in bfloat16; "):
+    Program(config, programs.mesh_of(1))
+
+
+@pytest.mark.parametrize(
+  ("setting", "expected"),
+  [("auto", "HIGHEST"), ("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", "DEFAULT")],
+)
+def test_each_matrix_product_has_the_precision_of_the_settings(setting, expected):
+  """Also where the surrounding program asks JAX for another one."""
+  trained = program_of(1, config_of(training=TrainingConfig(matmul_precision=setting)))
+  state, split = trained.abstract_state(), make_split()
+  with jax.default_matmul_precision("tensorfloat32" if setting == "bfloat16" else "bfloat16"):
+    rows = trained.put_rows(rows_of(*EPOCH[:3]))
+    training = trained.train_steps.lower(state, trained.put_split(split), *rows).as_text()
+    prediction = trained.predict.lower(state.params, split.tokens[:9], split.lengths[:9]).as_text()
+  for text in (training, prediction):
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all(f"precision = [{expected}, {expected}]" in line for line in products)
+  assert trained.precision == ("float32" if setting == "auto" else setting)
+
+
+def test_the_precision_names_that_of_the_kernel(monkeypatch):
+  monkeypatch.setattr(program, "_choose", lambda config, device: lstm.Choice("mosaic_gpu", "fastest"))
+  assert Program(config_of(), programs.mesh_of(1)).precision == "float32, recurrence bfloat16"

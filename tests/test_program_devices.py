@@ -1,0 +1,94 @@
+"""Training on several devices and in dispatches of several steps gives the result of one device, step by step."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import programs
+import pytest
+from programs import EPOCH, assert_close, assert_equal, config_of, make_split, program_of, rows_of, train
+
+from imdb_jax import devices
+
+
+@functools.cache
+def trained_on(num_devices: int):
+  """Train for two epochs with dropout; the last batch of each is smaller."""
+  return train(program_of(num_devices, config_of()), rows_of(*EPOCH, *EPOCH))
+
+
+@pytest.mark.parametrize("num_devices", [2, 3, 4])
+def test_the_number_of_devices_does_not_change_the_result(num_devices):
+  """Up to rounding: Adam moves each parameter by about 1e-3 per step, and other dropout masks would show."""
+  assert devices.padded_size(32, programs.mesh_of(num_devices)) == (33 if num_devices == 3 else 32)
+  (state, sums), (expected_state, expected_sums) = trained_on(num_devices), trained_on(1)
+  assert state.step == 8
+  np.testing.assert_allclose(sums["loss"] / sums["weight"], expected_sums["loss"] / expected_sums["weight"], rtol=2e-6)
+  assert_equal({**sums, "loss": 0}, {**expected_sums, "loss": 0})
+  assert_close(state.params, expected_state.params, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+def test_where_a_dispatch_ends_changes_no_bit(num_devices):
+  trained = program_of(num_devices, config_of())
+  whole, whole_sums = train(trained, rows_of(*EPOCH))
+  for lengths in ([1, 1, 1, 1], [2, 1, 1]):
+    state, start, sums = None, 0, []
+    for length in lengths:
+      state, values = train(trained, rows_of(*EPOCH[start : start + length]), state)
+      start += length
+      sums.append(values)
+    assert_equal(state, whole)
+    assert_equal(jax.tree.map(lambda *each: np.concatenate(each, axis=1), *sums), whole_sums)
+
+
+def test_steps_that_were_not_made_have_no_sums():
+  trained = program_of(2, config_of())
+  rows = trained.put_rows(rows_of(*EPOCH[:1]))
+  _, sums = trained.train_steps(trained.init(), trained.put_split(make_split()), *rows)
+  assert {name: value.shape for name, value in sums.items()} == dict.fromkeys(sums, (1, 3))
+  assert sums["weight"].tolist() == [[32, 0, 0]]
+  assert not any(np.asarray(value)[:, 1:].any() for value in sums.values())
+
+
+def test_the_old_state_is_donated():
+  trained = program_of(2, config_of())
+  before, rows = trained.init(), trained.put_rows(rows_of(*EPOCH[:1]))
+  after, _ = trained.train_steps(before, trained.put_split(make_split()), *rows)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.step)))
+  # A value that is computed anew is no input of the program, so its buffer stays.
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim > 1)
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_a_dispatch_copies_nothing_between_host_and_devices():
+  trained = program_of(2, config_of())
+  state, split, rows = trained.init(), trained.put_split(make_split()), trained.put_rows(rows_of(*EPOCH[:3]))
+  # The first call compiles, which may copy constants.
+  state, _ = trained.train_steps(state, split, *rows)
+  with jax.transfer_guard("disallow"):
+    jax.block_until_ready(trained.train_steps(state, split, *rows))
+  host_rows = jax.device_get(rows)
+  with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+    trained.train_steps(programs.put(trained, programs.initial_state(trained.config)), split, *host_rows)
+
+
+def test_gradients_are_summed_over_devices_once_per_step():
+  """Not once per position of the time loop, nor once per parameter."""
+  trained = program_of(2, config_of())
+  arguments = trained.abstract_state(), trained.put_split(make_split()), *trained.put_rows(rows_of(*EPOCH[:3]))
+  compiled = trained.train_steps.lower(*arguments).compile().as_text()
+  (line,) = [line for line in compiled.splitlines() if " all-reduce(" in line or " all-reduce-start(" in line]
+  for leaf in jax.tree.leaves(arguments[0].params):
+    assert f"f32[{','.join(map(str, leaf.shape[1:]))}]" in line, "each gradient is part of the one sum"
+  assert line.count("while/body") == 2, "within the loops over seeds and steps, and outside that over time"
+  assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", compiled)
+
+
+def test_predictions_do_not_depend_on_the_number_of_devices():
+  one, three, split = program_of(1, config_of()), program_of(3, config_of()), make_split()
+  params = programs.initial_state(config_of()).params
+  arrays = devices.put((split.tokens[:9], split.lengths[:9]), devices.over_rows(three.mesh))
+  logits = three.predict(programs.put(three, params), *arrays)
+  np.testing.assert_allclose(logits, one.predict(params, split.tokens[:9], split.lengths[:9]), rtol=1e-5, atol=1e-6)

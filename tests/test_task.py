@@ -1,0 +1,133 @@
+"""Metrics are those of scikit-learn; an ensemble averages probabilities exactly, in log space."""
+
+import decimal
+from decimal import Decimal
+
+import jax
+import numpy as np
+import pytest
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imdb_jax.task import Evaluation, Metrics, Sentiment
+
+TASK = Sentiment()
+
+
+def evaluate(logits: np.ndarray, labels: np.ndarray) -> Metrics:
+  """Return the metrics of one seed, from logits [n]."""
+  (seed,) = TASK.evaluate(logits[None, :, None], labels).seeds
+  return seed
+
+
+def assert_same_as_sklearn(result: Metrics, logits: np.ndarray, labels: np.ndarray) -> None:
+  predicted = (logits > 0).astype(int)
+  x = logits.astype(np.float64)
+  # From logits, as scikit-learn clips probabilities: -log sigmoid(x) of positive reviews, -log sigmoid(-x) of others.
+  assert result.loss == pytest.approx(-np.mean(np.where(labels == 1, log_sigmoid(x), log_sigmoid(-x))), rel=1e-12)
+  assert result.num_reviews == len(labels)
+  assert result.accuracy == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
+  for name in ("precision", "recall", "f1"):
+    expected = getattr(sklearn.metrics, f"{name}_score")(labels, predicted, zero_division=0)
+    assert getattr(result, name) == pytest.approx(expected), name
+  if 0 < labels.sum() < len(labels):
+    assert result.roc_auc == pytest.approx(sklearn.metrics.roc_auc_score(labels, logits))
+  else:
+    assert result.roc_auc == 0
+  counts = [result.true_negatives, result.false_positives, result.false_negatives, result.true_positives]
+  assert counts == sklearn.metrics.confusion_matrix(labels, predicted, labels=[0, 1]).ravel().tolist()
+
+
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+  return np.where(x < 0, x, 0) - np.log1p(np.exp(-np.abs(x)))
+
+
+@settings(max_examples=60, derandomize=True, database=None, deadline=None)
+@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(0, 1)), min_size=1, max_size=40))
+def test_metrics_are_those_of_sklearn(pairs):
+  """Few distinct logits, so that there are ties, and zeros, which predict a negative review."""
+  logits, labels = np.array(pairs).T
+  logits, labels = logits.astype(np.float32) / 2, labels.astype(np.int32)
+  assert_same_as_sklearn(evaluate(logits, labels), logits, labels)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 50])
+def test_metrics_of_many_reviews(scale):
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 2, 1001).astype(np.int32)
+  logits = (scale * (rng.standard_normal(1001) + 0.5 * labels)).astype(np.float32)
+  assert_same_as_sklearn(evaluate(logits, labels), logits, labels)
+
+
+@pytest.mark.parametrize("logit", [-1.0, 0.0, 1.0])
+def test_one_prediction_for_all(logit):
+  logits, labels = np.full(5, logit, np.float32), np.array([0, 1, 1, 0, 1], np.int32)
+  assert_same_as_sklearn(evaluate(logits, labels), logits, labels)
+  assert evaluate(logits, labels).roc_auc == 0.5
+
+
+def test_log_loss_is_that_of_sklearn():
+  logits, labels = np.array([-2, 0.5, 3, -0.1], np.float32), np.array([0, 1, 1, 1], np.int32)
+  expected = sklearn.metrics.log_loss(labels, 1 / (1 + np.exp(-logits.astype(np.float64))))
+  assert evaluate(logits, labels).loss == pytest.approx(expected)
+
+
+def test_the_loss_of_a_certain_but_wrong_model_is_finite():
+  assert evaluate(np.array([-1e4, 1e4], np.float32), np.array([1, 0])).loss == 1e4
+
+
+def test_sums_of_a_batch_are_those_of_its_metrics():
+  """Reviews of weight 0 do not count, and a logit of 0 predicts a negative review."""
+  rng = np.random.default_rng(0)
+  logits, labels = np.round(8 * rng.standard_normal(64)).astype(np.float32), rng.integers(0, 2, 64).astype(np.float32)
+  weights = np.repeat(np.array([1, 0], np.float32), [50, 14])
+  sums = jax.device_get(jax.jit(TASK.sums)(logits[:, None], labels, weights))
+  expected = evaluate(logits[:50], labels[:50].astype(np.int32))
+  assert sums["weight"] == 50
+  assert sums["loss"] == pytest.approx(50 * expected.loss, rel=1e-6)
+  assert sums["correct"] == expected.true_negatives + expected.true_positives
+
+
+def exact_ensemble(logits: np.ndarray) -> list[float]:
+  """Return log(mean p / mean(1 - p)) over the first axis, in as many digits as the most certain logit needs."""
+  with decimal.localcontext(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
+    columns = [[Decimal(float(x)) for x in column] for column in logits.T]
+    ratios = [sum(1 / (1 + (-x).exp()) for x in xs) / sum(1 / (1 + x.exp()) for x in xs) for xs in columns]
+    return [float(ratio.ln()) for ratio in ratios]
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 3])
+@pytest.mark.parametrize("scale", [1e-6, 1, 30, 1e4])
+def test_an_ensemble_averages_probabilities(num_seeds, scale):
+  logits = (scale * np.random.default_rng(0).standard_normal((num_seeds, 40))).astype(np.float32)
+  # The most certain models, in agreement and in conflict.
+  logits[:, :2], logits[0, 1] = 3 * scale, -3 * scale
+  found = TASK.ensemble(logits[:, :, None])
+  assert (found.shape, found.dtype) == ((40, 1), np.float64)
+  np.testing.assert_allclose(found[:, 0], exact_ensemble(logits), rtol=1e-14, atol=1e-15)
+  expected = np.mean(1 / (1 + np.exp(-logits.clip(-700, 700).astype(np.float64))), axis=0)
+  np.testing.assert_allclose(TASK.probabilities(logits[:, :, None]), expected, rtol=1e-6, atol=1e-38)
+
+
+def test_one_certain_model_does_not_outvote_two():
+  """Averaging logits instead of probabilities would let it."""
+  assert TASK.ensemble(np.array([9.0, -2.0, -2.0]).reshape(3, 1, 1))[0, 0] < 0
+
+
+def test_evaluation_has_the_metrics_of_the_ensemble_and_of_each_seed():
+  rng = np.random.default_rng(1)
+  labels, logits = rng.integers(0, 2, 50).astype(np.int32), rng.standard_normal((3, 50, 1)).astype(np.float32)
+  result = TASK.evaluate(logits, labels)
+  assert_same_as_sklearn(result, TASK.ensemble(logits)[:, 0], labels)
+  assert result.seeds == [evaluate(seed[:, 0], labels) for seed in logits]
+  assert len({seed.loss for seed in (result, *result.seeds)}) == 4
+
+
+def test_an_ensemble_of_one_has_the_metrics_of_its_seed():
+  rng = np.random.default_rng(2)
+  labels, logits = rng.integers(0, 2, 500).astype(np.int32), rng.standard_normal((1, 500, 1)).astype(np.float32)
+  logits[0, :100] = logits[0, :100].round()
+  result = TASK.evaluate(logits, labels)
+  assert result == Evaluation(**{**vars(result.seeds[0]), "loss": result.loss}, seeds=result.seeds)
+  assert result.loss == pytest.approx(result.seeds[0].loss, rel=1e-14)

@@ -1,0 +1,48 @@
+"""Fixtures of the training tests."""
+
+import copy
+import dataclasses
+
+import pytest
+from training.tiny import tiny
+
+import imdb_jax
+from imdb_jax.config import Config, RuntimeConfig
+from imdb_jax.program import Program
+from imdb_jax.training import loop
+
+
+@pytest.fixture(scope="session")
+def programs() -> dict:
+  """Compiled programs by the settings that they depend on."""
+  return {}
+
+
+@pytest.fixture(scope="module")
+def shared_programs(programs):
+  """Let runs that differ only in their folder, their saves, their output or their seed share compiled programs."""
+
+  def shared(config, mesh, num_steps):
+    runtime = RuntimeConfig(
+      **{name: getattr(config.runtime, name) for name in ("implementation", "steps_per_dispatch")}, cache_dir="."
+    )
+    # The first seed is an argument of the programs.
+    training = dataclasses.replace(config.training, seed=0)
+    key = dataclasses.replace(config, runtime=runtime, training=training), mesh, num_steps
+    if key not in programs:
+      programs[key] = Program(config, mesh, num_steps)
+    program = copy.copy(programs[key])
+    program.config = config
+    return program
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "Program", shared)
+    yield
+
+
+@pytest.fixture(scope="module")
+def whole(shared_programs, tmp_path_factory) -> Config:
+  """An undisturbed run."""
+  config = tiny(tmp_path_factory.mktemp("runs") / "whole")
+  imdb_jax.fit(config)
+  return config
