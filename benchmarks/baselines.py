@@ -1,72 +1,43 @@
-"""The article's layers in Keras and PyTorch. A worker, see `worker.py`; runs in the benchmark environment."""
+"""Worker of the benchmark environment: the article's layers, and the recurrence alone, in Keras and PyTorch."""
 
-import dataclasses
 import importlib
 import os
 import sys
 from collections.abc import Hashable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import systems
 import worker
+from systems import DROPOUT_RATE
 
-# Packages of another environment than the one that is type-checked.
+# The type checker does not know the packages of the benchmark environment.
 _import: Any = importlib.import_module
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Keras:
-  """Embedding, LSTM and Dense of Keras 3.
-
-  Attributes:
-    force_xla: Keras does not use XLA for an LSTM on TensorFlow unless it is told to keep off cuDNN, even where there
-      is none. Told so it takes about half the time. On JAX XLA is the default.
-  """
-
-  work: str
-  computes: str
-  backend: Literal["jax", "tensorflow"]
-  mask_zero: bool = False
-  force_xla: bool = False
-  recurrent_dropout: bool = True
-  install: str = "make bench"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Torch:
-  """`nn.LSTM`, which has no recurrent dropout."""
-
-  work: str
-  computes: str
-  install: str = "make bench, or pip install torch in .venv-bench"
-
-
-_GATES = "masks of each gate"
-_XLA = "jit_compile=True, use_cudnn=False"
-
-SYSTEMS = {
-  "keras-jax": Keras(work="article", computes=_GATES, backend="jax"),
-  "keras-tensorflow": Keras(work="article", computes=f"{_GATES}; default settings", backend="tensorflow"),
-  "keras-tensorflow-xla": Keras(work="article", computes=f"{_GATES}; {_XLA}", backend="tensorflow", force_xla=True),
-  "keras-jax-masked": Keras(work="masked", computes=f"{_GATES}; full length", backend="jax", mask_zero=True),
-  "keras-tensorflow-xla-masked": Keras(
-    work="masked", computes=f"{_GATES}; {_XLA}; full length", backend="tensorflow", mask_zero=True, force_xla=True
-  ),
-  "keras-jax-less": Keras(work="less", computes="no recurrent dropout", backend="jax", recurrent_dropout=False),
-  "torch": Torch(work="less", computes="nn.LSTM has no recurrent dropout"),
-}
-
-# Of the LSTM's inputs, and of its hidden state.
-_DROPOUT_RATE = 0.2
-# Divides the 25,000 test reviews: one shape.
+# Divides the 25,000 test reviews, so that there is one shape.
 _TEST_BATCH_SIZE = 500
 
 
-class _Training:
-  """Batches of row numbers over arrays; a review's tokens and label are gathered step by step, as ours are."""
+def _import_keras(backend: str) -> Any:
+  os.environ["KERAS_BACKEND"] = backend
+  if backend == "jax":
+    # Keras imports TensorFlow if it is installed: 350 MB that a user of JAX need not have.
+    sys.modules["tensorflow"] = None  # pyright: ignore[reportArgumentType]: Python then finds no such module.
+  return _import("keras")
 
-  device = "cpu"
-  modules: tuple[str, ...]
+
+def _import_torch(job: worker.Job) -> tuple[Any, str]:
+  """Return PyTorch and the name of its device."""
+  try:
+    torch = _import("torch")
+  except ModuleNotFoundError as error:
+    raise worker.UnableError("missing torch: make bench, or pip install torch in .venv-bench") from error
+  return torch, "cuda" if torch.cuda.is_available() and job.platform != "cpu" else "cpu"
+
+
+class _Training(worker.System):
+  """Batches of row numbers; the reviews of each batch are gathered step by step, as in our training."""
 
   def __init__(self, job: worker.Job):
     self._job, self._arrays = job, worker.read_arrays(job.arrays)
@@ -84,44 +55,39 @@ def _split(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def _gather(arrays: dict[str, np.ndarray], batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields tokens i32[b, t] and labels f32[b, 1] of each batch."""
+  """Yield tokens i32[b, t] and labels f32[b, 1] of each batch."""
   for rows in batches:
     yield arrays["tokens"][rows].astype(np.int32), arrays["labels"][rows, None].astype(np.float32)
 
 
 class _KerasTraining(_Training):
-  """`train_on_batch`; `fit` is no faster."""
+  """`train_on_batch`, which is as fast as `fit`."""
 
-  def __init__(self, job: worker.Job, system: Keras):
+  def __init__(self, job: worker.Job, system: systems.System):
     super().__init__(job)
-    os.environ["KERAS_BACKEND"] = system.backend
-    self.modules: tuple[str, ...] = ("keras", system.backend)
+    self.modules = ("keras", system.backend)
+    keras = _import_keras(system.backend)
     if system.backend == "jax":
-      # Keras imports it where it finds it, for 350 MB that whoever uses JAX need not have.
-      sys.modules["tensorflow"] = None  # pyright: ignore[reportArgumentType]: so Python is told that there is none.
-    keras = _import("keras")
+      self.device = _import("jax").default_backend()
     keras.utils.set_random_seed(job.seed)
     layers = keras.layers
-    recurrent = _DROPOUT_RATE if system.recurrent_dropout else 0.0
+    recurrent = 0.0 if system.work == "less" else DROPOUT_RATE
     xla = {"use_cudnn": False} if system.force_xla else {}
     self._model = keras.Sequential(
       [
         layers.Embedding(job.vocabulary_size, job.embedding_size, mask_zero=system.mask_zero),
-        layers.LSTM(job.hidden_size, dropout=_DROPOUT_RATE, recurrent_dropout=recurrent, **xla),
+        layers.LSTM(job.hidden_size, dropout=DROPOUT_RATE, recurrent_dropout=recurrent, **xla),
         layers.Dense(1, activation="sigmoid"),
       ]
     )
-    self._model.compile(
-      optimizer=keras.optimizers.Adam(),
-      loss="binary_crossentropy",
-      metrics=["accuracy"],
-      jit_compile=True if system.force_xla else "auto",
-    )
+    jit_compile = True if system.force_xla else "auto"
+    self._model.compile("adam", "binary_crossentropy", metrics=["accuracy"], jit_compile=jit_compile)
+    self._test, self._initial = None, []
     if job.test_arrays is not None:
       self._test = worker.read_arrays(job.test_arrays)
       self._model.build((None, self._arrays["tokens"].shape[1]))
       self._model.optimizer.build(self._model.trainable_variables)
-      # All that training changes: the counters of the optimizer and of dropout too.
+      # Everything that training changes, also the counters of the optimizer and of dropout.
       variables = [*self._model.variables, *self._model.optimizer.variables]
       self._initial = [(variable, np.array(variable)) for variable in variables]
 
@@ -129,14 +95,15 @@ class _KerasTraining(_Training):
     self._model.reset_metrics()
     loss = 0.0
     for tokens, labels in _gather(self._arrays, batches):
-      # The mean since the reset, as a number of Python: the step has finished.
+      # The mean since the reset, as a Python number: the step has finished.
       loss, _ = self._model.train_on_batch(tokens, labels)
     return float(loss)
 
   def test_batches(self) -> list[np.ndarray]:
-    return _split(np.arange(len(self._test["labels"])), _TEST_BATCH_SIZE)
+    return [] if self._test is None else _split(np.arange(len(self._test["labels"])), _TEST_BATCH_SIZE)
 
   def evaluate(self, batches: list[np.ndarray]) -> float:
+    assert self._test is not None
     correct = 0
     for tokens, labels in _gather(self._test, batches):
       correct += int(np.sum((self._model.predict_on_batch(tokens) > 0.5) == (labels > 0.5)))
@@ -148,17 +115,15 @@ class _KerasTraining(_Training):
 
 
 class _TorchTraining(_Training):
-  """The article's layers but for recurrent dropout; the input mask is one per review, constant over time."""
+  """The article's layers without recurrent dropout. The input mask is constant over time."""
 
-  modules: tuple[str, ...] = ("torch",)
+  modules = ("torch",)
 
   def __init__(self, job: worker.Job):
     super().__init__(job)
-    torch = _import("torch")
-    torch.manual_seed(job.seed)
-    nn = torch.nn
-    self._torch = torch
-    self.device = "cuda" if torch.cuda.is_available() and job.platform != "cpu" else "cpu"
+    self._torch, self.device = _import_torch(job)
+    self._torch.manual_seed(job.seed)
+    nn = self._torch.nn
     self._layers = nn.ModuleList(
       [
         nn.Embedding(job.vocabulary_size, job.embedding_size),
@@ -166,14 +131,14 @@ class _TorchTraining(_Training):
         nn.Linear(job.hidden_size, 1),
       ]
     ).to(self.device)
-    self._optimizer = torch.optim.Adam(self._layers.parameters(), eps=1e-7)
+    self._optimizer = self._torch.optim.Adam(self._layers.parameters(), eps=1e-7)
 
   def train(self, batches: list[np.ndarray]) -> float:
     torch, (embedding, lstm, dense) = self._torch, self._layers
     losses = []
     for tokens, labels in _gather(self._arrays, batches):
       embedded = embedding(torch.from_numpy(tokens).to(self.device))
-      mask = torch.nn.functional.dropout(torch.ones_like(embedded[:, :1]), _DROPOUT_RATE)
+      mask = torch.nn.functional.dropout(torch.ones_like(embedded[:, :1]), DROPOUT_RATE)
       hidden, _ = lstm(embedded * mask)
       targets = torch.from_numpy(labels).to(self.device)
       loss = torch.nn.functional.binary_cross_entropy_with_logits(dense(hidden[:, -1]), targets)
@@ -184,10 +149,48 @@ class _TorchTraining(_Training):
     return float(np.mean(losses))
 
 
-def build(job: worker.Job) -> worker.System:
-  system = SYSTEMS[job.system]
-  return _KerasTraining(job, system) if isinstance(system, Keras) else _TorchTraining(job)
+def _keras_recurrence(job: worker.Job) -> worker.Calls:
+  keras = _import_keras("jax")
+  rate = DROPOUT_RATE if systems.RECURRENCES[job.system] else 0.0
+  layer = keras.layers.LSTM(job.hidden_size, recurrent_dropout=rate, return_sequences=True)
+  inputs = _random_inputs(job)
+  layer.build(inputs.shape)
+  state = [variable.value for variable in layer.non_trainable_variables]
+
+  def recurrence(inputs, *weights):
+    return layer.stateless_call(list(weights), state, inputs, training=True)[0]
+
+  arrays = inputs, *(variable.value for variable in layer.trainable_variables)
+  return worker.jax_calls(recurrence, arrays, job.gradients, module="keras")
+
+
+def _torch_recurrence(job: worker.Job) -> worker.Calls:
+  torch, device = _import_torch(job)
+  dtype = torch.bfloat16 if job.system == "torch-bfloat16" else torch.float32
+  torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+  layer = torch.nn.LSTM(job.embedding_size, job.hidden_size, batch_first=True).to(device, dtype)
+  inputs = torch.from_numpy(_random_inputs(job)).to(device, dtype).requires_grad_()
+
+  def call():
+    hidden, _ = layer(inputs)
+    if job.gradients:
+      hidden.backward(torch.ones_like(hidden))
+
+  wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+  return worker.Calls(call, lambda _: wait(), device, modules=("torch",))
+
+
+def _random_inputs(job: worker.Job) -> np.ndarray:
+  shape = job.batch_size, job.sequence_length, job.embedding_size
+  return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _build(job: worker.Job) -> worker.System:
+  if job.arrays is None:
+    return _keras_recurrence(job) if job.system.startswith("keras") else _torch_recurrence(job)
+  system = systems.BASELINES[job.system]
+  return _TorchTraining(job) if system.backend == "torch" else _KerasTraining(job, system)
 
 
 if __name__ == "__main__":
-  worker.serve(build)
+  worker.serve(worker.Handlers(_build), install="make bench")

@@ -1,12 +1,15 @@
-"""What the benchmarks share: the systems and their processes, the reviews that they train on, the machine.
+"""What the benchmarks share: flags, workers and their timed windows, reviews, and the description of the machine.
 
-Every system is a process of its own, and only one computes at a time. They take turns, so that whatever else the
-machine does falls on all of them. Compilation and warm-up lie outside what is timed.
+Every system runs in a process of its own, and only one computes at a time. The systems take turns, window by window, so
+that whatever else the machine does affects all of them. Compilation and warm-up are not part of any window.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
+import itertools
 import json
 import os
 import platform
@@ -14,197 +17,235 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import baselines
 import numpy as np
-import ours
-import worker
+import reporting
+import systems
+from worker import SIZES, Job
 
 from imdb_jax import config
-from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import UsageError
+from imdb_jax.arguments import Parser
+from imdb_jax.data import sources, tokens
+from imdb_jax.errors import ImdbJaxError
+from imdb_jax.store import files
+from imdb_jax.validation import flag
 
-_HERE = Path(__file__).resolve().parent
-SYSTEMS: dict[str, Any] = {**ours.SYSTEMS, **baselines.SYSTEMS}
 ARTICLE = config.preset("article")
-ARTICLE_SIZES = {
-  "batch_size": ARTICLE.training.batch_size,
-  "sequence_length": ARTICLE.dataset.sequence_length,
-  "embedding_size": ARTICLE.model.embedding_size,
-  "hidden_size": ARTICLE.model.hidden_size,
-  "vocabulary_size": ARTICLE.dataset.vocabulary_size,
+RANDOM_REVIEWS = "reviews of random words (no real reviews)"
+
+Options = argparse.Namespace
+Save = Callable[[dict[str, Any]], None]
+# Name, type, default and help. The type is int (at least 1), float (above 0), bool, Path, or the known names. A flag
+# whose default is a tuple takes several values.
+Flag = tuple[str, Any, Any, str]
+
+_PYTHON = Path(__file__).resolve().parent.parent / ".venv-bench" / "bin" / "python"
+_FLAGS: list[Flag] = [
+  ("--json", Path, None, "Write the results to this file."),
+  ("--platform", ("auto", "cpu", "gpu", "tpu"), "auto", "Where our systems compute."),
+  ("--num-devices", int, None, "Devices for our systems; by default all, and one per CPU core."),
+  ("--bench-python", Path, _PYTHON, "Python with Keras and PyTorch, which `make bench` installs."),
+]
+PLOT: Flag = ("--plot", Path, None, "Draw the results to this PNG file.")
+WINDOWS: Flag = ("--windows", int, 5, "Timed windows of each system.")
+MATMUL_SIZE: Flag = ("--matmul-size", int, 4096, "The ceiling is the speed of a product of two matrices of this size.")
+CACHE: Flag = ("--cache-dir", Path, config.default_cache_dir(), "Cache folder.")
+SIZE_FLAGS: dict[str, Flag] = {
+  field.name: (flag(field.name), int, getattr(section, field.name), field.metadata["doc"])
+  for section in (ARTICLE.training, ARTICLE.data, ARTICLE.model)
+  for field in dataclasses.fields(section)
+  if field.name in SIZES
 }
-# Of the sgemm whose speed is the machine's ceiling.
-MATMUL_SIZE = 4096
+ARTICLE_SIZES = {name: default for name, (_, _, default, _) in SIZE_FLAGS.items()}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """Flags of every benchmark."""
-
-  json: Path | None = None
-  """Write the results here."""
-  platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-  """Where our systems compute; the baselines compute where their packages do."""
-  num_devices: int | None = None
-  """Devices for our systems; by default all, and on a CPU one for each core."""
-  bench_python: Path = _HERE.parent / ".venv-bench" / "bin" / "python"
-  """Python with the packages of the baselines; `make bench` makes it."""
-
-  def __post_init__(self):
-    config.expand_paths(self)
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      for number in value if isinstance(value, tuple) else (value,):
-        if type(number) is int and number < 1:
-          raise UsageError(f"--{field.name.replace('_', '-')} {number}: must be 1 or more.")
+def parse(doc: str | None, flags: Iterable[Flag], args: Sequence[str]) -> Options:
+  """Return the options of a benchmark; raise UsageError if a flag or value is invalid."""
+  parser = Parser(prog=f"python {sys.argv[0]}", description=doc)
+  for name, kind, default, text in [*_FLAGS, *flags]:
+    if kind is bool:
+      parser.add_argument(name, action="store_true", help=text)
+      continue
+    several = isinstance(default, tuple)
+    shown = " ".join(map(str, default)) if several else default
+    settings: dict[str, Any] = {"nargs": "+" if default else "*"} if several else {}
+    metavar = {int: "N", float: "X", Path: "PATH"}.get(kind) or ("NAME" if several else f"{{{','.join(kind)}}}")
+    settings |= {"metavar": metavar, "help": text if shown in (None, "") else f"{text} [{shown}]"}
+    parser.add_argument(name, type=functools.partial(_read, kind), default=default, **settings)
+  return parser.parse_args(args)
 
 
-def check_systems(names: Iterable[str], known: Collection[str]) -> None:
-  """Raises:
-  UsageError: a name is not among the known ones.
+def _read(kind: Any, text: str) -> Any:
+  """Return the value of a flag."""
+  if kind is Path:
+    # Shells leave the ~ of --json=~/x alone. Path.expanduser raises for a folder named ~x.
+    return Path(os.path.expanduser(text))  # noqa: PTH111
+  if kind in (int, float):
+    with contextlib.suppress(ValueError):
+      if 0 < kind(text) < float("inf"):
+        return kind(text)
+    allowed = "a whole number of at least 1" if kind is int else "a number above 0"
+    raise argparse.ArgumentTypeError(f"{text:.80}: must be {allowed}")
+  if text not in kind:
+    nearest = difflib.get_close_matches(text, kind, n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    raise argparse.ArgumentTypeError(f"{text:.80}: unknown.{hint} There are {', '.join(kind)}")
+  return text
+
+
+def run(doc: str | None, flags: Iterable[Flag], measure: Callable[[Options, Save], None]) -> None:
+  """Run a benchmark, write its results, draw its figure and print its table.
+
+  `measure` calls its second argument with all results so far, whenever there are new ones. After Ctrl-C they are
+  reported, too: they may be the work of hours. It may write to the folder `options.scratch`. Expected errors become
+  one line and an exit code.
   """
-  for name in names:
-    if name not in known:
-      nearest = difflib.get_close_matches(name, known, n=1)
-      hint = f" Did you mean {nearest[0]}?" if nearest else ""
-      raise UsageError(f"--systems {name}: must be among {', '.join(known)}.{hint}")
+  results: dict[str, Any] = {}
+  is_interrupted, figure = False, None
+  try:
+    options = parse(doc, flags, sys.argv[1:])
+    # cost_curves.py draws one figure per axis into a folder.
+    figure = getattr(options, "plot", None) or getattr(options, "plot_dir", None)
+
+    def save(so_far: dict[str, Any]) -> None:
+      results.update(so_far)
+      if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        # Ctrl-C may come while the file is written.
+        files.write(options.json, json.dumps(results, indent=2) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix="imdb_jax-benchmark-") as folder:
+      options.scratch = Path(folder)
+      measure(options, save)
+  except KeyboardInterrupt:
+    say("Interrupted. The results below are those measured so far.")
+    is_interrupted = True
+  except ImdbJaxError as error:
+    say(f"error: {error}")
+    sys.exit(error.exit_code)
+  if results:
+    if figure is not None:
+      reporting.plot(results, figure)
+    reporting.show(results)
+  if is_interrupted:
+    sys.exit(130)
+  # A missing package or device is not a failure.
+  failed = [name for name, problem in reporting.problems(results).items() if problem.startswith("failed")]
+  if failed:
+    sys.exit(f"error: failed: {', '.join(failed)}")
 
 
-def make_job(
-  options: Options,
-  system: str,
-  arrays: Path,
-  *,
-  num_steps: int,
-  sizes: Mapping[str, int] = ARTICLE_SIZES,
-  **fields: Any,
-) -> worker.Job:
-  """A job of these sizes; the system's scratch is beside the arrays, which have the sequence length."""
-  of_job: dict[str, Any] = {name: size for name, size in sizes.items() if name != "sequence_length"}
-  of_job |= {"matmul_size": MATMUL_SIZE, "platform": options.platform, "num_devices": options.num_devices, "seed": 0}
-  scratch = str(arrays.parent / system)
-  return worker.Job(system=system, arrays=str(arrays), scratch=scratch, num_steps=num_steps, **(of_job | fields))
+def say(line: str) -> None:
+  """Print a line about the progress to standard error."""
+  print(line, file=sys.stderr, flush=True)
 
 
-class Process:
-  """A worker and the lines exchanged with it."""
+def load_reviews(options: Options, **settings: Any) -> tokens.TokenData:
+  """Return the encoded IMDB reviews. The settings are those of `DataConfig`, by default the article's."""
+  data = dataclasses.replace(ARTICLE.data, **settings)
+  source = sources.find(data, options.archive, options.cache_dir)
+  return tokens.load(source, data, cache_dir=options.cache_dir, report=say)
 
-  def __init__(self, python: Path, script: str, arguments: Iterable[str], scratch: Path):
-    """Makes `scratch`, where the worker may leave files."""
-    scratch.mkdir(parents=True)
-    self._log = scratch / "stderr.txt"
-    # Keras writes a file of settings into its home; TensorFlow tells of the processor's instructions.
-    environment = os.environ | {"KERAS_HOME": str(scratch), "TF_CPP_MIN_LOG_LEVEL": "2"}
-    command = [str(python), str(_HERE / script), *arguments]
-    with self._log.open("w", encoding="utf-8") as stderr:
-      self._process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
-      )
 
-  def ask(self, line: str) -> dict[str, Any]:
-    """Sends a line and returns the answer."""
-    assert self._process.stdin is not None
-    # A worker that has died is noticed when its answer is missing.
+def random_reviews(num_reviews: int, sequence_length: int, vocabulary_size: int) -> tokens.TokenSplit:
+  """Return reviews of random words, with about the lengths of the real ones."""
+  rng = np.random.default_rng(0)
+  n, t = num_reviews, sequence_length
+  # As the training reviews at 400 positions: mean 190, and a tenth of them full.
+  lengths = np.clip(rng.lognormal(np.log(0.4 * t), 0.75, n), 1, t).astype(np.int32)
+  # Word frequencies follow Zipf's law.
+  ranks = np.arange(1, vocabulary_size)
+  words = rng.choice(ranks, (n, t), p=1 / ranks / np.sum(1 / ranks)).astype(np.int32)
+  words[np.arange(t) < t - lengths[:, None]] = 0
+  return tokens.TokenSplit(tokens=words, lengths=lengths, labels=rng.integers(0, 2, n, dtype=np.int32))
+
+
+def write_arrays(file: Path, split: tokens.TokenSplit) -> str:
+  """Write the file that `worker.Job.arrays` names, and return its name."""
+  np.savez(file, tokens=split.tokens, lengths=split.lengths, labels=split.labels)
+  return str(file)
+
+
+class Worker(contextlib.ExitStack):
+  """A worker process and the windows of its job. Leaving the context ends the process and removes its files.
+
+  Attributes:
+    problem: why there are no figures; "" if there are.
+    job: what is prepared.
+    ready: the answer to the preparation.
+    windows: number of steps and answer of each window.
+  """
+
+  def __init__(self, script: str, python: Path = Path(sys.executable), cache_dir: Path | None = None):
+    """Start a script with a Python. By default it caches no compiled programs, so that every system compiles."""
+    super().__init__()
+    home = self.enter_context(tempfile.TemporaryDirectory(prefix="imdb_jax-benchmark-"))
+    self.problem, self._process, self._log = "", None, Path(home) / "stderr.txt"
+    environment = {
+      "JAX_COMPILATION_CACHE_DIR": str((cache_dir or Path(home)).absolute() / "xla"),
+      # Keras writes its settings file there.
+      "KERAS_HOME": home,
+      "TF_CPP_MIN_LOG_LEVEL": "2",
+      # The workers share a GPU, so none of them may reserve its memory.
+      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+      "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
+    if python.exists():
+      command = [str(python), str(Path(__file__).resolve().with_name(script))]
+      with self._log.open("w", encoding="utf-8") as log:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        self._process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
+      self.callback(self._process.communicate)
+      self.callback(self._process.kill)
+
+  def ask(self, request: str, argument: Any = None) -> dict[str, Any] | None:
+    """Send a request and return its answer; None, with `problem` set, if there is none."""
+    process = self._process
+    if process is None:
+      self.problem = "missing: make bench"
+    if self.problem or process is None or process.stdin is None or process.stdout is None:
+      return None
+    # If the worker has died, its answer is missing.
     with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.write(line + "\n")
-      self._process.stdin.flush()
-    return self.receive()
-
-  def receive(self) -> dict[str, Any]:
-    """The next line of the worker.
-
-    Raises:
-      WorkerError: it has died.
-    """
-    assert self._process.stdout is not None
-    line = self._process.stdout.readline()
-    if not line:
-      lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-      raise WorkerError(f"failed: {lines[-1] if lines else f'exit code {self._process.wait()}'}")
-    return json.loads(line)
-
-  def stop(self) -> None:
-    self._process.kill()
-    self._process.communicate()
-
-
-class WorkerError(Exception):
-  """Why there are no figures of a system."""
-
-
-class Measurement:
-  """One system: its process, and what it said."""
-
-  def __init__(self, job: worker.Job, bench_python: Path):
-    self.name, self.problem = job.system, ""
-    self.windows: list[tuple[int, worker.Window]] = []
-    self.ready: worker.Ready | None = None
-    self._process: Process | None = None
-    is_baseline = self.name in baselines.SYSTEMS
-    install = baselines.SYSTEMS[self.name].install if is_baseline else ours.INSTALL
-    if is_baseline and not bench_python.exists():
-      self.problem = f"missing: {install}"
-      return
-    python, script = (bench_python, "baselines.py") if is_baseline else (Path(sys.executable), "ours.py")
-    self._process = Process(python, script, [json.dumps(dataclasses.asdict(job))], Path(job.scratch))
-    try:
-      answer = self._process.receive()
-    except WorkerError as error:
-      self.problem = str(error)
-      return
-    if "missing" in answer:
-      self.problem = f"missing {answer['missing']}: {install}"
-    elif "unable" in answer:
-      self.problem = answer["unable"]
+      process.stdin.write(json.dumps({request: argument}) + "\n")
+      process.stdin.flush()
+    line, answer = process.stdout.readline(), {}
+    if line:
+      answer = json.loads(line)
+      self.problem = answer.get("problem", "")
     else:
-      self.ready = worker.Ready(**answer)
+      lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+      self.problem = f"failed: {lines[-1] if lines else f'exit code {process.wait()}'}"
+    return None if self.problem else answer
 
-  def stop(self) -> None:
-    if self._process is not None:
-      self._process.stop()
-
-  def _ask(self, line: str) -> dict[str, Any] | None:
-    """The worker's answer; None where the system has none to give."""
-    if self._process is None or self.problem:
-      return None
-    try:
-      return self._process.ask(line)
-    except WorkerError as error:
-      self.problem = str(error)
-      return None
+  def prepare(self, job: Job) -> "Worker":
+    """Build and warm up the system of a job, in place of the job before."""
+    self.job, self.problem = job, ""
+    self.windows: list[tuple[int, dict[str, Any]]] = []
+    self.ready = self.ask("prepare", dataclasses.asdict(job))
+    return self
 
   def run_window(self, num_steps: int) -> None:
-    """Adds a window, unless the system has none to give."""
-    answer = self._ask(str(num_steps))
+    """Time a window, unless there is a problem."""
+    answer = self.ask("run", num_steps)
     if answer is not None:
-      self.windows.append((num_steps, worker.Window(**answer)))
-
-  def evaluate(self) -> worker.Evaluation | None:
-    """Of all test reviews; None where the system has none to give."""
-    answer = self._ask("evaluate")
-    return None if answer is None else worker.Evaluation(**answer)
+      self.windows.append((num_steps, answer))
 
   def steps_within(self, seconds: float) -> int:
-    """How many steps take about so long; at least 1."""
-    return max(1, round(seconds / self.ready.step_seconds)) if self.ready else 1
-
-  @property
-  def seconds(self) -> float:
-    """Of all windows."""
-    return sum(window.seconds for _, window in self.windows)
-
-  @property
-  def seconds_per_step(self) -> list[float]:
-    return [window.seconds / num_steps for num_steps, window in self.windows]
+    """Return how many steps take about so long; at least 1."""
+    return max(1, round(seconds / self.ready["step_seconds"])) if self.ready else 1
 
   def timings(self) -> dict[str, Any]:
-    """The fields of the results that the windows give; None and [] where the system has failed."""
-    times = [] if self.problem else [1e3 * seconds for seconds in self.seconds_per_step]
+    """Return the fields of the results that every system has; None where there are no figures."""
+    times = [] if self.problem else [1e3 * window["seconds"] / num_steps for num_steps, window in self.windows]
     return {
+      "system": self.job.system,
+      "problem": self.problem or None,
+      "device": self.ready["device"] if self.ready else None,
       "ms_per_step": statistics.median(times) if times else None,
       "ms_per_step_min": min(times, default=None),
       "ms_per_step_max": max(times, default=None),
@@ -212,114 +253,63 @@ class Measurement:
       "steps_per_window": self.windows[-1][0] if times else None,
     }
 
-  @property
   def compile_seconds(self) -> float:
-    """What the first steps took longer than others do, and the first evaluation. Asks for a window."""
+    """Return the extra time of the first steps and of the first evaluation. Requires a window."""
     assert self.ready is not None
-    median = statistics.median(self.seconds_per_step)
-    return max(0.0, self.ready.first_seconds - self.ready.num_shapes * median) + self.ready.evaluation_compile_seconds
+    expected = self.ready["num_shapes"] * self.timings()["ms_per_step"] / 1e3
+    return max(0.0, self.ready["first_seconds"] - expected) + self.ready["evaluation_compile_seconds"]
 
 
-def sgemm_gflops(ceiling: Measurement, matmul_size: int) -> float | None:
-  """The machine's ceiling, from the windows of `ours.SGEMM`."""
-  if ceiling.problem or not ceiling.windows:
-    return None
-  return 2 * matmul_size**3 / statistics.median(ceiling.seconds_per_step) / 1e9
+def make_job(options: Options, system: str, **fields: Any) -> Job:
+  """Return a job with the article's sizes, on the devices that the flags name; `fields` overrides both."""
+  fields = {**ARTICLE_SIZES, "platform": options.platform, "num_devices": options.num_devices, **fields}
+  return Job(system=system, **fields)
 
 
-def flops_per_step(sizes: Mapping[str, int]) -> int:
-  """Of the matrix products of the LSTM at full length: one forward, two backward. The rest is below 1 %."""
-  hidden_size = sizes["hidden_size"]
-  products = sizes["batch_size"] * sizes["sequence_length"] * (sizes["embedding_size"] + hidden_size) * 4 * hidden_size
-  return 3 * 2 * products
+def start(options: Options, system: str) -> Worker:
+  """Start the worker of a system."""
+  is_ours = system in systems.OURS or system in systems.OUR_RECURRENCES
+  return Worker("ours.py") if is_ours else Worker("baselines.py", options.bench_python)
 
 
-def random_reviews(num_reviews: int, sequence_length: int, vocabulary_size: int) -> TokenSplit:
-  """Random words in reviews of about the lengths of the real ones."""
-  rng = np.random.default_rng(0)
-  n, t = num_reviews, sequence_length
-  # As the training reviews at 400 positions: mean 190, a tenth of them full.
-  lengths = np.clip(rng.lognormal(np.log(0.4 * t), 0.75, n), 1, t).astype(np.int32)
-  # Frequent words first: the ranks of words of a text follow Zipf's law.
-  ranks = np.arange(1, vocabulary_size)
-  words = rng.choice(ranks, (n, t), p=1 / ranks / np.sum(1 / ranks)).astype(np.int32)
-  words[np.arange(t) < t - lengths[:, None]] = 0
-  return TokenSplit(tokens=words, lengths=lengths, labels=rng.integers(0, 2, n, dtype=np.int32))
+def take_turns(workers: Sequence[Worker], num_windows: int, seconds: float) -> None:
+  """Time windows of about so many seconds, one system after another."""
+  for _, worker in itertools.product(range(num_windows), workers):
+    worker.run_window(worker.steps_within(seconds))
 
 
-def write_arrays(path: Path, split: TokenSplit) -> None:
-  """Writes what `worker.Job.arrays` names."""
-  np.savez(path, tokens=split.tokens, lengths=split.lengths, labels=split.labels)
+def describe_ceiling(ceiling: Worker) -> dict[str, Any]:
+  """Return the machine's ceiling, for the results."""
+  ms = ceiling.timings()["ms_per_step"]
+  gflops = 2 * ceiling.job.matmul_size**3 / ms / 1e6 if ms else None
+  return {"sgemm_gflops": gflops, "sgemm_problem": ceiling.problem or None}
 
 
-def describe_machine(versions: Iterable[Mapping[str, str]]) -> dict[str, Any]:
-  """The part of the results that says where they hold: processor, cores, versions, precision, command.
+def gflop_per_step(job: Job) -> float:
+  """Return the work of the LSTM's matrix products at full length in GFLOP. The rest of a step is below 1%."""
+  rows, columns = job.batch_size * job.sequence_length, 4 * job.hidden_size
+  # One product forward and two backward, each with a multiplication and an addition.
+  return 3 * 2 * rows * (job.embedding_size + job.hidden_size) * columns / 1e9
 
-  Args:
-    versions: of packages, from each process.
-  """
-  # Imports JAX, which `--help` does without.
-  from imdb_jax import sharding
 
-  found: dict[str, set[str]] = {}
-  for package, version in (item for process in versions for item in process.items()):
-    found.setdefault(package, set()).add(version)
+def describe_machine(facts: Iterable[Mapping[str, Any] | None], data: str) -> dict[str, Any]:
+  """Return under which conditions results hold. `facts` has `versions` and `precision` of each worker that runs."""
+  # This imports JAX, which `--help` does without.
+  from imdb_jax import devices
+
+  name, file = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+  lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+  found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  versions: dict[str, set[str]] = {}
+  known = [fact for fact in facts if fact is not None]
+  for package, version in itertools.chain.from_iterable(fact["versions"].items() for fact in known):
+    versions.setdefault(package, set()).add(version)
+  precisions = {fact["precision"] for fact in known if fact["precision"]}
   return {
-    "processor": _processor(),
-    "cores": sharding.num_cores(),
-    "versions": {package: ", ".join(sorted(several)) for package, several in sorted(found.items())},
-    "precision": ARTICLE.training.matmul_precision,
+    "processor": found[0] if found else name,
+    "cores": devices.num_cores(),
+    "versions": {package: ", ".join(sorted(several)) for package, several in sorted(versions.items())},
+    "precision": "; ".join(sorted(precisions)) or "default of each package",
     "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    "data": data,
   }
-
-
-def _processor() -> str:
-  path = Path("/proc/cpuinfo")
-  if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
-      if line.startswith("model name"):
-        return line.partition(":")[2].strip()
-  return platform.processor() or platform.machine()
-
-
-def machine_lines(machine: dict[str, Any]) -> list[str]:
-  """The last lines below every table."""
-  return [
-    f"Machine: {machine['processor']}, {machine['cores']} cores.",
-    "Versions: " + ", ".join(f"{package} {version}" for package, version in machine["versions"].items()),
-    f"Data: {machine['data']}.",
-  ]
-
-
-def say(line: str) -> None:
-  """Progress, on standard error."""
-  print(line, file=sys.stderr, flush=True)
-
-
-def write_json(path: Path, results: dict[str, Any]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-  """Writes a figure of Matplotlib as a PNG."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120, format="png")
-  say(f"Wrote {path}")
-
-
-def is_interrupted(work: Callable[[], None]) -> bool:
-  """Does the work, and tells whether Ctrl-C ended it. The worth of hours may lie in what was measured until then."""
-  try:
-    work()
-  except KeyboardInterrupt:
-    say("Interrupted: what follows is what was measured until then.")
-    return True
-  return False
-
-
-def exit_if_failed(problems: Mapping[str, str | None]) -> None:
-  """Ends the command with an error where a system failed; one whose packages are missing is no failure."""
-  failed = [name for name, problem in problems.items() if (problem or "").startswith("failed")]
-  if failed:
-    sys.exit(f"error: failed: {', '.join(failed)}")

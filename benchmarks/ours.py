@@ -1,169 +1,212 @@
-"""Our training step, through the package's own code, and the machine's ceiling. A worker, see `worker.py`."""
+"""Worker: our training step and its parts, the recurrence alone, the machine's ceiling, and whole runs of the trainer.
+
+Besides the requests of `worker.py` it handles {"train": FLAGS}.
+"""
 
 import dataclasses
-from collections.abc import Hashable
-from pathlib import Path
+import functools
+import json
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import systems
 import worker
+from jax.sharding import PartitionSpec
 
-INSTALL = "make setup"
+import imdb_jax
+from imdb_jax import arguments, devices, program
+from imdb_jax.config import Config
+from imdb_jax.data import batches as batches_lib
+from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.errors import UsageError
+from imdb_jax.lstm import Call, lstm, unsupported
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ours:
-  """One of our systems: the preset `article` with differences."""
-
-  work: str
-  computes: str
-  implementation: str = "chunked"
-  mask_padding: bool = False
-  bucket_by_length: bool = False
-  recurrent_dropout: bool = True
+# Positions per large product, as in `imdb_jax.lstm.chunked`.
+_CHUNK = 20
 
 
-_SHARED = "masks shared by the gates"
-
-SYSTEMS = {
-  "ours-chunked": Ours(work="article", computes=_SHARED),
-  "ours-scan": Ours(work="article", computes=_SHARED, implementation="scan"),
-  "ours-mosaic-gpu": Ours(
-    work="article", computes=f"{_SHARED}; recurrent products bfloat16", implementation="mosaic_gpu"
-  ),
-  "ours-masked": Ours(work="masked", computes=f"{_SHARED}; up to the longest review of a batch", mask_padding=True),
-  "ours-bucketed": Ours(
-    work="masked", computes=f"{_SHARED}; batches by length", mask_padding=True, bucket_by_length=True
-  ),
-  "ours-cudnn": Ours(
-    work="less", computes="cuDNN has no recurrent dropout", implementation="cudnn", recurrent_dropout=False
-  ),
-}
-SGEMM = "sgemm"
+def _config(job: worker.Job, flags: str = "") -> Config:
+  """Return the preset `article` with some flags, and the sizes and devices of a job."""
+  settings = {name: getattr(job, name) for name in (*worker.SIZES, "seed", "platform", "num_devices")}
+  return arguments.parse_config("", [*flags.split(), *worker.as_flags(settings)])
 
 
-class _Training:
-  """The steps of `imdb_jax.steps` over the batches of `imdb_jax.data.batches`, as `imdb_jax.training.loop` runs it."""
+def _start(config: Config) -> Any:
+  """Start JAX as the trainer does, and return the mesh."""
+  devices.keep_freed_memory(config.runtime)
+  return devices.start(config.runtime, config.training.batch_size)
 
-  modules: tuple[str, ...] = ("jax", "flax", "optax")
+
+def _describe(mesh: Any) -> str:
+  device = mesh.devices.flat[0]
+  return f"{mesh.size} x {device.device_kind} ({device.platform})"
+
+
+class Training(worker.System):
+  """Steps of `imdb_jax.program` over the batches of `imdb_jax.data.batches`, as `imdb_jax.training.loop` runs them."""
+
+  modules = ("jax", "flax", "optax")
 
   def __init__(self, job: worker.Job):
-    from imdb_jax import config, lstm, sharding, state, steps
-    from imdb_jax.data.tokens import TokenSplit
-    from imdb_jax.model import SentimentLSTM
-
-    self._job, self._system, self._sharding = job, SYSTEMS[job.system], sharding
-    self._mesh = _start(job)
-    self.device = _describe(self._mesh.devices.flat[0], self._mesh.size)
-    self._batch_size = sharding.padded_batch_size(job.batch_size, self._mesh)
+    self._config = config = _config(job, systems.OURS[job.system].flags)
+    mesh = _start(config)
+    try:
+      self._program = program.Program(config, mesh, job.num_steps)
+    except UsageError as error:
+      problem = str(error).removeprefix(f"--implementation {config.runtime.implementation}: ")
+      raise worker.UnableError(problem.removesuffix(".")) from error
+    self.device, self.precision = _describe(mesh), self._program.precision
     self._split = TokenSplit(**worker.read_arrays(job.arrays))
-    article = config.preset("article")
-    model_config = dataclasses.replace(
-      article.model,
-      embedding_size=job.embedding_size,
-      hidden_size=job.hidden_size,
-      mask_padding=self._system.mask_padding,
-      recurrent_dropout_rate=article.model.recurrent_dropout_rate if self._system.recurrent_dropout else 0.0,
-    )
-    problem = lstm.unsupported(
-      self._system.implementation,
-      hidden_size=job.hidden_size,
-      recurrent_dropout=self._system.recurrent_dropout,
-      gate_activation=model_config.gate_activation,
-    )
-    if problem is not None:
-      raise worker.UnableError(problem)
-    model = SentimentLSTM(model_config, job.vocabulary_size, self._system.implementation)
-    optimizer = state.make_optimizer(article.optimizer, job.num_steps)
-    self._state = state.create(model, optimizer, job.seed, self._mesh)
-    self._num_steps = config.RuntimeConfig().steps_per_dispatch
-    self._reviews = sharding.put(vars(self._split), sharding.replicated(self._mesh))
-    self._steps = steps.make_train_steps(steps.make_train_step(model, optimizer, self._mesh), self._mesh)
+    self._reviews, self._state = self._program.put_split(self._split), self._program.init()
 
   def epoch(self, epoch: int) -> list[np.ndarray]:
-    from imdb_jax.data import batches
-
-    size, seed, lengths = self._job.batch_size, self._job.seed, self._split.lengths
-    if self._system.bucket_by_length:
-      return batches.epoch_batches_by_length(lengths, batch_size=size, seed=seed, epoch=epoch)
-    return batches.epoch_batches(len(lengths), batch_size=size, seed=seed, epoch=epoch)
-
-  def shape(self, batch: np.ndarray) -> Hashable:
-    """All alike: a smaller batch is filled up with reviews of weight 0."""
-    del batch
-    return None
+    """Return the rows of each step, i32[1, b]. A smaller batch is padded, so all share a compiled step."""
+    training = self._config.training
+    settings = {"seeds": training.seeds, "batch_size": training.batch_size, "by_length": training.bucket_by_length}
+    return list(batches_lib.epoch_rows(self._split.lengths, epoch=epoch, **settings))
 
   def train(self, batches: list[np.ndarray]) -> float:
-    import jax
-
-    from imdb_jax.data.batches import filled
-    from imdb_jax.training.recorder import Sums
-
-    sharding, sums, pending = self._sharding, Sums(), None
-    for start in range(0, len(batches), self._num_steps):
-      some = batches[start : start + self._num_steps]
-      rows = sharding.put(filled(some, self._num_steps, self._batch_size), sharding.over_reviews(self._mesh, 1))
-      num_steps = sharding.put(np.array(len(some), np.int32), sharding.replicated(self._mesh))
-      self._state, metrics = self._steps(self._state, self._reviews, rows, num_steps)
-      # As the trainer's recorder does: read after the next steps are dispatched.
-      if pending is not None:
-        sums.add(jax.device_get(pending))
-      pending = metrics
-    if pending is not None:
-      sums.add(jax.device_get(pending))
+    """Train on batches, and return the mean loss."""
+    size, total, pending = self._config.runtime.steps_per_dispatch, np.zeros(2), []
+    for start in range(0, len(batches), size):
+      rows = self._program.put_rows(np.stack(batches[start : start + size]))
+      self._state, sums = self._program.train_steps(self._state, self._reviews, *rows)
+      pending.append((sums["loss"], sums["weight"]))
+      # Like the trainer, read the sums of a dispatch after the next one has started.
+      if len(pending) == 2:
+        total += np.sum(jax.device_get(pending.pop(0)), axis=(1, 2))
+    total += np.sum(jax.device_get(pending.pop()), axis=(1, 2))
     jax.block_until_ready(self._state)
-    return float(sums.loss.sum() / sums.weight.sum())
+    return float(total[0] / total[1])
 
 
-class _Sgemm:
-  """Products of two large float32 matrices by JAX, on one device that has all cores. A step is one product."""
+class _Part(worker.Calls):
+  """Calls of a function on all devices, each with its rows of the first array; the other arrays are on every device."""
 
-  modules: tuple[str, ...] = ("jax",)
+  precision = "float32"
 
-  def __init__(self, job: worker.Job):
-    mesh = _start(dataclasses.replace(job, num_devices=1))
-    import jax
-
-    self.device = _describe(mesh.devices.flat[0], 1)
-    left, right = jax.random.split(jax.random.key(job.seed))
-    shape = (job.matmul_size, job.matmul_size)
-    with jax.default_device(mesh.devices.flat[0]):
-      self._operands = jax.random.normal(left, shape), jax.random.normal(right, shape)
-    self._product = jax.jit(lambda a, b: a @ b)
-
-  def epoch(self, epoch: int) -> list:
-    del epoch
-    return [None]
-
-  def shape(self, batch) -> Hashable:
-    return batch
-
-  def train(self, batches: list) -> None:
-    for _ in batches:
-      self._product(*self._operands).block_until_ready()
+  def __init__(self, job: worker.Job, function: Callable[..., Any], *names: str):
+    mesh = _start(_config(job))
+    arrays = _arrays(job, devices.padded_size(job.batch_size, mesh))
+    specs = (PartitionSpec(devices.AXIS), *[PartitionSpec()] * (len(names) - 1))
+    places = [jax.NamedSharding(mesh, spec) for spec in specs]
+    placed = jax.device_put([arrays[name] for name in names], places)
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    compiled = jax.jit(jax.default_matmul_precision("float32")(sharded))
+    # XLA deadlocks if many calls that synchronize the devices of a CPU are in flight, so each call waits.
+    call = lambda: jax.block_until_ready(compiled(*placed))  # noqa: E731
+    super().__init__(call, lambda _: None, _describe(mesh), modules=("jax",))
 
 
-def _start(job: worker.Job):
-  import jax
-
-  from imdb_jax import config, sharding
-
-  # The name was checked by the command that started this process.
-  platform: Any = job.platform
-  runtime = config.RuntimeConfig(platform=platform, num_devices=job.num_devices, cache_dir=Path(job.scratch))
-  sharding.keep_freed_memory(runtime)
-  mesh = sharding.start(runtime)
-  jax.config.update("jax_default_matmul_precision", config.preset("article").training.matmul_precision)
-  return mesh
+def _arrays(job: worker.Job, b: int) -> dict[str, jax.Array]:
+  """Return random inputs and weights."""
+  t, e, h = job.sequence_length, job.embedding_size, job.hidden_size
+  keys = jax.random.split(jax.random.key(job.seed), 3)
+  return {
+    "inputs": 0.05 * jax.random.normal(keys[0], (b, t, e)),
+    "kernel": jax.random.normal(keys[1], (e, 4 * h)) / e**0.5,
+    "recurrent_kernel": jax.random.normal(keys[2], (h, 4 * h)) / h**0.5,
+    "bias": jnp.zeros(4 * h),
+  }
 
 
-def _describe(device, num_devices: int) -> str:
-  return f"{num_devices} x {device.device_kind} ({device.platform})"
+def _step(job: worker.Job) -> worker.System:
+  return Training(dataclasses.replace(job, system="ours-chunked"))
+
+
+def _step_without_adam(job: worker.Job) -> worker.System:
+  with mock.patch.object(program, "make_optimizer", lambda config, num_steps: optax.set_to_zero()):
+    return _step(job)
+
+
+def _forward(inputs, kernel, recurrent_kernel, bias):
+  return lstm(inputs, kernel, recurrent_kernel, bias, implementation="chunked")[:, -1]
+
+
+def _both(*arrays):
+  last, vjp = jax.vjp(_forward, *arrays)
+  d_inputs, *d_weights = vjp(jnp.ones_like(last))
+  return d_inputs, *(d_weight[None] for d_weight in d_weights)
+
+
+def _small_products(inputs, recurrent_kernel):
+  """Multiply by the recurrent kernel and by its transpose at every position."""
+
+  def step(carry, _):
+    return jnp.tanh(carry @ recurrent_kernel) @ recurrent_kernel.T, None
+
+  return jax.lax.scan(step, inputs[:, 0], length=inputs.shape[1])[0]
+
+
+def _large_products(inputs, kernel):
+  """Compute the projection, the gradients of both kernels and of the inputs, chunk by chunk."""
+
+  def chunk(d_weights, at):
+    x, hidden = at
+    z = x @ kernel
+    d_kernel, d_recurrent = d_weights
+    return (d_kernel + x.T @ z, d_recurrent + hidden.T @ z), z @ kernel.T
+
+  chunks = inputs.reshape(-1, _CHUNK * inputs.shape[0], inputs.shape[-1])
+  d_weights, dx = jax.lax.scan(chunk, (jnp.zeros_like(kernel),) * 2, (chunks, chunks[::-1]))
+  return *(d_weight[None] for d_weight in d_weights), dx
+
+
+_WEIGHTS = ("kernel", "recurrent_kernel", "bias")
+PARTS: dict[str, Callable[[worker.Job], worker.System]] = {
+  "step": _step,
+  "step without Adam": _step_without_adam,
+  "recurrence, forward and backward": lambda job: _Part(job, _both, "inputs", *_WEIGHTS),
+  "recurrence, forward": lambda job: _Part(job, _forward, "inputs", *_WEIGHTS),
+  "small products of the time loops": lambda job: _Part(job, _small_products, "inputs", "recurrent_kernel"),
+  "large products of the chunks": lambda job: _Part(job, _large_products, "inputs", "kernel"),
+}
+
+
+def _sgemm(job: worker.Job) -> worker.System:
+  """Multiply two large float32 matrices on one device, which has all cores."""
+  _start(_config(dataclasses.replace(job, num_devices=1)))
+  matrices = jax.random.normal(jax.random.key(job.seed), (2, job.matmul_size, job.matmul_size))
+  return worker.jax_calls(functools.partial(jnp.matmul, precision="float32"), tuple(matrices), False, "flax")
+
+
+def _recurrence(job: worker.Job) -> worker.System:
+  """Call an implementation of the recurrence, with recurrent dropout if it supports that."""
+  mesh = _start(_config(dataclasses.replace(job, num_devices=1)))
+  call = Call(hidden_size=job.hidden_size, recurrent_dropout=systems.RECURRENCES[job.system])
+  problem = unsupported(job.system, call, mesh.devices.flat[0])
+  if problem is not None:
+    raise worker.UnableError(problem)
+  keep_rate, mask = 1 - systems.DROPOUT_RATE, None
+  if call.recurrent_dropout:
+    keeps = jax.random.bernoulli(jax.random.key(job.seed), keep_rate, (job.batch_size, job.hidden_size))
+    mask = keeps.astype(jnp.float32) / keep_rate
+
+  def recurrence(*arrays):
+    return lstm(*arrays, recurrent_dropout_mask=mask, implementation=job.system)
+
+  return worker.jax_calls(recurrence, tuple(_arrays(job, job.batch_size).values()), job.gradients, "flax")
 
 
 def build(job: worker.Job) -> worker.System:
-  return _Sgemm(job) if job.system == SGEMM else _Training(job)
+  """Build the system of a job."""
+  builders = {"sgemm": _sgemm, **PARTS, **dict.fromkeys(systems.OUR_RECURRENCES, _recurrence)}
+  return builders.get(job.system, Training)(job)
+
+
+class _Handlers(worker.Handlers):
+  def train(self, flags: list[str]) -> dict[str, Any]:
+    """Run the trainer; return its history, the time to compile, and what provenance.json says of the start."""
+    result = imdb_jax.fit(arguments.parse_config("train", flags))
+    provenance = json.loads((result.run_dir / "provenance.json").read_text(encoding="utf-8"))
+    start = provenance["starts"][-1]
+    return {"history": result.history, "compile_seconds": result.compile_seconds, "start": start}
 
 
 if __name__ == "__main__":
-  worker.serve(build)
+  worker.serve(_Handlers(build), install="make setup")

@@ -1,8 +1,13 @@
-"""One system under measurement, in a process of its own: it computes only when it is told to.
+"""The worker's side of the benchmarks: a system in a process of its own, which computes only when it is told to.
 
-The protocol is a line each way. After its warm-up a worker says `Ready`, or what it lacks; after each line with a
-number of steps it runs that many and says `Window`, after a line `evaluate` it says `Evaluation`. The end of its input
-ends it.
+Requests and answers are lines of JSON. A request is an object with one key, the name of a method of `Handlers`:
+
+    {"prepare": JOB}     build a system, compile it and warm it up
+    {"run": N}           run N steps
+    {"evaluate": null}   evaluate all test reviews
+
+A worker that cannot do it answers {"problem": TEXT}. It ends when its input ends. This module runs in the benchmark
+environment, too, so it imports only NumPy.
 """
 
 import dataclasses
@@ -13,230 +18,195 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-_Result = TypeVar("_Result")
+# Fields of a job.
+SIZES = ("batch_size", "sequence_length", "embedding_size", "hidden_size", "vocabulary_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """What to measure, the same for all systems but for the name.
+  """What to measure.
 
-  Attributes:
-    system: name of the system.
-    arrays: an .npz with tokens int16[n, t], lengths int32[n] and labels int32[n].
-    test_arrays: the like, of the reviews to evaluate; None where there is no `evaluate`.
-    num_steps: of all timed windows together.
-    matmul_size: n of the [n, n] x [n, n] product that gives the machine's ceiling.
-    scratch: an empty folder; what it caches there is gone with the benchmark.
+  `num_steps` steps are planned; further steps repeat them. `arrays` is an .npz file with tokens int16[n, t], lengths
+  int32[n] and labels int32[n], or None for a recurrence alone; `test_arrays` is the same for the reviews to evaluate.
+  `matmul_size` is the n of the [n, n] x [n, n] product that gives the machine's ceiling. With `gradients`, a recurrence
+  runs forward and backward.
   """
 
   system: str
-  arrays: str
-  scratch: str
-  num_steps: int
   batch_size: int
-  vocabulary_size: int
+  sequence_length: int
   embedding_size: int
   hidden_size: int
-  seed: int
-  platform: str
-  num_devices: int | None
-  matmul_size: int
+  vocabulary_size: int
+  num_steps: int = 1
+  arrays: str | None = None
   test_arrays: str | None = None
-
-
-def read_arrays(path: str) -> dict[str, np.ndarray]:
-  with np.load(path, allow_pickle=False) as arrays:
-    return dict(arrays)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Missing:
-  """A package that the system needs is not installed."""
-
-  missing: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unable:
-  """The system does not run here; the reason is for people."""
-
-  unable: str
+  seed: int = 0
+  platform: str = "auto"
+  num_devices: int | None = None
+  matmul_size: int = 1
+  gradients: bool = False
 
 
 class UnableError(Exception):
-  """Raised by what builds a system that does not run here."""
+  """The system does not run here; the message says why."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ready:
-  """Attributes:
-  first_seconds: of the first step of each batch shape, summed; compilation is in it.
-  num_shapes: how many shapes that were.
-  step_seconds: of a step once all is compiled, roughly.
-  evaluation_compile_seconds: by which the first evaluation took longer than the second.
-  """
+class System:
+  """Base class of the systems."""
 
-  device: str
-  versions: dict[str, str]
-  first_seconds: float
-  num_shapes: int
-  step_seconds: float
-  evaluation_compile_seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Window:
-  """Attributes:
-  seconds: from the call to the last result on the host.
-  loss: mean over the window, to see that the system learns.
-  peak_memory_mb: the highest resident memory of the process so far.
-  """
-
-  seconds: float
-  loss: float | None
-  peak_memory_mb: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-  """Attributes:
-  seconds: of all test reviews.
-  accuracy: on them.
-  """
-
-  seconds: float
-  accuracy: float
-
-
-class System(Protocol):
-  """Something that makes training steps."""
-
-  device: str
-  modules: tuple[str, ...]
-  """Packages whose versions matter."""
+  device: str = "cpu"
+  precision: str | None = None  # Of the matrix products, if known.
+  modules: tuple[str, ...] = ()  # Packages whose versions matter.
 
   def epoch(self, epoch: int) -> list[Any]:
-    """The batches of an epoch, counted from 1, in their order."""
-    ...
+    """Return the batches of an epoch, counted from 1, in their order."""
+    return [None]
 
   def shape(self, batch: Any) -> Hashable:
-    """Batches of one shape share a compiled step."""
-    ...
+    """Return a key that is equal for batches that share a compiled step."""
+    return None
 
   def train(self, batches: list[Any]) -> float | None:
-    """A step a batch, all finished on return. Returns the mean loss."""
-    ...
-
-
-@runtime_checkable
-class Learner(System, Protocol):
-  """A system whose accuracy is asked for."""
+    """Run one step per batch, wait for all of them, and return the mean loss."""
+    raise NotImplementedError
 
   def test_batches(self) -> list[Any]:
-    """All test reviews."""
-    ...
+    """Return all test reviews in batches."""
+    return []
 
   def evaluate(self, batches: list[Any]) -> float:
-    """Accuracy over batches of test reviews."""
-    ...
+    """Return the accuracy over batches of test reviews."""
+    raise NotImplementedError
 
   def forget(self) -> None:
-    """Back to before the first step, but for what is compiled."""
-    ...
+    """Return to the state before the first step, but keep what is compiled."""
 
 
-def answers() -> TextIO:
-  """Standard output, which is for answers alone: whatever else prints goes to standard error from here on."""
-  file = os.fdopen(os.dup(1), "w", encoding="utf-8")
-  os.dup2(2, 1)
-  return file
+class Calls(System):
+  """A system whose step is one call. A window waits once, at its end, so that the device is never idle."""
+
+  def __init__(self, call: Callable[[], Any], wait: Callable[[Any], Any], device: str, modules: tuple[str, ...]):
+    """Take a function that starts a computation, and one that waits for its result and all results before."""
+    self._call, self._wait, self.device, self.modules = call, wait, device, modules
+
+  def train(self, batches: list[Any]) -> None:
+    result = None
+    for _ in batches:
+      result = self._call()
+    self._wait(result)
 
 
-def serve(build: Callable[[Job], System]) -> None:
-  """Answers until standard input ends."""
-  file = answers()
+class Handlers:
+  """Handlers of the requests for the systems that `build` builds."""
 
-  def reply(message: Missing | Unable | Ready | Window | Evaluation) -> None:
-    print(json.dumps(dataclasses.asdict(message)), file=file, flush=True)
+  def __init__(self, build: Callable[[Job], System]):
+    self._build, self._system = build, System()
 
-  job = Job(**json.loads(sys.argv[1]))
-  try:
-    system = build(job)
-  except ModuleNotFoundError as error:
-    reply(Missing(missing=error.name or str(error)))
-    return
-  except UnableError as error:
-    reply(Unable(unable=str(error)))
-    return
-  epochs = (system.epoch(epoch) for epoch in itertools.count(1))
-  plan = list(itertools.islice(itertools.chain.from_iterable(epochs), job.num_steps))
-  ready = _warm_up(system, plan)
-  if job.test_arrays is not None:
-    assert isinstance(system, Learner)
-    ready = dataclasses.replace(ready, evaluation_compile_seconds=_warm_up_evaluation(system))
-    # The warm-up trained.
+  def prepare(self, fields: dict[str, Any]) -> dict[str, Any]:
+    """Build the system of a job, in place of the system before, and warm it up.
+
+    `first_seconds` is the total time of the first step of each of `num_shapes` batch shapes, which includes
+    compilation, and `step_seconds` the approximate time of a step after that. `evaluation_compile_seconds` is the extra
+    time of the first evaluation compared with the second.
+    """
+    job = Job(**fields)
+    # Free the memory of the system before.
+    self._system = System()
+    self._system = system = self._build(job)
+    epochs = (system.epoch(epoch) for epoch in itertools.count(1))
+    plan = list(itertools.islice(itertools.chain.from_iterable(epochs), job.num_steps))
+    self._batches = itertools.cycle(plan)
+    # One batch of each shape, until nothing is left to compile.
+    batches = list({system.shape(batch): batch for batch in plan}.values())
+    first_seconds = sum(_timed(system.train, [batch])[0] for batch in batches)
+    _, step_seconds = (_timed(system.train, batches)[0] / len(batches) for _ in range(2))
+    tests = list({system.shape(batch): batch for batch in system.test_batches()}.values())
+    first, second = (_timed(system.evaluate, tests)[0] if tests else 0.0 for _ in range(2))
+    # The warm-up has trained.
     system.forget()
-  reply(ready)
+    versions = {name: sys.modules[name].__version__ for name in ("numpy", *system.modules)}
+    return {
+      "device": system.device,
+      "precision": system.precision,
+      "versions": {"python": platform.python_version(), **versions},
+      "first_seconds": first_seconds,
+      "num_shapes": len(batches),
+      "step_seconds": step_seconds,
+      "evaluation_compile_seconds": max(0.0, first - second),
+    }
 
-  position = 0
-  for line in sys.stdin:
-    if line.strip() == "evaluate":
-      assert isinstance(system, Learner)
-      seconds, accuracy = _timed(system.evaluate, system.test_batches())
-      reply(Evaluation(seconds=seconds, accuracy=accuracy))
-      continue
-    window = plan[position : position + int(line)]
-    position += len(window)
-    seconds, loss = _timed(system.train, window)
-    reply(Window(seconds=seconds, loss=loss, peak_memory_mb=_peak_memory_mb()))
+  def run(self, num_steps: int) -> dict[str, Any]:
+    """Run the next steps of the plan. `seconds` ends with the last result; the peak memory is that of the process."""
+    seconds, loss = _timed(self._system.train, list(itertools.islice(self._batches, num_steps)))
+    return {"seconds": seconds, "loss": loss, "peak_memory_mb": peak_memory_mb()}
 
-
-def _warm_up(system: System, plan: list[Any]) -> Ready:
-  """Runs every shape of the plan until nothing is left to compile."""
-  examples = _one_of_each_shape(system, plan)
-  first_seconds = sum(_timed(system.train, [batch])[0] for batch in examples)
-  system.train(examples)
-  step_seconds = _timed(system.train, examples)[0] / len(examples)
-  packages = {name: sys.modules[name].__version__ for name in system.modules}
-  return Ready(
-    device=system.device,
-    versions={"python": platform.python_version(), "numpy": np.__version__} | packages,
-    first_seconds=first_seconds,
-    num_shapes=len(examples),
-    step_seconds=step_seconds,
-  )
+  def evaluate(self, _: None) -> dict[str, Any]:
+    """Return `seconds` and `accuracy` of an evaluation of all test reviews."""
+    seconds, accuracy = _timed(self._system.evaluate, self._system.test_batches())
+    return {"seconds": seconds, "accuracy": accuracy}
 
 
-def _warm_up_evaluation(system: Learner) -> float:
-  """Returns the seconds of compilation."""
-  examples = _one_of_each_shape(system, system.test_batches())
-  first_seconds, _ = _timed(system.evaluate, examples)
-  second_seconds, _ = _timed(system.evaluate, examples)
-  return max(0.0, first_seconds - second_seconds)
-
-
-def _one_of_each_shape(system: System, batches: list[Any]) -> list[Any]:
-  return list({system.shape(batch): batch for batch in batches}.values())
-
-
-def _timed(work: Callable[[list[Any]], _Result], batches: list[Any]) -> tuple[float, _Result]:
+def _timed(work: Callable[[list[Any]], Any], batches: list[Any]) -> tuple[float, Any]:
   started = time.perf_counter()
   result = work(batches)
   return time.perf_counter() - started, result
 
 
-def _peak_memory_mb() -> float:
-  """VmHWM, in MB. Linux counts the parent's memory at the start of the child into `ru_maxrss`, so that comes second."""
+def serve(handlers: Handlers, install: str) -> None:
+  """Answer requests until standard input ends. `install` is the command that installs a missing package."""
+  # Standard output is for answers alone: all other output goes to standard error from now on.
+  file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+  os.dup2(2, 1)
+  for line in sys.stdin:
+    ((name, argument),) = json.loads(line).items()
+    try:
+      answer = getattr(handlers, name)(argument)
+    except ModuleNotFoundError as error:
+      answer = {"problem": f"missing {error.name}: {install}"}
+    except UnableError as error:
+      answer = {"problem": str(error)}
+    print(json.dumps(answer), file=file, flush=True)
+
+
+def jax_calls(function: Callable[..., Any], arrays: tuple[Any, ...], gradients: bool, module: str) -> Calls:
+  """Return calls of a JAX function, forward or also backward."""
+  import jax
+
+  def both(*arrays):
+    outputs, vjp = jax.vjp(function, *arrays)
+    return vjp(outputs)
+
+  compiled, placed, device = jax.jit(both if gradients else function), jax.device_put(arrays), jax.devices()[0]
+  name = f"1 x {device.device_kind} ({device.platform})"
+  return Calls(lambda: compiled(*placed), jax.block_until_ready, name, modules=("jax", module))
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+  """Return settings as command-line arguments, without those that are None."""
+  given = {name: value for name, value in settings.items() if value is not None}
+  return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def read_arrays(path: str | None) -> dict[str, np.ndarray]:
+  """Return the arrays of an .npz file of a job."""
+  assert path is not None
+  with np.load(path, allow_pickle=False) as arrays:
+    return dict(arrays)
+
+
+def peak_memory_mb() -> float:
+  """Return the peak resident memory of this process in MB."""
+  # On Linux, `ru_maxrss` of a child starts at the memory of its parent, so VmHWM comes first.
   status = Path("/proc/self/status")
   if status.exists():
     kilobytes = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
     return int(kilobytes.split()[1]) * 1024 / 1e6
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  # In bytes on macOS, in kilobytes elsewhere.
-  return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+  # macOS counts bytes, other systems kilobytes.
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
