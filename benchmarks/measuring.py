@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, workers and their timed windows, reviews, and the description of the machine.
+"""Shared parts of the benchmarks: flags, workers and their timed windows, reviews, and the description of the machine.
 
 Every system runs in a process of its own, and only one computes at a time. The systems take turns, window by window, so
 that whatever else the machine does affects all of them. Compilation and warm-up are not part of any window.

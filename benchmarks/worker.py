@@ -30,7 +30,7 @@ SIZES = ("batch_size", "sequence_length", "embedding_size", "hidden_size", "voca
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """What to measure.
+  """Description of one measurement.
 
   `num_steps` steps are planned; further steps repeat them. `arrays` is an .npz file with tokens int16[n, t], lengths
   int32[n] and labels int32[n], or None for a recurrence alone; `test_arrays` is the same for the reviews to evaluate.

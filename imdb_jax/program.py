@@ -31,7 +31,7 @@ _ROWS, _REPLICATED = PartitionSpec(devices.AXIS), PartitionSpec()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """What training changes.
+  """State that training changes, for all seeds.
 
   Attributes:
     step: i32[seeds], steps done.

@@ -1,4 +1,4 @@
-"""What is learned: the size of the head, the loss, and the metrics."""
+"""The learning task: size of the head, loss and metrics."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a training step computes, and how it is compiled, on one device. See also test_program_devices.py."""
+"""Results and compilation of a training step on one device. See also test_program_devices.py."""
 
 import dataclasses
 import functools

@@ -1,1 +1,1 @@
-"""What runs only while training."""
+"""Modules that run only while training."""

@@ -1,4 +1,4 @@
-"""What all commands share: help, versions, Ctrl-C and closed streams."""
+"""Behaviour that all commands share: help, versions, Ctrl-C and closed streams."""
 
 import os
 import shlex

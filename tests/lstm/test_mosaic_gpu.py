@@ -39,6 +39,7 @@ class KernelContract(LstmContract):
   def test_agrees_with_float64(self, case):
     contract.check(self.call, case, self.precision)
 
+  @pytest.mark.slow
   def test_passes_its_self_check(self):
     """Several warpgroups might exhaust the threads of the interpreter under `jax.vmap`; 64 units have one."""
     choice._self_check_problem.cache_clear()
