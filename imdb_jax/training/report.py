@@ -8,6 +8,7 @@ import jax
 
 from imdb_jax import plots
 from imdb_jax.config import Config
+from imdb_jax.data import batches
 from imdb_jax.data.tokens import TokenData
 from imdb_jax.program import Program
 from imdb_jax.store import metrics_log
@@ -35,7 +36,7 @@ def show_header(program: Program, data: TokenData, step: int, console: Console) 
   num_available = len(jax.devices(platform))
   limited = f" of {num_available}" if program.mesh.size < num_available else ""
   num_parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().params)) // len(seeds)
-  num_steps = -(-len(data.train) // config.training.batch_size)
+  num_steps = batches.num_batches(len(data.train), config.training.batch_size)
   console.header(
     {
       "Preset": config.preset,

@@ -5,8 +5,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from imdb_jax.data import archive, imdb
 from imdb_jax.data.reviews import Reviews
+from imdb_jax.errors import DataError
 
 COUNTS = {"train/neg": 3, "train/pos": 3, "train/unsup": 4, "test/neg": 3, "test/pos": 3}
 
@@ -59,3 +62,17 @@ def assert_same(left: dict[str, Reviews], right: dict[str, Reviews]) -> None:
     assert left[name].texts == right[name].texts, name
     np.testing.assert_array_equal(left[name].labels, right[name].labels)
     np.testing.assert_array_equal(left[name].groups, right[name].groups)
+
+
+def read(path: Path, splits=imdb.SPLITS) -> dict[str, Reviews]:
+  return archive.read_archive(path, splits, expected=COUNTS)
+
+
+def refusal(path: Path) -> str:
+  """Return the line with which the archive at `path` is refused."""
+  with pytest.raises(DataError) as caught:
+    read(path)
+  message = str(caught.value)
+  assert "\n" not in message
+  assert str(path) in message
+  return message

@@ -16,6 +16,12 @@ def small_archive(tmp_path_factory) -> Path:
   )
 
 
+@pytest.fixture
+def good(tmp_path) -> Path:
+  """An archive that the test may change."""
+  return pack(tmp_path / "good.tar")
+
+
 @pytest.fixture(scope="session")
 def tfds_imdb():
   """The module, if its packages are installed."""

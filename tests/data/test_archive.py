@@ -7,30 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.archives import COUNTS, add, assert_same, make_members, pack, unpack
+from data.archives import add, assert_same, make_members, pack, read, refusal, unpack
 
 from imdb_jax import errors
 from imdb_jax.data import archive, imdb, reviews
 from imdb_jax.store import files
-
-
-def read(path: Path, splits=imdb.SPLITS) -> dict[str, reviews.Reviews]:
-  return archive.read_archive(path, splits, expected=COUNTS)
-
-
-def refusal(path: Path) -> str:
-  """Return the line with which the archive at `path` is refused."""
-  with pytest.raises(errors.DataError) as caught:
-    read(path)
-  message = str(caught.value)
-  assert "\n" not in message
-  assert str(path) in message
-  return message
-
-
-@pytest.fixture
-def good(tmp_path) -> Path:
-  return pack(tmp_path / "good.tar")
 
 
 class TestForms:

@@ -9,31 +9,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data.archives import COUNTS, add, assert_same, make_members, pack, unpack
+from data.archives import COUNTS, add, assert_same, make_members, pack, read, refusal, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdb_jax import errors
-from imdb_jax.data import archive, imdb, reviews
-
-
-def read(path: Path) -> dict[str, reviews.Reviews]:
-  return archive.read_archive(path, imdb.SPLITS, expected=COUNTS)
-
-
-def refusal(path: Path) -> str:
-  """Return the line with which the archive at `path` is refused."""
-  with pytest.raises(errors.DataError) as caught:
-    read(path)
-  message = str(caught.value)
-  assert "\n" not in message
-  assert str(path) in message
-  return message
-
-
-@pytest.fixture
-def good(tmp_path) -> Path:
-  return pack(tmp_path / "good.tar")
+from imdb_jax.data import archive
 
 
 class TestDamage:

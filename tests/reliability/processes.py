@@ -66,17 +66,17 @@ class Process:
 
   @property
   def stdout(self) -> str:
-    """What the command has written to standard output so far."""
+    """Standard output of the command so far."""
     return self._content(0)
 
   @property
   def stderr(self) -> str:
-    """What the command has written to standard error so far."""
+    """Standard error of the command so far."""
     return self._content(1)
 
   @property
   def moment(self) -> str:
-    """What the command is doing, or was doing when it ended: one of MOMENTS."""
+    """The current or last activity of the command, one of MOMENTS."""
     return MOMENTS[ord(self._content(2))]
 
   def wait(self, seconds: float) -> int:

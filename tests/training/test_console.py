@@ -1,4 +1,4 @@
-"""What a run shows on a terminal, in a file or pipe, and in a notebook."""
+"""Output of a run on a terminal, in a file or pipe, and in a notebook."""
 
 import builtins
 import io
