@@ -59,10 +59,10 @@ class Classifier:
     run_dir = runtime.run_dir or Path(run_dir)
     config = run_directory.load_config(run_dir, runtime)
     run_directory.check(run_dir)
-    vocabulary = Vocabulary.load(run_dir / "vocab.json")
+    vocabulary = Vocabulary.load(run_dir / "vocab.json", config.data)
     program = Program(config, devices.start(runtime, runtime.evaluation_batch_size))
-    with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
-      saved, state = checkpoints.restore(step, program.abstract_state())
+    with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
+      saved, state = checkpoints.restore(step)
     return cls(program, vocabulary, state.params, saved.step)
 
   def _batch_size(self, num_texts: int) -> int:

@@ -1,8 +1,8 @@
-"""Checkpoints of a run. The only module that imports Orbax.
+"""Checkpoints of a run.
 
 A step exists if it has a manifest. The manifest is written after Orbax has committed the step's folder, and removed
-before the folder is. So whenever a process dies, each step is complete or counts as never saved. A step that differs
-from its manifest has been damaged and is not used.
+before the folder is, and each is flushed to the disk before the next. So whenever a process dies or the power fails,
+each step is complete or counts as never saved. A step that differs from its manifest has been damaged and is not used.
 """
 
 import dataclasses
@@ -11,21 +11,19 @@ import itertools
 import logging
 import math
 import os
-import shutil
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from imdb_jax import processes
 from imdb_jax.errors import CheckpointError, first_line
-from imdb_jax.store import files, manifest
+from imdb_jax.store import arrays, files, manifest
 
-_State = TypeVar("_State")
 _LOG = logging.getLogger(__name__)
 # The newest steps are kept for resuming, and the best one.
 _NUM_KEPT = 2
@@ -33,8 +31,8 @@ _NUM_KEPT = 2
 _MAX_STEPS = 64
 # How often a reader retries when the trainer of a live run removes the step that it is about to read.
 _MAX_TRIES = 10
-# Upper bound on the size of a checkpoint's small files and Orbax's metadata.
-_OVERHEAD_BYTES = 2**18
+# Bytes per array for its metadata, for unfilled blocks of the disk, and for Orbax's and our description of it.
+_OVERHEAD_BYTES = 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,12 +68,18 @@ class _NotFiniteError(CheckpointError):
 class Checkpoints:
   """The steps in `RUN_DIR/checkpoints` and their manifests in `RUN_DIR/manifests`. Methods raise CheckpointError."""
 
-  def __init__(self, run_dir: Path, *, read_only: bool):
+  def __init__(self, run_dir: Path, abstract: Any, *, read_only: bool):
     """Find the steps of a run, and warn of damaged ones.
 
     A reader changes nothing, so it may look at a live run. A writer removes what interrupted saves left behind. If
     some step is usable, a writer also moves damaged steps to `RUN_DIR/damaged`, so that they can be saved again.
+
+    Args:
+      run_dir: the run directory.
+      abstract: tree of shapes, dtypes and shardings of the state.
+      read_only: whether this is a reader.
     """
+    self._abstract, self._orbax = abstract, arrays.checkpointer()
     self.directory = run_dir.absolute() / "checkpoints"
     self._manifests = run_dir.absolute() / "manifests"
     if read_only and not self.directory.is_dir():
@@ -87,6 +91,8 @@ class Checkpoints:
       if not read_only:
         # Orbax logs several lines per save at INFO, and tracebacks of the exceptions that it raises at ERROR.
         absl_logging.set_verbosity(absl_logging.FATAL)
+        # Of a save that fails, it reports each task.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         with processes.together():
           self._adopt_steps_of_process_0()
         with processes.together():
@@ -94,24 +100,32 @@ class Checkpoints:
             self._tidy()
     except OSError as error:
       raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
-    self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
   def _find_all(self) -> None:
     self._saved, self._damaged = {}, {}
     names = [path.stem for path in self._manifests.glob("*.json")]
-    for step in sorted(int(name) for name in names if name.isdecimal() and name == str(int(name))):
+    steps = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,8}", name))
+    if len(steps) > _MAX_STEPS:
+      raise CheckpointError(f"{self._manifests}: holds {len(steps):,} steps; a run has {_MAX_STEPS} at most.")
+    for step in steps:
       try:
+        # First, because it takes no longer for huge files.
+        arrays.check(self._folder(step), arrays.by_name(self._abstract))
         facts = manifest.check(self._folder(step), self._manifest(step))
         progress, score = facts.get("progress"), facts.get("score")
-        if not isinstance(progress, dict) or type(score) not in (float, int, type(None)):
+        if not isinstance(progress, dict) or not (score is None or (type(score) is float and not math.isinf(score))):
           raise ValueError("its manifest lacks progress or score")
       except (OSError, ValueError) as error:
         # The trainer of a live run may have just removed the step.
         if os.path.lexists(self._manifest(step)):
           self._damaged[step] = str(error)
-          _LOG.warning("%s: damaged and not used: %s", self._folder(step), error)
       else:
         self._saved[step] = Saved(step=step, progress=progress, score=score)
+    if self._damaged:
+      _LOG.warning("%s: damaged and not used: %s", self.directory, self._reasons())
+
+  def _reasons(self) -> str:
+    return "; ".join(f"step {step}: {problem}" for step, problem in self._damaged.items())
 
   def _adopt_steps_of_process_0(self) -> None:
     if jax.process_count() == 1:
@@ -132,7 +146,9 @@ class Checkpoints:
     return self._manifests / f"{step}.json"
 
   def _tidy(self) -> None:
-    self.directory.mkdir(parents=True, exist_ok=True)
+    for folder in (self.directory, self._manifests):
+      folder.mkdir(parents=True, exist_ok=True)
+    files.sync(self.directory.parent)
     if self._saved:
       for step in self._damaged:
         self._set_aside(step)
@@ -164,8 +180,8 @@ class Checkpoints:
     if which in self._damaged:
       raise CheckpointError(f"{self.directory / str(which)}: damaged: {self._damaged[which]}.")
     if not self._saved:
-      reasons = "; ".join(f"step {step}: {problem}" for step, problem in self._damaged.items())
-      raise CheckpointError(f"{self.directory}: no checkpoint can be used: {reasons or 'none has been saved yet'}.")
+      reasons = self._reasons() or "none has been saved yet"
+      raise CheckpointError(f"{self.directory}: no checkpoint can be used: {reasons}.")
     if which == "latest":
       return self._saved[max(self._saved)]
     if which == "best":
@@ -185,32 +201,48 @@ class Checkpoints:
     try:
       if saved.step not in self._saved:
         with processes.together():
+          self._require_untouched()
           self._require_space(state)
-        self._orbax.save(self._folder(saved.step), args=ocp.args.StandardSave(state))
+        arrays.save(self._orbax, self._folder(saved.step), state)
       with processes.together():
         if jax.process_index() == 0:
+          # Whatever the file system or Orbax makes of the path, the files must be where a reader looks for them.
+          arrays.check(self._folder(saved.step), arrays.by_name(self._abstract))
           facts = {"progress": saved.progress, "score": saved.score}
           manifest.write(self._folder(saved.step), self._manifest(saved.step), facts)
     # Orbax, tensorstore and the file system raise errors without a common base class.
     except Exception as error:
+      self._find_all()
+      intact = ", ".join(map(str, self.steps())) or "none"
       raise CheckpointError(
-        f"Step {saved.step} could not be saved in {self.directory}: {first_line(error)}. Earlier steps are intact."
+        f"Step {saved.step} could not be saved in {self.directory}: {first_line(error)}. Intact steps: {intact}."
       ) from error
     self._saved[saved.step] = saved
     for old in self._saved.keys() - {*self.steps()[-_NUM_KEPT:], self.find("best").step}:
       del self._saved[old]
       if jax.process_index() == 0:
         self._manifest(old).unlink(missing_ok=True)
+        files.sync(self._manifests)
         files.remove(self._folder(old))
 
-  def _require_space(self, state: Any) -> None:
-    """Raise OSError if the disk is nearly full. On a full disk, tensorstore prints long messages."""
-    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
-    free = shutil.disk_usage(self.directory).free
-    if free < needed:
-      raise OSError(errno.ENOSPC, f"No space left on device: {free:,} bytes are free, {needed:,} are needed")
+  def _require_untouched(self) -> None:
+    """Raise OSError if someone has removed saved steps, or the whole folder, which Orbax would create anew."""
+    for path in (self.directory, *(place(step) for step in self._saved for place in (self._folder, self._manifest))):
+      if not path.exists():
+        raise OSError(errno.ENOENT, f"{path} has been removed")
 
-  def restore_latest(self, abstract: _State) -> tuple[Saved, _State]:
+  def _require_space(self, state: Any) -> None:
+    """Raise OSError if the disk is nearly full. On a full disk, Orbax and tensorstore print long messages."""
+    sizes, disk = [leaf.nbytes for leaf in jax.tree.leaves(state)], os.statvfs(self.directory)
+    needed = {"bytes": sum(sizes) + len(sizes) * _OVERHEAD_BYTES, "files": 4 * len(sizes)}
+    # Some file systems do not count files.
+    free = {"bytes": disk.f_bavail * disk.f_frsize, "files": disk.f_favail if disk.f_files else needed["files"]}
+    for unit in needed:
+      if free[unit] < needed[unit]:
+        message = f"No space left on device: {free[unit]:,} {unit} are free, {needed[unit]:,} are needed"
+        raise OSError(errno.ENOSPC, message)
+
+  def restore_latest(self) -> tuple[Saved, Any]:
     """Restore the newest step; set aside steps whose values are not finite.
 
     A step that agrees with its manifest but cannot be read stays where it is: the cause may be memory, the file system
@@ -219,7 +251,7 @@ class Checkpoints:
     while True:
       saved = self.find("latest")
       try:
-        return saved, self._restore(saved.step, abstract)
+        return saved, self._restore(saved.step)
       except _NotFiniteError as error:
         _LOG.warning("%s", error)
         self._damaged[saved.step] = str(error)
@@ -228,17 +260,12 @@ class Checkpoints:
           if jax.process_index() == 0 and self._saved:
             self._set_aside(saved.step)
 
-  def restore(self, which: int | Literal["best", "latest"], abstract: _State) -> tuple[Saved, _State]:
-    """Restore a step; if the trainer of a live run removes it meanwhile, look again.
-
-    Args:
-      which: the step.
-      abstract: tree of shapes, dtypes and shardings to restore into.
-    """
+  def restore(self, which: int | Literal["best", "latest"]) -> tuple[Saved, Any]:
+    """Restore a step; if the trainer of a live run removes it meanwhile, look again."""
     for _ in range(_MAX_TRIES):
       saved = self.find(which)
       try:
-        state = self._restore(saved.step, abstract)
+        state = self._restore(saved.step)
       except _UnreadableError:
         if os.path.lexists(self._manifest(saved.step)):
           raise
@@ -249,27 +276,13 @@ class Checkpoints:
       self._find_all()
     raise CheckpointError(f"{self.directory}: steps are removed faster than they can be read.")
 
-  def _restore(self, step: int, abstract: _State) -> _State:
+  def _restore(self, step: int) -> Any:
     folder = self._folder(step)
     try:
-      # Before anything is allocated.
-      metadata: Any = self._orbax.metadata(folder).item_metadata
-      # Orbax returns None if the folder is missing.
-      if metadata is None:
-        raise FileNotFoundError("it has no metadata")
-      expected, found = _shapes(abstract), _shapes(metadata)
+      state = arrays.restore(self._orbax, folder, self._abstract)
     # Orbax and tensorstore raise errors without a common base class.
     except Exception as error:
-      raise _UnreadableError(f"{folder}: the checkpoint cannot be read: {first_line(error)}") from error
-    for name in sorted(expected.keys() | found.keys()):
-      if expected.get(name) != found.get(name):
-        raise CheckpointError(
-          f"{folder}: {name} has shape {found.get(name)}, but config and vocabulary require {expected.get(name)}."
-        )
-    try:
-      state = self._orbax.restore(folder, args=ocp.args.StandardRestore(abstract))
-    except Exception as error:
-      raise _UnreadableError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}") from error
+      raise _UnreadableError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}.") from error
     # Every device holds the whole state.
     if not all(np.isfinite(leaf.addressable_data(0)).all() for leaf in jax.tree.leaves(state)):
       raise _NotFiniteError(f"{folder}: the checkpoint holds values that are not finite.")
@@ -278,8 +291,3 @@ class Checkpoints:
   def close(self) -> None:
     """Release Orbax's resources."""
     self._orbax.close()
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}

@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 2**20
+# A checkpoint has fewer than a hundred.
+_MAX_FILES = 1000
 
 
 def open_regular(path: Path) -> io.BufferedReader:
@@ -65,11 +66,16 @@ def write(path: Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   unfinished.replace(path)
-  folder = os.open(path.parent, os.O_RDONLY)
+  sync(path.parent)
+
+
+def sync(path: Path) -> None:
+  """Flush a file, or the names in a folder, to the disk, so that they survive a power cut."""
+  descriptor = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(folder)
+    os.fsync(descriptor)
   finally:
-    os.close(folder)
+    os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,22 +86,30 @@ def write_json(path: Path, value: Any) -> None:
 def remove(path: Path) -> None:
   """Remove a file, a link or a whole folder; do nothing if the path is missing."""
   if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
+    try:
+      shutil.rmtree(path)
+    except RecursionError as error:
+      raise OSError(f"{path} is nested too deeply") from error
   else:
     path.unlink(missing_ok=True)
 
 
-def walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-  """Yield the relative name and the size of each file below a folder, in order; refuse links and devices."""
+def walk(folder: Path) -> dict[str, int]:
+  """Return the size of each file below a folder by its relative name; refuse links, devices and very many files."""
   if not stat.S_ISDIR(folder.lstat().st_mode):
     raise OSError(f"{folder} is not a folder")
-  with os.scandir(folder) as entries:
-    ordered = sorted(entries, key=lambda entry: entry.name)
-  for entry in ordered:
-    status, name = entry.stat(follow_symlinks=False), prefix + entry.name
-    if stat.S_ISDIR(status.st_mode):
-      yield from walk(folder / entry.name, name + "/")
-    elif stat.S_ISREG(status.st_mode):
-      yield name, status.st_size
-    else:
-      raise OSError(f"{name} is a link or a device, not a file")
+  sizes, folders = {}, [""]
+  # Grows while it is walked through.
+  for prefix in folders:
+    with os.scandir(folder / prefix) as entries:
+      for entry in entries:
+        status, name = entry.stat(follow_symlinks=False), prefix + entry.name
+        if stat.S_ISDIR(status.st_mode):
+          folders.append(name + "/")
+        elif stat.S_ISREG(status.st_mode):
+          sizes[name] = status.st_size
+        else:
+          raise OSError(f"{name} is a link or a device, not a file")
+        if len(sizes) + len(folders) > _MAX_FILES:
+          raise ValueError(f"{folder} holds more than {_MAX_FILES:,} files")
+  return sizes

@@ -10,9 +10,11 @@ from imdb_jax.store import files
 
 
 def write(folder: Path, path: Path, facts: dict[str, Any]) -> None:
-  """Write the manifest of a folder, with facts in JSON, to `path`, atomically."""
-  listed = {name: {"size": size, "sha256": files.sha256(folder / name)} for name, size in files.walk(folder)}
-  path.parent.mkdir(exist_ok=True)
+  """Flush a folder to the disk, then write its manifest, with facts in JSON, to `path`, atomically."""
+  listed = {name: {"size": size, "sha256": files.sha256(folder / name)} for name, size in files.walk(folder).items()}
+  # Orbax flushes few of its files.
+  for written in (*folder.rglob("*"), folder, folder.parent):
+    files.sync(written)
   files.write_json(path, {"facts": facts, "files": listed})
 
 
@@ -25,7 +27,7 @@ def check(folder: Path, path: Path) -> dict[str, Any]:
   manifest = files.read_json(path)
   if not _is_manifest(manifest):
     raise ValueError(f"its manifest {path.name} is damaged")
-  expected, found = manifest["files"], dict(files.walk(folder))
+  expected, found = manifest["files"], files.walk(folder)
   for name in sorted(expected.keys() | found.keys()):
     if name not in found:
       raise ValueError(f"{name} is missing")

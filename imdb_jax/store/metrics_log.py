@@ -2,18 +2,28 @@
 
 import contextlib
 import csv
+import io
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from imdb_jax.config import Config
 from imdb_jax.errors import CheckpointError, UsageError
-from imdb_jax.store import files
+from imdb_jax.store import files, run_directory
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 # Fields of an epoch's line. It also has `seeds`, a list of the seeds' own METRICS.
 EPOCH_FIELDS = ("epoch", "step", *METRICS, "seconds", "evaluation_seconds")
+# Type and largest value of each number: steps are counted in int32, and losses are means of float32 values.
+_RANGES = {
+  **dict.fromkeys(("epoch", "step", "seed"), (int, 2**31)),
+  **dict.fromkeys(("loss", "val_loss"), (float, 1e39)),
+  **dict.fromkeys(("accuracy", "val_accuracy"), (float, 1)),
+  **dict.fromkeys(("seconds", "evaluation_seconds"), (float, 1e10)),
+}
 # Enough for an epoch's line with 1,024 seeds, the most that a run may have.
 _MAX_LINE_BYTES = 2**20
 
@@ -21,12 +31,17 @@ Line = dict[str, Any]
 
 
 def read_history(run_dir: Path) -> list[Line]:
-  """Return the lines of the finished epochs of a run, or raise UsageError if metrics.jsonl is damaged."""
-  return [line for _, line in _read(run_dir / "metrics.jsonl") if line["kind"] == "epoch"]
+  """Return the lines of the finished epochs of a run, or raise UsageError if its files are damaged."""
+  config = run_directory.load_config(run_dir)
+  return [line for _, line in _read(run_dir / "metrics.jsonl", config) if line["kind"] == "epoch"]
 
 
-def _read(path: Path) -> Iterator[tuple[int, Line]]:
-  """Yield each line and the offset at which it ends, leaving out a last line that a crash cut off."""
+def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:
+  """Yield each line and the offset at which it ends, leaving out a last line that a crash cut off.
+
+  However long the file is, it holds no more epochs and seeds than the config: few enough for the memory.
+  """
+  training = config.training
   try:
     file = files.open_regular(path)
   except FileNotFoundError:
@@ -39,8 +54,10 @@ def _read(path: Path) -> Iterator[tuple[int, Line]]:
       end += len(text)
       try:
         line = json.loads(text)
-        if not _is_valid(line) or (line["kind"] == "epoch" and line["epoch"] != epoch + 1):
+        if not _is_valid(line, training.seeds):
           raise ValueError("not a line of metrics")
+        if line["kind"] == "epoch" and (line["epoch"] != epoch + 1 or epoch == training.epochs):
+          raise ValueError(f"not epoch {epoch + 1} of {training.epochs}")
       except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not readable: line ending at byte {end:,}: {error}") from error
       epoch += line["kind"] == "epoch"
@@ -49,38 +66,49 @@ def _read(path: Path) -> Iterator[tuple[int, Line]]:
     raise UsageError(f"{path}: not readable: has a line of more than {_MAX_LINE_BYTES:,} bytes.")
 
 
-def _is_valid(line: Any) -> bool:
-  if not isinstance(line, dict) or type(line.get("step")) is not int:
+def _is_valid(line: Any, seeds: range) -> bool:
+  if not isinstance(line, dict):
     return False
-  if line.get("kind") == "step":
-    return True
-  seeds = line.get("seeds")
+  numbers = dict(line)
+  kind, of_seeds = numbers.pop("kind", None), numbers.pop("seeds", None)
+  if kind == "step":
+    return _are_numbers(numbers, ("epoch", "step", "loss", "accuracy"))
   return (
-    line.get("kind") == "epoch"
-    and all(_is_number(line.get(name)) for name in EPOCH_FIELDS)
-    and isinstance(seeds, list)
-    and len(seeds) > 0
-    and all(isinstance(seed, dict) and all(_is_number(seed.get(name)) for name in ("seed", *METRICS)) for seed in seeds)
+    kind == "epoch"
+    and _are_numbers(numbers, EPOCH_FIELDS)
+    and isinstance(of_seeds, list)
+    and all(_are_numbers(each, ("seed", *METRICS)) for each in of_seeds)
+    and [each["seed"] for each in of_seeds] == list(seeds)
   )
 
 
-def _is_number(value: Any) -> bool:
-  return type(value) in (int, float)
+def _are_numbers(values: Any, names: Sequence[str]) -> bool:
+  """Return whether an object has exactly these fields, with numbers in their ranges."""
+  return isinstance(values, dict) and values.keys() == {*names} and all(map(_is_number, values.values(), values))
+
+
+def _is_number(value: Any, name: str) -> bool:
+  kind, most = _RANGES[name]
+  # A mean over skipped steps alone is NaN, and the logits of a diverging model may overflow.
+  may_be_odd = name != "val_accuracy"
+  return type(value) in (int, kind) and (0 <= value <= most or (may_be_odd and not value < math.inf))
 
 
 class MetricsLog:
   """The open metrics.jsonl of a run in progress. `history` has the lines of the epochs."""
 
-  def __init__(self, run_dir: Path, *, step: int, num_epochs: int, is_writer: bool):
+  def __init__(self, config: Config, *, step: int, num_epochs: int, held: run_directory.Held | None):
     """Continue the log of a run after a checkpoint of `step` steps and `num_epochs` epochs; drop the lines beyond.
+
+    The file is added to those that the trainer holds. `held` is None in a process that does not write.
 
     Raises:
       CheckpointError: the log lacks epochs before the checkpoint.
       UsageError: the log is damaged.
     """
     self.history: list[Line] = []
-    path, end = run_dir / "metrics.jsonl", 0
-    for line_end, line in _read(path):
+    path, end = config.run_dir / "metrics.jsonl", 0
+    for line_end, line in _read(path, config):
       is_epoch = line["kind"] == "epoch"
       if line["epoch"] > num_epochs if is_epoch else line["step"] > step:
         break
@@ -89,9 +117,10 @@ class MetricsLog:
         self.history.append(line)
     if len(self.history) != num_epochs:
       raise CheckpointError(f"{path}: holds {len(self.history)} of the {num_epochs} epochs before step {step:,}.")
-    self._file = None
-    if is_writer:
+    self._file, self._held = None, held
+    if held is not None:
       self._file = path.open("ab")
+      held[path] = os.fstat(self._file.fileno())
       self._file.truncate(end)
 
   def write(self, line: Line) -> None:
@@ -103,9 +132,10 @@ class MetricsLog:
       self._file.flush()
 
   def sync(self) -> None:
-    """Flush the lines to the disk, so that they survive a power cut. Call it before saving a checkpoint."""
-    if self._file is not None:
+    """Flush the lines to the disk before a checkpoint is saved; raise UsageError if another trainer has the run."""
+    if self._file is not None and self._held is not None:
       os.fsync(self._file.fileno())
+      run_directory.require_held(self._held)
 
   def close(self) -> None:
     """Close the file."""
@@ -117,13 +147,14 @@ class MetricsLog:
 
 def write_csv(run_dir: Path, history: list[Line]) -> None:
   """Write history.csv: one row per epoch, with the minimum and maximum of each metric over the seeds."""
-  with (run_dir / "history.csv").open("w", encoding="utf-8", newline="") as file:
-    ranges = [f"{name}_{end}" for name in METRICS for end in ("min", "max")]
-    writer = csv.DictWriter(file, [*EPOCH_FIELDS, *ranges])
-    writer.writeheader()
-    for line in history:
-      row = {name: line[name] for name in EPOCH_FIELDS}
-      for name in METRICS:
-        values = [seed[name] for seed in line["seeds"]]
-        row |= {f"{name}_min": min(values), f"{name}_max": max(values)}
-      writer.writerow(row)
+  table = io.StringIO()
+  ranges = [f"{name}_{end}" for name in METRICS for end in ("min", "max")]
+  writer = csv.DictWriter(table, [*EPOCH_FIELDS, *ranges])
+  writer.writeheader()
+  for line in history:
+    row = {name: line[name] for name in EPOCH_FIELDS}
+    for name in METRICS:
+      values = [seed[name] for seed in line["seeds"]]
+      row |= {f"{name}_min": min(values), f"{name}_max": max(values)}
+    writer.writerow(row)
+  files.write(run_dir / "history.csv", table.getvalue())

@@ -12,7 +12,9 @@ The functions raise UsageError if the folder is not a run directory, a file in i
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +30,13 @@ _PACKAGES = ("imdb_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 # The size of provenance.json is limited.
 _MAX_STARTS = 1000
 _LOCK = "lock"
+# What a trainer writes in place. Its other files are written under another name and renamed.
+_WRITTEN_IN_PLACE = (_LOCK, "metrics.jsonl")
 # config.json is written last: a folder that holds only these is a new run whose creation was interrupted.
 _BEFORE_CONFIG = {_LOCK, "vocab.json", "vocab.json.new", "provenance.json", "provenance.json.new", "config.json.new"}
+
+# Files that a trainer holds open, by path.
+Held = dict[Path, os.stat_result]
 
 
 def _names(run_dir: Path) -> set[str]:
@@ -63,31 +70,45 @@ def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[bool]:
-  """Lock the run directory of a config for training, and yield whether it holds this run already.
+def opened(config: Config) -> Iterator[Held]:
+  """Lock the run directory of a config for training, and yield the files that this process holds: the lock.
 
   The folder is created if it is absent, and removed again if no run was created in it. The kernel releases the lock
   when the process exits.
   """
   run_dir = config.run_dir
+  # tensorstore takes a backslash for a slash, and Orbax a folder named gs: for a place in Google's storage.
+  if "\\" in str(run_dir.absolute()) or "gs:" in run_dir.absolute().parts:
+    raise UsageError(f"--run-dir {run_dir}: no folder of its path may be named gs: or have a backslash. Name another.")
   # Before the lock is created, so that a folder that is not a run stays untouched.
   _require_run_or_empty(run_dir)
+  for path in (run_dir / name for name in _WRITTEN_IN_PLACE):
+    if path.exists() and path.stat().st_nlink > 1:
+      raise UsageError(f"{path}: has further hard links, which would change too. Train a copy of the folder.")
   was_absent = not run_dir.exists()
   lock = filelock.FileLock(run_dir / _LOCK, timeout=0)
   try:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock.acquire()
+    held = {run_dir / _LOCK: (run_dir / _LOCK).lstat()}
   except filelock.Timeout as error:
     raise UsageError(f"--run-dir {run_dir}: another trainer is using it; name another folder.") from error
   except OSError as error:
     raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
   try:
-    yield exists(config)
+    yield held
   finally:
     # While the lock is held. A process that opens the lock just before its removal notices that when it acquires it.
     if was_absent and _names(run_dir) == {_LOCK}:
       files.remove(run_dir)
     lock.release()
+
+
+def require_held(held: Held) -> None:
+  """Raise UsageError if a file that this process holds has been removed or replaced: the run is another's now."""
+  for path, status in held.items():
+    if not path.exists() or not os.path.samestat(path.lstat(), status):
+      raise UsageError(f"{path}: was moved, removed or replaced during training. No further step is saved.")
 
 
 def _require_run_or_empty(run_dir: Path) -> set[str]:
@@ -157,10 +178,18 @@ def _provenance(run_dir: Path) -> dict[str, Any]:
   return value
 
 
+def versions() -> dict[str, str]:
+  """Return the versions of what decides the result of a run: Python, packages, and the code of imdb_jax itself."""
+  package, code = Path(__file__).parents[1], hashlib.sha256()
+  for path in sorted(package.rglob("*.py")):
+    code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {"python": platform.python_version(), **found, "imdb_jax code": code.hexdigest()[:16]}
+
+
 def record_start(run_dir: Path, facts: dict[str, Any]) -> None:
   """Add a start of the trainer to provenance.json: some facts, and the versions of the packages."""
   provenance = _provenance(run_dir)
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  provenance["starts"].append({**facts, "python": platform.python_version(), "versions": versions})
+  provenance["starts"].append({**facts, "versions": versions()})
   del provenance["starts"][1:-_MAX_STARTS]
   files.write_json(run_dir / "provenance.json", provenance)

@@ -1,9 +1,10 @@
 """A step exists whole or not at all, and the newest and the best steps are kept."""
 
-import collections
 import dataclasses
 import errno
-import shutil
+import functools
+import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from imdb_jax.errors import CheckpointError
-from imdb_jax.store import files
+from imdb_jax.store import arrays, files
 from imdb_jax.store.checkpoints import Checkpoints, Saved
 
 
@@ -41,7 +42,7 @@ def run(tmp_path):
   state = {"params": {"bias": np.arange(3, dtype=np.float32)[None]}, "step": np.array([4], np.int32)}
   state = jax.device_put(state, place)
   abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
-  checkpoints = Checkpoints(tmp_path / "run", read_only=False)
+  checkpoints = Checkpoints(tmp_path / "run", abstract, read_only=False)
   yield Run(tmp_path / "run", checkpoints, state, abstract)
   checkpoints.close()
 
@@ -50,8 +51,8 @@ def test_a_saved_step_is_restored_with_its_facts(run):
   assert run.checkpoints.is_empty()
   run.save(4, score=0.75)
   assert not run.checkpoints.is_empty()
-  for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, read_only=True)):
-    saved, state = checkpoints.restore(4, run.abstract)
+  for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, run.abstract, read_only=True)):
+    saved, state = checkpoints.restore(4)
     assert saved == Saved(step=4, progress={"seconds": 1.5}, score=0.75)
     jax.tree.map(np.testing.assert_array_equal, state, run.state)
 
@@ -59,7 +60,7 @@ def test_a_saved_step_is_restored_with_its_facts(run):
 def test_facts_of_an_existing_step_are_replaced(run):
   run.save(4)
   run.save(4, state=run.state_with_nan(), score=0.5)
-  saved, state = run.checkpoints.restore(4, run.abstract)
+  saved, state = run.checkpoints.restore(4)
   assert saved.score == 0.5
   jax.tree.map(np.testing.assert_array_equal, state, run.state)
 
@@ -67,40 +68,52 @@ def test_facts_of_an_existing_step_are_replaced(run):
 def test_values_that_are_not_finite_are_refused(run):
   run.save(4, run.state_with_nan())
   with pytest.raises(CheckpointError, match="not finite"):
-    run.checkpoints.restore(4, run.abstract)
+    run.checkpoints.restore(4)
   with pytest.raises(CheckpointError, match=r"no checkpoint can be used: step 4: .*not finite"):
-    run.checkpoints.restore_latest(run.abstract)
+    run.checkpoints.restore_latest()
   assert run.folders() == ["4"], "nothing is moved as long as no step is usable"
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_set_aside(run):
   run.save(4)
   run.save(5, run.state_with_nan())
-  saved, _ = run.checkpoints.restore_latest(run.abstract)
+  saved, _ = run.checkpoints.restore_latest()
   assert saved.step == 4
   assert [path.name for path in (run.run_dir / "damaged").iterdir()] == ["5-1"]
   assert {path.name for path in (run.run_dir / "damaged" / "5-1").iterdir()} == {"manifest.json", "checkpoint"}
 
 
-def test_a_step_of_another_shape_is_refused_and_the_array_named(run):
+def test_a_step_of_another_shape_is_damage_and_the_array_named(run):
   run.save(4)
   bias = jax.ShapeDtypeStruct((1, 5), np.float32, sharding=run.abstract["step"].sharding)
-  for restore in (run.checkpoints.restore_latest, lambda abstract: run.checkpoints.restore("best", abstract)):
-    with pytest.raises(CheckpointError, match=r"params\.bias has shape \(1, 3\), .* require \(1, 5\)"):
-      restore(run.abstract | {"params": {"bias": bias}})
-  with pytest.raises(CheckpointError, match="opt_state has shape None"):
-    run.checkpoints.restore_latest(run.abstract | {"opt_state": bias})
+  for changed, problem in (
+    ({"params": {"bias": bias}}, r"params\.bias/0\.0 has 12 bytes, but config and vocabulary require 20"),
+    ({"opt_state": bias}, r"opt_state/\.zarray is missing, which config and vocabulary require"),
+  ):
+    checkpoints = Checkpoints(run.run_dir, run.abstract | changed, read_only=False)
+    for restore in (checkpoints.restore_latest, functools.partial(checkpoints.restore, "best")):
+      with pytest.raises(CheckpointError, match=f"step 4: {problem}"):
+        restore()
   assert run.folders() == ["4"]
 
 
-@pytest.mark.parametrize("facts", ['{"score": 1}', '{"progress": [], "score": 1}', '{"progress": {}, "score": "1"}'])
+@pytest.mark.parametrize(
+  "facts",
+  [
+    '{"score": 1.0}',
+    '{"progress": [], "score": 1.0}',
+    '{"progress": {}, "score": "1"}',
+    '{"progress": {}, "score": 1' + "0" * 400 + "}",
+    '{"progress": {}, "score": 1e999}',
+  ],
+)
 def test_a_manifest_with_other_facts_is_damage(run, facts, caplog):
   run.save(4)
   path = run.run_dir / "manifests" / "4.json"
   listed = path.read_text().partition('"files"')[2]
   path.write_text(f'{{"facts": {facts}, "files"{listed}')
-  assert Checkpoints(run.run_dir, read_only=True).steps() == []
-  assert "4: damaged and not used: its manifest lacks progress or score" in caplog.text
+  assert Checkpoints(run.run_dir, run.abstract, read_only=True).steps() == []
+  assert "damaged and not used: step 4: its manifest lacks progress or score" in caplog.text
 
 
 def test_the_manifest_of_a_removed_step_goes_first(run, monkeypatch):
@@ -128,7 +141,7 @@ NAN = float("nan")
 def test_the_best_step_is_kept_and_nan_or_no_score_is_never_best(run, scores, kept):
   for step, score in enumerate(scores, start=1):
     run.save(step, score=score)
-  for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, read_only=True)):
+  for checkpoints in (run.checkpoints, Checkpoints(run.run_dir, run.abstract, read_only=True)):
     assert checkpoints.steps() == kept
     assert checkpoints.find("best").step == kept[0]
     assert checkpoints.find("latest").step == 5
@@ -151,7 +164,7 @@ def test_a_missing_step_is_refused_and_the_others_listed(run):
 
 def test_a_reader_refuses_a_folder_without_checkpoints_and_leaves_no_trace(tmp_path):
   with pytest.raises(CheckpointError, match="Is this a run directory"):
-    Checkpoints(tmp_path / "run", read_only=True)
+    Checkpoints(tmp_path / "run", {}, read_only=True)
   assert not (tmp_path / "run").exists()
 
 
@@ -159,9 +172,9 @@ def test_what_an_interrupted_save_left_is_removed_by_a_writer_alone(run):
   run.save(4)
   (run.run_dir / "checkpoints" / "5").mkdir()
   (run.run_dir / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
-  assert Checkpoints(run.run_dir, read_only=True).steps() == [4]
+  assert Checkpoints(run.run_dir, run.abstract, read_only=True).steps() == [4]
   assert run.folders() == ["4", "5", "6.orbax-checkpoint-tmp"]
-  assert Checkpoints(run.run_dir, read_only=False).steps() == [4]
+  assert Checkpoints(run.run_dir, run.abstract, read_only=False).steps() == [4]
   assert run.folders() == ["4"]
 
 
@@ -177,13 +190,36 @@ def test_all_processes_adopt_the_steps_of_process_0(run, monkeypatch):
     run.checkpoints._adopt_steps_of_process_0()
 
 
-def test_a_save_that_would_not_fit_is_not_started(run, monkeypatch):
+@pytest.mark.parametrize(
+  ("free", "message"),
+  [
+    ({"f_bavail": 2, "f_files": 100, "f_favail": 90}, r"8,192 bytes are free, 32,784 are needed"),
+    ({"f_bavail": 100, "f_files": 100, "f_favail": 7}, r"7 files are free, 8 are needed"),
+  ],
+)
+def test_a_save_that_would_not_fit_is_not_started(run, free, message, monkeypatch):
   run.save(4)
-  usage = collections.namedtuple("usage", "free")
-  monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free=1000))
-  with pytest.raises(CheckpointError, match=r"1,000 bytes are free.*Earlier steps are intact"):
+  monkeypatch.setattr(os, "statvfs", lambda folder: types.SimpleNamespace(f_frsize=4096, **free))
+  with pytest.raises(CheckpointError, match=rf"{message}\. Intact steps: 4"):
     run.save(5)
   assert run.folders() == ["4"]
+
+
+def test_a_file_system_that_does_not_count_files_is_not_full(run, monkeypatch):
+  disk = types.SimpleNamespace(f_frsize=4096, f_bavail=100, f_files=0, f_favail=0)
+  monkeypatch.setattr(os, "statvfs", lambda folder: disk)
+  run.save(4)
+  assert run.folders() == ["4"]
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/4", "manifests/4.json", "manifests"])
+def test_a_save_after_others_were_removed_fails_and_names_what_is_left(run, gone):
+  for step in (3, 4):
+    run.save(step)
+  files.remove(run.run_dir / gone)
+  left = "3" if "4" in gone else "none"
+  with pytest.raises(CheckpointError, match=rf"{gone}\S* has been removed\. Intact steps: {left}\."):
+    run.save(5)
 
 
 def test_an_intact_step_that_cannot_be_read_now_stays_where_it_is(run, monkeypatch):
@@ -195,8 +231,8 @@ def test_an_intact_step_that_cannot_be_read_now_stays_where_it_is(run, monkeypat
     raise OSError(errno.EMFILE, "Too many open files")
 
   with monkeypatch.context() as patch:
-    patch.setattr(run.checkpoints._orbax, "restore", fail)
+    patch.setattr(arrays, "restore", fail)
     with pytest.raises(CheckpointError, match=r"/5: the checkpoint cannot be restored: .*Too many open files"):
-      run.checkpoints.restore_latest(run.abstract)
+      run.checkpoints.restore_latest()
   assert not (run.run_dir / "damaged").exists()
-  assert run.checkpoints.restore_latest(run.abstract)[0].step == 5
+  assert run.checkpoints.restore_latest()[0].step == 5

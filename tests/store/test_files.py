@@ -1,6 +1,10 @@
 """Small files are read up to a limit, written whole or not at all, and links are never followed."""
 
+import gc
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -136,12 +140,12 @@ def test_removing_takes_files_folders_and_links_but_not_what_links_point_to(tmp_
   assert (outside / "precious").exists()
 
 
-def test_walking_lists_all_files_in_order(tmp_path):
+def test_walking_gives_the_sizes_of_all_files(tmp_path):
   (tmp_path / "b" / "empty").mkdir(parents=True)
   (tmp_path / "b" / "c").write_bytes(b"12")
   (tmp_path / "a").write_bytes(b"")
   (tmp_path / "é").write_bytes(b"1")
-  assert list(files.walk(tmp_path)) == [("a", 0), ("b/c", 2), ("é", 1)]
+  assert files.walk(tmp_path) == {"a": 0, "b/c": 2, "é": 1}
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.parent.parent)])
@@ -149,7 +153,36 @@ def test_walking_refuses_links_and_devices(make, tmp_path):
   (tmp_path / "b").mkdir()
   make(tmp_path / "b" / "odd")
   with pytest.raises(OSError, match="b/odd is a link or a device"):
-    list(files.walk(tmp_path))
+    files.walk(tmp_path)
   (tmp_path / "link").symlink_to(tmp_path / "b")
   with pytest.raises(OSError, match="is not a folder"):
-    list(files.walk(tmp_path / "link"))
+    files.walk(tmp_path / "link")
+
+
+@pytest.fixture
+def deep(tmp_path) -> Iterator[Path]:
+  """A folder in a folder in a folder ..."""
+  folder = tmp_path / "deep"
+  for _ in range(1100):
+    folder.mkdir()
+    folder = folder / "d"
+  yield tmp_path / "deep"
+  # pytest would fail to remove it.
+  subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)
+
+
+def test_a_crowd_of_files_or_folders_is_refused(tmp_path, deep):
+  (tmp_path / "wide").mkdir()
+  for number in range(1001):
+    (tmp_path / "wide" / str(number)).touch()
+  for folder in (deep, tmp_path / "wide"):
+    with pytest.raises(ValueError, match="holds more than 1,000 files"):
+      files.walk(folder)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_folder_nested_too_deeply_to_be_removed_is_an_error_of_one_line(deep):
+  with pytest.raises(OSError, match="deep is nested too deeply"):
+    files.remove(deep)
+  # Python leaves a folder open that it was reading.
+  gc.collect()

@@ -17,6 +17,7 @@ def folder(tmp_path):
   (path / "a").write_bytes(bytes(range(200)))
   (path / "inner" / "b").write_bytes(b"b" * 100)
   (path / "empty").write_bytes(b"")
+  (tmp_path / "manifests").mkdir()
   manifest.write(path, tmp_path / "manifests" / "1.json", {"answer": 42})
   return path
 

@@ -2,13 +2,29 @@
 
 import csv
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
+from training.tiny import tiny
 
+from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.errors import CheckpointError, UsageError
-from imdb_jax.store import metrics_log
+from imdb_jax.store import files, metrics_log, run_directory
 from imdb_jax.store.metrics_log import MetricsLog
+
+
+def configure(run_dir: Path, **training) -> Config:
+  """Write the settings of a run of two epochs and one seed, unless others are given."""
+  config = tiny(run_dir, **training)
+  files.write_json(run_dir / "config.json", config.to_dict())
+  return config
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path) -> Config:
+  return configure(tmp_path)
 
 
 def step_line(step: int, **others) -> dict:
@@ -34,7 +50,8 @@ def write(run_dir: Path, lines: list, end: str = "") -> str:
 
 
 def resume(run_dir: Path, step: int, num_epochs: int, is_writer: bool = True) -> MetricsLog:
-  return MetricsLog(run_dir, step=step, num_epochs=num_epochs, is_writer=is_writer)
+  config = run_directory.load_config(run_dir, RuntimeConfig(run_dir=run_dir))
+  return MetricsLog(config, step=step, num_epochs=num_epochs, held={} if is_writer else None)
 
 
 def test_a_new_run_writes_its_lines_at_once(tmp_path):
@@ -76,6 +93,29 @@ def test_only_the_writer_changes_the_file(tmp_path):
   assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
+def remove_all(path: Path) -> None:
+  for each in path.parent.iterdir():
+    each.unlink()
+  path.parent.rmdir()
+
+
+def replace(path: Path) -> None:
+  path.with_name("copy").write_bytes(path.read_bytes())
+  path.with_name("copy").replace(path)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, replace, remove_all], ids=["removed", "replaced", "all removed"])
+def test_a_log_that_has_gone_is_noticed_before_a_save(change, config, tmp_path):
+  log = resume(tmp_path, 0, 0)
+  log.write(step_line(1))
+  log.sync()
+  change(tmp_path / "metrics.jsonl")
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: was moved, removed or replaced during training") as caught:
+    log.sync()
+  assert len(str(caught.value).splitlines()) == 1
+  log.close()
+
+
 def test_a_log_that_lacks_epochs_is_refused_and_kept(tmp_path):
   text = write(tmp_path, LINES[:3])
   with pytest.raises(CheckpointError, match="holds 1 of the 2 epochs before step 8"):
@@ -98,21 +138,59 @@ def test_a_last_line_that_a_crash_cut_off_is_ignored(tmp_path):
     {"kind": "epoch"},
     step_line(1) | {"step": "1"},
     step_line(1) | {"step": True},
+    step_line(1) | {"step": -1},
+    step_line(1) | {"step": 10**400},
+    step_line(1) | {"step": 1.5},
+    step_line(1) | {"accuracy": 1.01},
+    step_line(1) | {"more": 1.0},
+    {name: value for name, value in step_line(1).items() if name != "loss"},
     epoch_line(2),
+    epoch_line(1, num_seeds=2),
     epoch_line(1) | {"loss": None},
+    epoch_line(1) | {"loss": -0.5},
+    epoch_line(1) | {"val_loss": 1e308},
+    epoch_line(1) | {"val_loss": -math.inf},
+    epoch_line(1) | {"val_accuracy": math.nan},
+    epoch_line(1) | {"val_accuracy": math.inf},
+    epoch_line(1) | {"step": math.nan},
+    epoch_line(1) | {"seconds": 10**400},
+    epoch_line(1) | {"more": 1.0},
     epoch_line(1) | {"seconds": "1"},
     epoch_line(1) | {"seeds": []},
     epoch_line(1) | {"seeds": {}},
+    epoch_line(1) | {"seeds": 7},
     epoch_line(1) | {"seeds": [{"seed": 0}]},
+    epoch_line(1) | {"seeds": [epoch_line(1)["seeds"][0] | {"seed": 1}]},
+    epoch_line(1) | {"seeds": [epoch_line(1)["seeds"][0] | {"val_accuracy": math.nan}]},
   ],
 )
 def test_lines_of_another_form_are_refused(line, tmp_path):
-  text = write(tmp_path, [step_line(1), line, *LINES])
+  text = write(tmp_path, [step_line(1), line])
   for use in (metrics_log.read_history, lambda run_dir: resume(run_dir, 8, 2)):
     with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable: line ending at byte [\d,]+: ") as caught:
       use(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
   assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("odd", [{"loss": math.nan, "accuracy": math.nan}, {"val_loss": math.inf}, {"val_loss": 3e38}])
+def test_what_a_run_that_nearly_diverges_writes_is_read(odd, tmp_path):
+  """With --non-finite skip, an epoch may have no step that counts."""
+  line = epoch_line(1) | odd
+  line["seeds"] = [line["seeds"][0] | odd]
+  log = resume(tmp_path, 0, 0)
+  log.write(line)
+  log.close()
+  for history in (metrics_log.read_history(tmp_path), resume(tmp_path, 4, 1, is_writer=False).history):
+    # NaN differs from itself.
+    assert repr(history) == repr([line])
+
+
+def test_a_log_holds_no_more_epochs_than_the_run_has(tmp_path):
+  """Else its lines, which are kept in memory, might be a gigabyte."""
+  write(tmp_path, [epoch_line(epoch) for epoch in (1, 2, 3)])
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable: .*not epoch 3 of 2"):
+    metrics_log.read_history(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{" * 10**5, "[" * 10**5, "", "\0", "\ufeff{}"])
@@ -128,18 +206,20 @@ def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
     metrics_log.read_history(tmp_path)
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path.parent / "elsewhere")])
-def test_only_a_regular_file_is_read(make, tmp_path):
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path.parent / "elsewhere"), os.mkfifo])
+def test_only_a_regular_file_is_read(make, config, tmp_path):
   (tmp_path / "elsewhere").touch()
   make(tmp_path / "metrics.jsonl")
-  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable|holds links or devices \(metrics\.jsonl\)"):
     metrics_log.read_history(tmp_path)
+  with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
+    MetricsLog(config, step=0, num_epochs=0, held={})
 
 
 def test_a_log_of_any_size_is_read_and_continued(tmp_path):
   """Version 0.1 refused to resume a run whose metrics had grown beyond 256 MiB."""
   path = tmp_path / "metrics.jsonl"
-  padded = json.dumps(step_line(1, padding="x" * 1_000_000)) + "\n"
+  padded = json.dumps(step_line(1)).ljust(1_000_000) + "\n"
   try:
     with path.open("w") as file:
       for _ in range(270):
@@ -170,13 +250,23 @@ def test_a_line_that_is_too_long_is_refused(end, tmp_path):
 
 
 def test_an_epoch_of_the_most_seeds_fits_a_line(tmp_path):
+  configure(tmp_path, num_seeds=1024, seed=2**31 - 1024)
   line = epoch_line(1, num_seeds=1024)
   for seed in line["seeds"]:
-    seed |= dict.fromkeys(metrics_log.METRICS, -1.2345678901234567e-100) | {"seed": 2**31 - 1}
+    seed |= dict.fromkeys(metrics_log.METRICS, 1.2345678901234567e-100) | {"seed": 2**31 - 1024 + seed["seed"]}
   log = resume(tmp_path, 0, 0)
   log.write(line)
   log.close()
   assert metrics_log.read_history(tmp_path) == [line]
+
+
+def test_history_csv_is_replaced_and_not_written_through_a_hard_link(tmp_path):
+  outside = tmp_path / "outside"
+  outside.write_text("dear")
+  (tmp_path / "history.csv").hardlink_to(outside)
+  metrics_log.write_csv(tmp_path, [epoch_line(1)])
+  assert outside.read_text() == "dear"
+  assert (tmp_path / "history.csv").read_text().startswith("epoch,")
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])

@@ -59,8 +59,8 @@ def test_a_model_that_cannot_be_computed_here_leaves_no_trace(is_folder_there, t
     assert {path.name for path in config.run_dir.iterdir()} <= {"lock"}
   else:
     assert not config.run_dir.exists()
-  with run_directory.opened(change(config, "model", hidden_size=3)) as is_resumed:
-    assert not is_resumed
+  with run_directory.opened(change(config, "model", hidden_size=3)):
+    assert not run_directory.exists(change(config, "model", hidden_size=3))
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -68,21 +68,28 @@ def test_a_run_directory_may_be_a_string_or_a_path_below_home(kind, finished, tm
   monkeypatch.setenv("HOME", str(finished.parent))
   config = tiny(kind("~/run"))
   assert config.runtime.run_dir == finished
-  with run_directory.opened(config) as is_resumed:
-    assert is_resumed
+  with run_directory.opened(config):
+    assert run_directory.exists(config)
   assert imdb_jax.Classifier.load(kind("~/run")).step == 8
 
 
 def test_a_run_directory_of_another_type_is_refused_by_its_flag():
-  with pytest.raises(UsageError, match=r"^--run-dir 3: must be a path or None\.$"):
+  with pytest.raises(UsageError, match=r"^--run-dir 3: must be a path .* or None\.$"):
     RuntimeConfig(run_dir=3)
+
+
+@pytest.mark.parametrize("name", ["lr\\1", "gs:", "gs:/run"])
+def test_a_folder_that_orbax_would_look_for_elsewhere_is_refused_before_training(name, tmp_path):
+  with pytest.raises(UsageError, match="no folder of its path may be named gs: or have a backslash"):
+    imdb_jax.fit(tiny(tmp_path / name))
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_trainer_is_refused_while_the_first_is_at_work(run):
   with filelock.FileLock(run.run_dir / "lock"), pytest.raises(UsageError, match="another trainer is using it"):
     imdb_jax.fit(run)
-  with run_directory.opened(run) as is_resumed:
-    assert is_resumed
+  with run_directory.opened(run):
+    assert run_directory.exists(run)
 
 
 def test_a_run_that_appears_just_before_the_lock_is_taken_is_not_overwritten(tmp_path, monkeypatch):
@@ -141,8 +148,8 @@ def test_a_run_whose_creation_was_interrupted_is_created_anew(
       if num_files or is_killed_before_replacing:
         with pytest.raises(UsageError, match=r"cannot be written: .*No space left"):
           run_directory.create(config, "{}", "0" * 64)
-  with run_directory.opened(config) as is_resumed:
-    assert not is_resumed
+  with run_directory.opened(config):
+    assert not run_directory.exists(config)
     run_directory.create(config, "{}", "1" * 64)
   run_directory.check(config.run_dir, data_digest="1" * 64)
   assert run_directory.load_config(config.run_dir) == saved(config)
@@ -184,6 +191,41 @@ def test_a_run_that_holds_links_is_left_alone(name, run, tmp_path):
     with pytest.raises(UsageError, match=f"holds links or devices .*{name}"):
       use(run)
   assert outside.exists() != is_new, "nothing is written through the link"
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl"])
+def test_a_file_outside_is_not_written_through_a_hard_link(name, run, tmp_path):
+  outside = tmp_path / "outside"
+  outside.write_text("dear")
+  (run.run_dir / name).unlink()
+  (run.run_dir / name).hardlink_to(outside)
+  with pytest.raises(UsageError, match=rf"{name}: has further hard links"):
+    imdb_jax.fit(run)
+  assert outside.read_text() == "dear"
+
+
+def test_a_report_replaces_hard_links_to_files_outside(run, tmp_path):
+  names = ("history.csv", "history.png", "report.md")
+  for name in names:
+    (tmp_path / name).write_text("dear")
+    (run.run_dir / name).unlink()
+    (run.run_dir / name).hardlink_to(tmp_path / name)
+  imdb_jax.fit(run)
+  for name in names:
+    assert (tmp_path / name).read_text() == "dear"
+    assert len((run.run_dir / name).read_bytes()) > 100
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.rename(path.with_name("old"))])
+def test_a_trainer_notices_that_it_has_lost_its_lock(change, run):
+  """A second trainer could have started."""
+  with run_directory.opened(run) as held:
+    run_directory.require_held(held)
+    change(run.run_dir / "lock")
+    with run_directory.opened(run), pytest.raises(UsageError, match=r"lock: was moved, removed or replaced"):
+      run_directory.require_held(held)
+    with pytest.raises(UsageError, match=r"lock: was moved, removed or replaced"):
+      run_directory.require_held(held)
 
 
 def test_a_run_that_holds_a_pipe_is_refused_without_waiting_for_its_writer(run):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from reliability.sandbox import checkpoints_of
 from training.tiny import assert_same_end, change, tiny
 
 import imdb_jax
@@ -62,7 +63,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, finished, dam
   with caplog.at_level(logging.WARNING):
     classifier = imdb_jax.Classifier.load(finished.run_dir, step="latest")
   assert classifier.step == 4
-  assert "checkpoints/8: damaged and not used" in caplog.text
+  assert "checkpoints: damaged and not used: step 8: " in caplog.text
   assert (finished.run_dir / "checkpoints" / "8").exists(), "a reader changes nothing"
   with pytest.raises(CheckpointError, match="8: damaged"):
     imdb_jax.Classifier.load(finished.run_dir, step=8)
@@ -86,12 +87,12 @@ def test_without_any_usable_step_all_are_named_and_training_does_not_start_again
 def test_a_reader_looks_again_when_the_trainer_removes_the_step_that_it_found(finished, is_read_first, monkeypatch):
   restore, run_dir = Checkpoints._restore, finished.run_dir
 
-  def remove_and_restore(checkpoints, step, abstract):
-    read = restore(checkpoints, step, abstract) if is_read_first else None
+  def remove_and_restore(checkpoints, step):
+    read = restore(checkpoints, step) if is_read_first else None
     (run_dir / "manifests" / f"{step}.json").unlink()
     shutil.rmtree(run_dir / "checkpoints" / str(step))
     monkeypatch.setattr(Checkpoints, "_restore", restore)
-    return read or restore(checkpoints, step, abstract)
+    return read or restore(checkpoints, step)
 
   monkeypatch.setattr(Checkpoints, "_restore", remove_and_restore)
   assert imdb_jax.Classifier.load(run_dir, step="latest").step == 4
@@ -109,7 +110,7 @@ def test_a_step_that_is_removed_while_a_reader_checks_it_is_not_damaged(finished
     return check(folder, path)
 
   monkeypatch.setattr(manifest, "check", remove_and_check)
-  assert Checkpoints(finished.run_dir, read_only=True).steps() == [4]
+  assert checkpoints_of(finished.run_dir).steps() == [4]
   assert not caplog.text
 
 
@@ -182,7 +183,7 @@ def test_metrics_that_do_not_fit_on_the_disk_end_the_run_in_one_line(whole, tmp_
 
   with monkeypatch.context() as patch:
     patch.setattr(MetricsLog, "write", full)
-    with pytest.raises(UsageError, match=r"--run-dir .*No space left.*intact"):
+    with pytest.raises(UsageError, match=r"--run-dir .*No space left.*not touched"):
       imdb_jax.fit(config)
   imdb_jax.fit(config)
   assert_same_end(whole, config)
@@ -213,4 +214,4 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkey
   monkeypatch.setattr(Recorder, "record_steps", poisoned)
   with pytest.raises(DivergenceError, match=r"Step 6 .*gradients.*last good checkpoint is step 4.*non-finite"):
     imdb_jax.fit(config)
-  assert Checkpoints(config.run_dir, read_only=True).steps() == [4]
+  assert checkpoints_of(config.run_dir).steps() == [4]

@@ -9,13 +9,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from reliability.sandbox import checkpoints_of
 from training.tiny import change, lines, tiny
 
 import imdb_jax
 from imdb_jax import evaluation
 from imdb_jax.config import PRESETS
 from imdb_jax.data import sample
-from imdb_jax.errors import DivergenceError
+from imdb_jax.errors import CheckpointError, DivergenceError
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program
 from imdb_jax.store.checkpoints import Checkpoints
@@ -97,7 +98,7 @@ def test_saves_and_evaluation_are_not_part_of_the_training_time(tmp_path, monkey
   monkeypatch.setattr(Checkpoints, "save", lambda *arguments, **given: time.sleep(0.7) or save(*arguments, **given))
   monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: time.sleep(0.7) or evaluate(*arguments))
   (line,) = imdb_jax.fit(change(tiny(tmp_path, epochs=1), "runtime", save_every_steps=1)).history
-  assert Checkpoints(tmp_path, read_only=True).steps()[:-1] == [3]
+  assert checkpoints_of(tmp_path).steps()[:-1] == [3]
   assert line["seconds"] < 0.7 <= line["evaluation_seconds"]
 
 
@@ -106,7 +107,7 @@ def test_the_training_time_of_an_epoch_includes_the_steps_before_a_stop(tmp_path
 
   def slow(recorder, steps, sums):
     time.sleep(0.3)
-    if steps[0] == 3 and not Checkpoints(tmp_path, read_only=True).steps():
+    if steps[0] == 3 and not checkpoints_of(tmp_path).steps():
       os.kill(os.getpid(), signal.SIGTERM)
     record_steps(recorder, steps, sums)
 
@@ -174,6 +175,17 @@ def test_implementations_train_alike(tmp_path):
   scan, chunked = losses("scan"), losses("chunked")
   assert len(scan) == 20
   np.testing.assert_allclose(chunked, scan, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 1e300, 10**400, "1", None])
+def test_seconds_that_no_run_saves_are_refused(seconds, tmp_path):
+  config, path = tiny(tmp_path / "run"), tmp_path / "run" / "manifests" / "8.json"
+  imdb_jax.fit(config)
+  value = json.loads(path.read_text())
+  value["facts"]["progress"]["seconds"] = seconds
+  path.write_text(json.dumps(value))
+  with pytest.raises(CheckpointError, match="Step 8: the checkpoint's progress has invalid seconds"):
+    imdb_jax.fit(config)
 
 
 def test_lines_after_the_last_checkpoint_are_dropped_and_written_again(tmp_path):

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from reliability.sandbox import checkpoints_of
 from training.tiny import assert_close_end, assert_same_end, change, lines, tiny
 
 import imdb_jax
@@ -73,7 +74,7 @@ def test_a_signal_between_two_epochs(whole, tmp_path):
   config = tiny(tmp_path / "run")
   with signal_before(Recorder, "record_epoch", signal.SIGTERM):
     assert train_until_stopped(config).step == 4
-  assert Checkpoints(config.run_dir, read_only=True).find(4).score is not None, "its evaluation is not lost"
+  assert checkpoints_of(config.run_dir).find(4).score is not None, "its evaluation is not lost"
   imdb_jax.fit(config)
   assert_same_end(whole, config)
 
@@ -84,7 +85,7 @@ def test_saves_within_an_epoch_change_nothing_and_limit_what_is_lost(whole, sett
   with death_in(evaluation, "evaluate"):
     imdb_jax.fit(config)
   # The fourth step is saved at the end of the epoch, after its evaluation.
-  assert Checkpoints(config.run_dir, read_only=True).steps()[-1] == 3
+  assert checkpoints_of(config.run_dir).steps()[-1] == 3
   imdb_jax.fit(config)
   assert_same_end(whole, config)
 
