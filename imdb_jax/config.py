@@ -16,13 +16,18 @@ import platformdirs
 from imdb_jax.errors import UsageError
 from imdb_jax.validation import Settings, setting
 
-# Version of the JSON form. Version 1, of imdb_jax 0.1, had no number.
-FORMAT = 2
+# Version of the JSON form and of the run directory. Version 1, of imdb_jax 0.1, had no number.
+FORMAT = 3
 
 
 def default_cache_dir() -> Path:
-  """Return $IMDB_JAX_CACHE, or imdb_jax in the user's cache folder."""
-  return Path(os.environ.get("IMDB_JAX_CACHE") or platformdirs.user_cache_path("imdb_jax", appauthor=False))
+  """Return $IMDB_JAX_CACHE, imdb_jax in the user's cache folder, or imdb_jax-cache here if the user has no home."""
+  try:
+    folder = os.environ.get("IMDB_JAX_CACHE") or platformdirs.user_cache_path("imdb_jax", appauthor=False).expanduser()
+  # In a container, a user may have neither a name nor $HOME.
+  except RuntimeError:
+    folder = "imdb_jax-cache"
+  return Path(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +65,13 @@ class ModelConfig(Settings):
 class OptimizerConfig(Settings):
   """Adam, with Keras's constants."""
 
-  learning_rate: float = setting(1e-3, "Learning rate, or its peak with --schedule one_cycle.", gt=0)
+  learning_rate: float = setting(1e-3, "Learning rate, or its peak with --schedule one_cycle.", gt=0, le=1e38)
   schedule: Literal["constant", "one_cycle"] = setting(
     "constant", "one_cycle warms up for 30% of all steps, then anneals."
   )
   b1: float = setting(0.9, "Decay rate of the first moment.", ge=0, lt=1)
   b2: float = setting(0.999, "Decay rate of the second moment.", ge=0, lt=1)
-  epsilon: float = setting(1e-7, "Adam's epsilon, added before bias correction as in Keras.", gt=0)
+  epsilon: float = setting(1e-7, "Adam's epsilon, added before bias correction as in Keras.", gt=0, le=1e38)
   non_finite: Literal["stop", "skip"] = setting("stop", "Stop at a non-finite loss or gradient, or skip that update.")
 
 
@@ -88,6 +93,10 @@ class TrainingConfig(Settings):
     most = 2**31 - self.seed
     if self.num_seeds > most:
       raise UsageError(f"--num-seeds {self.num_seeds}: must be at most {most:,}: the last seed is 2,147,483,647.")
+    # The history of a run is kept in memory: 300 MB at most.
+    most = 1_000_000 // self.epochs
+    if self.num_seeds > most:
+      raise UsageError(f"--num-seeds {self.num_seeds}: must be at most {most:,} with --epochs {self.epochs}.")
 
   @property
   def seeds(self) -> range:
@@ -102,8 +111,8 @@ class RuntimeConfig(Settings):
   platform: Literal["auto", "cpu", "gpu", "tpu"] = setting("auto", "Where to compute; auto is the best found.")
   run_dir: Path | None = setting(None, "Run directory (default: runs/PRESET). The same command again resumes the run.")
   archive: Path | None = setting(None, "Local aclImdb archive or folder; otherwise the reviews are downloaded.")
-  cache_dir: Path = setting(default_cache_dir, "Cache folder for reviews and compiled programs.")
-  num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=65_536)
+  cache_dir: Path = setting(default_cache_dir, "Cache folder for reviews.")
+  num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=1024)
   implementation: Literal["auto", "mosaic_gpu", "cudnn", "chunked", "scan"] = setting(
     "auto", "Implementation of the LSTM; auto uses the fastest that works."
   )

@@ -3,12 +3,13 @@
 import collections
 import ctypes
 import os
+import stat
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import platformdirs
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imdb_jax import processes
@@ -58,7 +59,7 @@ def start(runtime: RuntimeConfig, batch_size: int) -> Mesh:
     UsageError: `deterministic` is requested for a GPU after JAX has started.
   """
   if jax.config.values["jax_compilation_cache_dir"] is None:
-    _cache_compiled_programs(runtime.cache_dir.absolute() / "xla")
+    _cache_compiled_programs()
   if runtime.platform == "cpu":
     jax.config.update("jax_platforms", "cpu")
   has_started = False
@@ -85,13 +86,23 @@ def num_cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cache_compiled_programs(folder: Path) -> None:
+def _cache_compiled_programs() -> None:
+  """Make JAX cache compiled programs in a folder that only this user can read and write, if there is one.
+
+  An entry holds native code, and JAX runs it unchecked. The folder is therefore apart from the cache folder of a run,
+  which may have been copied from elsewhere.
+  """
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError:
+    folder = platformdirs.user_cache_path("imdb_jax-programs", appauthor=False).expanduser()
+    folder.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
+    found = folder.lstat()
+  # RuntimeError: the user has no home.
+  except (OSError, RuntimeError):
     return
+  is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+  is_private = not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
   # JAX would warn about each program that it cannot save.
-  if os.access(folder, os.W_OK):
+  if is_own and is_private and os.access(folder, os.W_OK):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # The default of one second would leave out small programs, such as prediction of a single review.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

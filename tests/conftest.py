@@ -1,4 +1,4 @@
-"""Environment of all tests: four CPU devices, strict promotion, and a temporary cache folder.
+"""Environment of all tests: four CPU devices, strict promotion, and temporary cache folders.
 
 IMDB_JAX_TEST_PLATFORM=cuda selects a GPU instead, for the tests that require one.
 """
@@ -12,7 +12,7 @@ import jax
 import pytest
 
 # By default, pytest explains failed asserts in test files only.
-pytest.register_assert_rewrite("lstm.contract", "training.tiny", "data.archives")
+pytest.register_assert_rewrite("lstm.contract", "training.tiny", "data.archives", "data.corpus")
 
 PLATFORM = os.environ.get("IMDB_JAX_TEST_PLATFORM", "cpu")
 # The environment variable is for commands that tests start. Set it before JAX's first computation.
@@ -35,7 +35,8 @@ absl.logging.set_verbosity(absl.logging.ERROR)
 
 
 def pytest_configure(config):
-  """Use a temporary cache folder, one per worker of pytest-xdist."""
+  """Use temporary folders for reviews and compiled programs, one of each per worker of pytest-xdist."""
   folder = tempfile.TemporaryDirectory(prefix="imdb_jax-tests-")
-  os.environ["IMDB_JAX_CACHE"] = folder.name
+  os.environ["XDG_CACHE_HOME"] = folder.name
+  os.environ.pop("IMDB_JAX_CACHE", None)
   config.add_cleanup(folder.cleanup)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from homeless import make_homeless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,11 +142,11 @@ def test_a_missing_setting_has_its_default(name):
     assert restored == dataclasses.replace(CHANGED, **{key: getattr(expected, key)})
 
 
-@pytest.mark.parametrize("number", [None, 1, 3, "2", 2.5, [2]])
+@pytest.mark.parametrize("number", [None, 1, 2, 4, "3", 3.5, [3]])
 def test_another_format_is_refused_in_one_line(number):
   fields = CHANGED.to_dict()
-  assert fields.pop("format") == 2
-  with pytest.raises(UsageError, match=r"^config\.format: must be 2, not .* \(another version's run\)\.$"):
+  assert fields.pop("format") == 3
+  with pytest.raises(UsageError, match=r"^config\.format: must be 3, not .* \(another version's run\)\.$"):
     Config.from_dict(fields if number is None else fields | {"format": number})
 
 
@@ -303,3 +304,8 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
   assert RuntimeConfig().cache_dir == Path.home() / ".cache/imdb_jax"
   monkeypatch.setenv("IMDB_JAX_CACHE", "~/c")
   assert RuntimeConfig().cache_dir == Path.home() / "c"
+
+
+def test_a_user_without_a_home_has_the_cache_folder_beside_the_runs(monkeypatch):
+  make_homeless(monkeypatch)
+  assert RuntimeConfig().cache_dir == Path("imdb_jax-cache")

@@ -2,13 +2,16 @@
 
 import dataclasses
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from homeless import make_homeless
 from training.tiny import tiny
 
 from imdb_jax import devices
@@ -173,17 +176,71 @@ def test_a_cpu_is_deterministic_at_any_time(monkeypatch):
   assert devices.start(dataclasses.replace(CPU, deterministic=True), 32).size == 4
 
 
-@pytest.mark.parametrize("folder_of_the_program", [None, "its own"])
-def test_compiled_programs_are_cached_where_the_program_says(folder_of_the_program, tmp_path):
-  """Otherwise below the cache folder of the run, if that can be written."""
+@pytest.fixture
+def programs(tmp_path, monkeypatch) -> Iterator[Path]:
+  """The folder for compiled programs of a user who has none yet."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
   before = jax.config.values["jax_compilation_cache_dir"]
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield tmp_path / "home" / "imdb_jax-programs"
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+def folder_of_programs() -> str | None:
+  devices.start(CPU, 32)
+  return jax.config.values["jax_compilation_cache_dir"]
+
+
+def test_compiled_programs_are_kept_apart_from_the_cache_folder_and_from_other_users(programs, tmp_path):
+  """They are native code, and a cache folder is copied from machine to machine."""
+  cache_dir = tmp_path / "home" / "imdb_jax"
+  (cache_dir / "xla").mkdir(parents=True)
+  before = os.umask(0)
   try:
-    for place, expected in (tmp_path / "cache", str(tmp_path / "cache" / "xla")), (Path("/dev/null"), None):
-      jax.config.update("jax_compilation_cache_dir", folder_of_the_program)
-      devices.start(dataclasses.replace(CPU, cache_dir=place), 32)
-      assert jax.config.values["jax_compilation_cache_dir"] == (folder_of_the_program or expected)
+    devices.start(dataclasses.replace(CPU, cache_dir=cache_dir), 32)
   finally:
-    jax.config.update("jax_compilation_cache_dir", before)
+    os.umask(before)
+  assert jax.config.values["jax_compilation_cache_dir"] == str(programs)
+  assert not programs.is_relative_to(cache_dir)
+  assert stat.S_IMODE(programs.stat().st_mode) == 0o700
+  jax.config.update("jax_compilation_cache_dir", None)
+  assert folder_of_programs() == str(programs), "also the next time"
+
+
+def test_a_folder_that_the_program_has_chosen_is_left_alone(programs):
+  jax.config.update("jax_compilation_cache_dir", "its own")
+  assert folder_of_programs() == "its own"
+  assert not programs.exists()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_programs_in_a_folder_that_others_can_use_are_not_run(programs, mode):
+  programs.mkdir(parents=True)
+  programs.chmod(mode)
+  assert folder_of_programs() is None
+
+
+def test_programs_in_a_folder_of_another_user_are_not_run(programs, monkeypatch):
+  programs.mkdir(mode=0o700, parents=True)
+  monkeypatch.setattr(os, "getuid", lambda: programs.stat().st_uid + 1)
+  assert folder_of_programs() is None
+
+
+def test_programs_behind_a_link_are_not_run(programs, tmp_path):
+  (tmp_path / "elsewhere").mkdir(mode=0o700)
+  programs.parent.mkdir()
+  programs.symlink_to(tmp_path / "elsewhere")
+  assert folder_of_programs() is None
+
+
+@pytest.mark.parametrize("home", ["/dev/null", None])
+def test_without_a_writable_home_programs_are_compiled_each_time(programs, home, monkeypatch):
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  if home is None:
+    make_homeless(monkeypatch)
+  else:
+    monkeypatch.setenv("HOME", home)
+  assert folder_of_programs() is None
 
 
 @pytest.mark.parametrize(("num_rows", "expected"), [(0, 0), (1, 4), (4, 4), (5, 8)])

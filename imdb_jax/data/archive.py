@@ -1,14 +1,14 @@
 """Reader of the Large Movie Review Dataset: its archive or the unpacked folder.
 
 An archive is read as a stream and never extracted. It may be damaged or hostile, so names, types and sizes are checked
-before any content is read.
+before any content is read, and everything that takes time or memory has a limit.
 """
 
 import collections
 import contextlib
 import functools
-import gzip
 import hashlib
+import io
 import itertools
 import lzma
 import os
@@ -17,6 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 from imdb_jax.data import imdb
 from imdb_jax.data.reviews import Reviews, canonical
@@ -24,21 +25,29 @@ from imdb_jax.errors import DataError
 from imdb_jax.store import files
 
 MAX_REVIEW_BYTES = 2**20
-MAX_URLS_BYTES = 2**24
+MAX_URLS_BYTES = 2**22
 MAX_HEADER_BYTES = 2**20
-MAX_ARCHIVE_BYTES = 2**31
+# The official archive has 84 MB, unpacks to 0.3 GB in 100,000 members, and holds 137 MB of reviews and urls files. PAX
+# headers, which some programs add, double the members and take another 0.1 GB.
+MAX_PACKED_BYTES = 2**27
+MAX_ARCHIVE_BYTES = 2**29
+MAX_REVIEWS_BYTES = 160 * 2**20
 MAX_MEMBERS = 300_000
+# Some programs pack a file as many independent streams.
+MAX_STREAMS = 10_000
+# A decoder of .xz allocates what the file demands. `xz -9` demands 65 MiB.
+MAX_DECODER_BYTES = 2**27
 
 _FOLDERS = ("train", "train/neg", "train/pos", "train/unsup", "test", "test/neg", "test/pos", "test/unsup")
 # A review, with its number and rating; or a urls file, which has the film of each review.
 _MEMBER = re.compile(r"aclImdb/(train|test)/(?:(pos|neg|unsup)/([0-9]{1,9})_[0-9]+|urls_(pos|neg|unsup))\.txt")
 _FILM = re.compile(rb"/title/tt([0-9]{1,9})(?:/|$)")
-_BLOCK = 512
+_BLOCK, _PIECE = 512, 2**20
 # Types of extended headers: PAX, and long names of GNU. No name in this dataset is long enough to need one.
 _EXTENDED = (b"x", b"g", b"X", b"L", b"K")
 _REMEDY = f"get the official archive from {imdb.URL} (sha256 {imdb.SHA256})"
 # What this module and the decompressors raise.
-_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, ValueError)
+_DAMAGE = (EOFError, lzma.LZMAError, zlib.error, ValueError)
 
 _Files = Generator[tuple[str, int, Callable[[], bytes]], None, None]
 
@@ -89,7 +98,8 @@ def _reviews(split: str, found: Mapping[str, list[tuple[int, str]]], urls: Mappi
 
 def _film(kind: str, lines: list[bytes], number: int) -> int:
   """Return the film of review `number`: line `number` of the urls file, from 0, is https://…/title/tt0123456/…"""
-  match = _FILM.search(lines[number]) if number < len(lines) else None
+  # A line may be long, and be that of many reviews.
+  match = _FILM.search(lines[number], 0, 1000) if number < len(lines) else None
   if match is None:
     raise ValueError(f"the urls file of {kind} names no film for review {number}")
   return int(match[1])
@@ -103,7 +113,9 @@ def fingerprint(path: Path) -> str:
   """
   with _clear_errors(path):
     if not path.is_dir():
-      return files.sha256(Path(os.path.realpath(path)))
+      path = Path(os.path.realpath(path))
+      _check_size(path.stat().st_size)
+      return files.sha256(path)
     found = ((name, entry.stat(follow_symlinks=False)) for name, entry in _entries(path))
     lines = sorted(f"{name} {status.st_size} {status.st_mtime_ns}\n" for name, status in found)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -131,9 +143,7 @@ def _members(path: Path) -> Generator[tuple[re.Match[str], Callable[[], bytes]],
   seen, total = set(), 0
   found = _folder_files(path) if path.is_dir() else _archive_files(path)
   with contextlib.closing(found):
-    for count, (name, size, read) in enumerate(found, 1):
-      if count > MAX_MEMBERS:
-        raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
+    for name, size, read in found:
       if member := _MEMBER.fullmatch(name):
         limit = MAX_REVIEW_BYTES if member[3] else MAX_URLS_BYTES
         if size > limit:
@@ -142,13 +152,19 @@ def _members(path: Path) -> Generator[tuple[re.Match[str], Callable[[], bytes]],
           raise ValueError(f"it holds {name} twice")
         seen.add(name)
         total += size
-        _check_total(total)
+        if total > MAX_REVIEWS_BYTES:
+          raise ValueError(f"its reviews have more than {MAX_REVIEWS_BYTES:,} bytes")
         yield member, read
 
 
-def _check_total(size: int) -> None:
+def _check_size(size: int) -> None:
   if size > MAX_ARCHIVE_BYTES:
     raise ValueError(f"it holds more than {MAX_ARCHIVE_BYTES:,} bytes")
+
+
+def _check_count(count: int) -> None:
+  if count > MAX_MEMBERS:
+    raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
 
 
 def _archive_files(path: Path) -> _Files:
@@ -156,15 +172,7 @@ def _archive_files(path: Path) -> _Files:
 
   TarFile is not used: it loads extended headers of any size and takes a broken header for the end of the archive.
   """
-  with contextlib.ExitStack() as stack:
-    stream = stack.enter_context(files.open_regular(Path(os.path.realpath(path))))
-    # The first bytes tell the compression; the name may be wrong.
-    magic = stream.read(6)
-    stream.seek(0)
-    if magic.startswith(b"\x1f\x8b"):
-      stream = stack.enter_context(gzip.open(stream))
-    elif magic == b"\xfd7zXZ\x00":
-      stream = stack.enter_context(lzma.open(stream))
+  with files.open_regular(Path(os.path.realpath(path))) as file, io.BufferedReader(_Unpacked(file), _PIECE) as stream:
     for count in itertools.count():
       header = stream.read(_BLOCK)
       if count and not header.strip(b"\0"):
@@ -175,18 +183,79 @@ def _archive_files(path: Path) -> _Files:
         if count:
           raise ValueError(f"a broken header: {error}") from error
         raise DataError(f"{path} is not a .tar.gz, .tar.xz or .tar archive; {_REMEDY}") from error
+      _check_count(count + 1)
       _check_member(member)
       # The size of a directory is a hint; no content follows.
       end = stream.tell() + (0 if member.isdir() else -(-member.size // _BLOCK) * _BLOCK)
-      _check_total(end)
+      _check_size(end)
       if member.isreg():
         yield member.name.removeprefix("./"), member.size, functools.partial(stream.read, member.size)
       while missing := end - stream.tell():
-        if not stream.read(min(missing, MAX_HEADER_BYTES)):
+        if not stream.read(min(missing, _PIECE)):
           raise ValueError(f"{member.name!r} is cut short")
     # gzip and xz verify their checksums only at the end of the file, after the end of the tar.
-    while stream.read(MAX_HEADER_BYTES):
-      _check_total(stream.tell())
+    while stream.read(_PIECE):
+      _check_size(stream.tell())
+
+
+class _Unpacked(io.RawIOBase):
+  """The content of a file, see `_unpack`."""
+
+  def __init__(self, file: IO[bytes]):
+    self._pieces, self._rest, self._position = _unpack(file), memoryview(b""), 0
+
+  def readable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._position
+
+  def readinto(self, buffer: Any) -> int:
+    if not self._rest:
+      self._rest = memoryview(next(self._pieces, b""))
+    size = min(len(buffer), len(self._rest))
+    buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+    self._position += size
+    return size
+
+
+def _unpack(file: IO[bytes]) -> Iterator[bytes]:
+  """Yield the content of a .gz, .xz or uncompressed file in pieces of at most 1 MiB.
+
+  `gzip` and `lzma.open` are not used: they accept any number of empty streams, and any demand for memory.
+  """
+  # The first bytes tell the compression; the name may be wrong.
+  magic = file.read(6)
+  size = file.seek(0, os.SEEK_END)
+  file.seek(0)
+  is_gzip = magic.startswith(b"\x1f\x8b")
+  if not is_gzip and magic != b"\xfd7zXZ\x00":
+    yield from iter(lambda: file.read(_PIECE), b"")
+    return
+  if size > MAX_PACKED_BYTES:
+    raise ValueError(f"it has {size:,} packed bytes, at most {MAX_PACKED_BYTES:,} are allowed")
+  packed = b""
+  for _ in range(MAX_STREAMS):
+    decoder: Any = zlib.decompressobj(wbits=31)
+    if not is_gzip:
+      decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_DECODER_BYTES)
+    while not decoder.eof:
+      if not packed and getattr(decoder, "needs_input", True):
+        packed = file.read(_PIECE // 16)
+        if not packed:
+          raise EOFError("the packed data is cut short")
+      if piece := decoder.decompress(packed, _PIECE):
+        yield piece
+      # zlib returns what it has not yet used; lzma keeps it, and needs no input.
+      packed = getattr(decoder, "unconsumed_tail", b"")
+    # Zeros may follow a stream.
+    packed = decoder.unused_data.lstrip(b"\0")
+    while not packed:
+      packed = file.read(_PIECE)
+      if not packed:
+        return
+      packed = packed.lstrip(b"\0")
+  raise ValueError(f"it is packed as more than {MAX_STREAMS:,} streams")
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
@@ -213,9 +282,15 @@ def _entries(path: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
   for directory in (inner, *(root / folder for folder in _FOLDERS)):
     if directory.is_symlink():
       raise ValueError(f"{directory} is a link, not a folder")
+  count = 0
   for folder in _FOLDERS:
-    # As a list, because an iterator that is abandoned would stay open.
-    for entry in list(os.scandir(root / folder)) if (root / folder).is_dir() else []:
+    if not (root / folder).is_dir():
+      continue
+    with os.scandir(root / folder) as entries:
+      found = list(itertools.islice(entries, MAX_MEMBERS + 1))
+    count += len(found)
+    _check_count(count)
+    for entry in found:
       name = f"aclImdb/{folder}/{entry.name}"
       if entry.is_symlink():
         raise ValueError(f"{entry.path!r} is a link, not a file")

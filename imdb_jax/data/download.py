@@ -29,7 +29,7 @@ def download(directory: Path, report: Callable[[str], None], *, timeout: float =
   """
   target = directory / PurePosixPath(imdb.URL).name
   try:
-    if target.is_file() and files.sha256(target) == imdb.SHA256:
+    if target.is_file() and target.stat().st_size <= imdb.SIZE and files.sha256(target) == imdb.SHA256:
       return target
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix="incomplete-") as incomplete:

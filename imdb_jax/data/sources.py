@@ -72,7 +72,8 @@ def _load_official(cache_dir: Path, report: Callable[[str], None]) -> dict[str, 
   # This import is slow.
   from imdb_jax.data import tfds_imdb
 
-  shared = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  # Path.expanduser would raise for a user without a home.
+  shared = Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))  # noqa: PTH111
   store = find_store([cache_dir, shared])
   if store is None:
     store = tfds_imdb.prepare(cache_dir, download(cache_dir / "downloads", report))

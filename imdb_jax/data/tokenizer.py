@@ -5,28 +5,37 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from imdb_jax.errors import UsageError
+from imdb_jax.config import DataConfig
+from imdb_jax.errors import DataError, UsageError
 from imdb_jax.store import files
 
 PADDING_ID = 0
-# The apostrophe is not a separator: "don't" is one word.
-_SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n', " "))
+# The apostrophe is not a separator: "don't" is one word. Unlike in Keras, a byte order mark is one, because a file may
+# begin with it; no official review contains one.
+_SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n\ufeff', " "))
 _TAG = re.compile(r"<[^>]+>")
 _WORD = re.compile("[^ ]+")
 _FORMAT = "imdb_jax vocabulary 1"
-_MAX_FILE_BYTES = 64 * 2**20
+# The official training reviews have 88,576 different words, which take 1 MB in a file.
+_MAX_WORDS, _MAX_FILE_BYTES = 2**22, 2**24
 
 
 def split_words(text: str, *, strip_html: bool) -> list[str]:
   """Return the words of a text: replace tags by a space, lower-case, and split at separators."""
   if strip_html:
-    text = _TAG.sub(" ", text)
+    text = _replace_tags(text, " ")
   return [word for word in text.lower().translate(_SEPARATORS).split(" ") if word]
+
+
+def _replace_tags(text: str, replacement: str | Callable[[re.Match[str]], str]) -> str:
+  # After the last ">" there is no tag, but the pattern would search the whole rest again for each "<".
+  end = text.rfind(">") + 1
+  return _TAG.sub(replacement, text[:end]) + text[end:]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,11 @@ class Vocabulary:
   def _ids(self) -> dict[str, int]:
     return {word: i for i, word in enumerate(self.words, start=1)}
 
+  @property
+  def dtype(self) -> type[np.signedinteger]:
+    """The type of ids in arrays."""
+    return np.int16 if self.size <= 2**15 else np.int32
+
   @functools.cached_property
   def json(self) -> str:
     """JSON text that `load` reads."""
@@ -55,13 +69,22 @@ class Vocabulary:
 
   @classmethod
   def fit(cls, texts: Iterable[str], *, size: int, strip_html: bool) -> "Vocabulary":
-    """Rank the words of `texts` by count. Of words with equal counts, the one that appears first has the lower id."""
+    """Rank the words of `texts` by count. Of words with equal counts, the one that appears first has the lower id.
+
+    Raises:
+      DataError: there are too many different words to be counted in memory, or too long ones for a file.
+    """
     counts = collections.Counter()
     for text in texts:
       counts.update(split_words(text, strip_html=strip_html))
+      if len(counts) > _MAX_WORDS:
+        raise DataError(f"the reviews have more than {_MAX_WORDS:,} different words; use the official archive")
     # sorted() is stable and a Counter keeps the order of first appearance. most_common(n) is not stable.
     ranked = sorted(counts, key=lambda word: -counts[word])
-    return cls(size=size, strip_html=strip_html, words=tuple(ranked[: size - 1]))
+    vocabulary = cls(size=size, strip_html=strip_html, words=tuple(ranked[: size - 1]))
+    if len(vocabulary.json.encode()) > _MAX_FILE_BYTES:
+      raise DataError(f"the words of the reviews take more than {_MAX_FILE_BYTES:,} bytes; use the official archive")
+    return vocabulary
 
   def ids(self, text: str) -> list[int]:
     """Return the ids of the known words of `text`. Unknown words are dropped, so the result may be empty."""
@@ -75,7 +98,7 @@ class Vocabulary:
     """
     if self.strip_html:
       # As many spaces as the tag has characters, so that all positions are those in `text`.
-      text = _TAG.sub(lambda tag: " " * len(tag[0]), text)
+      text = _replace_tags(text, lambda tag: " " * len(tag[0]))
     # Lower-cased as a whole, because a final sigma depends on its neighbours.
     lowered = text.lower().translate(_SEPARATORS)
     # A lower-cased character may be several: "İ" becomes "i" and a combining dot.
@@ -96,7 +119,7 @@ class Vocabulary:
     Returns:
       tokens int16[n, t] (int32 if the ids do not fit) and lengths int32[n], the number of known words kept.
     """
-    tokens = np.full((len(texts), sequence_length), PADDING_ID, np.int16 if self.size <= 2**15 else np.int32)
+    tokens = np.full((len(texts), sequence_length), PADDING_ID, self.dtype)
     lengths = np.zeros(len(texts), np.int32)
     for row, text in enumerate(texts):
       kept = self.ids(text)[-sequence_length:]
@@ -106,23 +129,26 @@ class Vocabulary:
     return tokens, lengths
 
   @classmethod
-  def load(cls, path: Path) -> "Vocabulary":
+  def load(cls, path: Path, config: DataConfig) -> "Vocabulary":
     """Read a vocabulary from its JSON file.
 
     Raises:
-      UsageError: the file is absent or not a vocabulary.
+      UsageError: the file is absent, not a vocabulary, or not one for this config.
     """
     try:
       fields = files.read_json(path, _MAX_FILE_BYTES)
       if not isinstance(fields, dict) or fields.keys() != {"format", "size", "strip_html", "words"}:
         raise ValueError("not a JSON object with the keys format, size, strip_html, words")
-      if fields["format"] != _FORMAT:
-        raise ValueError(f"format is not {_FORMAT!r}")
-      size, strip_html, words = fields["size"], fields["strip_html"], fields["words"]
-      if type(size) is not int or type(strip_html) is not bool or not isinstance(words, list):
-        raise ValueError("size, strip_html or words has the wrong type")
-      if not all(isinstance(word, str) for word in words) or len({*words}) < len(words) or len(words) >= size:
-        raise ValueError("words must be different texts, and fewer than size")
+      size, strip_html, words = config.vocabulary_size, config.strip_html, fields["words"]
+      for name, value in {"format": _FORMAT, "size": size, "strip_html": strip_html}.items():
+        if type(fields[name]) is not type(value) or fields[name] != value:
+          raise ValueError(f"{name} must be {value!r}")
+      if not isinstance(words, list) or len(words) >= size or not all(isinstance(word, str) for word in words):
+        raise ValueError("words must be texts, and fewer than size")
+      if len({*words}) < len(words):
+        raise ValueError("a word occurs twice")
+      # JSON can hold half of a surrogate pair, which is no character and cannot be encoded.
+      "".join(words).encode()
     except (OSError, ValueError) as error:
       raise UsageError(f"{path}: not a usable vocabulary: {error}") from error
     return cls(size=size, strip_html=strip_html, words=tuple(words))

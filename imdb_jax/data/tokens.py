@@ -4,28 +4,30 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 import numpy as np
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import batches
-from imdb_jax.data.reviews import Reviews, content
+from imdb_jax.data.reviews import NEGATIVE, POSITIVE, Reviews, content
 from imdb_jax.data.sources import Source
 from imdb_jax.data.tokenizer import Vocabulary
-from imdb_jax.errors import DataError, UsageError
+from imdb_jax.errors import DataError, UsageError, first_line
 from imdb_jax.store import files
 
 # Version of the cache. It is part of the names of the entries, so entries of other versions are ignored.
-_FORMAT = 3
-# The largest arrays that a config allows, 50,000 reviews of 10,000 int32 tokens, have 2.0e9 bytes.
-_MAX_ARRAYS_BYTES = 2**31
+_FORMAT = 4
+# The official splits have as many. Entries of more are made again each time.
+_MAX_ROWS = 25_000
 _HOLD_OUT_SEED = 0
 _SPLITS = ("train", "validation", "test")
 _FIELDS = ("tokens", "lengths", "labels")
@@ -146,13 +148,13 @@ def load(
   if fingerprint is None:
     return encode(config, source.load(report))
   entry = _entry(cache_dir, config, fingerprint)
-  data = _read_intact(entry, lambda line: None)
+  data = _read_intact(entry, config, lambda line: None)
   if data is not None:
     return data
   try:
     with _locked(cache_dir, report):
       # Another process may have filled the cache meanwhile.
-      return _read_intact(entry, report) or _fill(entry, source, config, cache_dir, report)
+      return _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
   except OSError as error:
     raise DataError(f"--cache-dir {cache_dir}: cannot be written: {error}.") from error
 
@@ -194,44 +196,72 @@ def _fill(entry: Path, source: Source, config: DataConfig, cache_dir: Path, repo
 
 def _write(entry: Path, data: TokenData, facts: dict[str, Any]) -> None:
   """Write an entry elsewhere and rename it, so that readers see a complete entry or none."""
-  arrays: dict[str, Any] = data.arrays()
+  splits = {"train": data.train, "validation": data.validation, "test": data.test}
   if data.validation is data.test:
-    arrays = {name: array for name, array in arrays.items() if not name.startswith("validation.")}
+    del splits["validation"]
   entry.parent.mkdir(exist_ok=True)
   with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".making-") as making:
     unfinished = Path(making) / entry.name
     unfinished.mkdir()
-    np.savez(unfinished / "arrays.npz", **arrays)
+    # Bytes alone, without a header that could lie about them: the config and the rows say what they are.
+    with (unfinished / "arrays").open("xb") as file:
+      for split, field in itertools.product(splits.values(), _FIELDS):
+        getattr(split, field).tofile(file)
     files.write(unfinished / "vocab.json", data.vocabulary.json)
-    files.write_json(unfinished / "manifest.json", facts | {"digest": data.digest})
+    rows = {name: len(split) for name, split in splits.items()}
+    files.write_json(unfinished / "manifest.json", facts | {"rows": rows, "digest": data.digest})
     files.remove(entry)
     unfinished.replace(entry)
 
 
-def _read_intact(entry: Path, report: Callable[[str], None]) -> TokenData | None:
+def _read_intact(entry: Path, config: DataConfig, report: Callable[[str], None]) -> TokenData | None:
   """Read an entry; return None if it is missing, and also if it is damaged, which is reported."""
   if not os.path.lexists(entry):
     return None
   try:
-    return _read(entry)
-  # NumPy, zipfile and json raise errors without a common base class.
+    return _read(entry, config)
+  # NumPy and json raise errors without a common base class.
   except Exception as error:
-    report(f"The cached arrays in {entry} are damaged ({error}); they are made again.")
+    report(f"The cached arrays in {entry} are damaged ({first_line(error)}); they are made again.")
     return None
 
 
-def _read(entry: Path) -> TokenData:
-  # NumPy leaves a file open that it has opened itself and that is no archive.
-  with files.open_regular(entry / "arrays.npz") as file, np.load(file, allow_pickle=False) as archive:
-    # A small file may unpack to any size.
-    if sum(member.file_size for member in archive.zip.infolist()) > _MAX_ARRAYS_BYTES:
-      raise ValueError(f"arrays.npz unpacks to more than {_MAX_ARRAYS_BYTES:,} bytes")
-    arrays = dict(archive)
-  names = [name for name in _SPLITS if f"{name}.tokens" in arrays]
-  splits = {name: TokenSplit(**{field: arrays.pop(f"{name}.{field}") for field in _FIELDS}) for name in names}
-  if arrays:
-    raise ValueError(f"arrays.npz has the unknown array {min(arrays)}")
-  data = TokenData.of(splits, Vocabulary.load(entry / "vocab.json"))
-  if data.digest != files.read_json(entry / "manifest.json")["digest"]:
+def _read(entry: Path, config: DataConfig) -> TokenData:
+  if entry.is_symlink():
+    # The link of a source names another entry. A path to somewhere else is no name, and raises ValueError.
+    entry = entry.with_name(str(entry.readlink()))
+    if entry.is_symlink():
+      raise ValueError("a link to a link")
+  vocabulary = Vocabulary.load(entry / "vocab.json", config)
+  manifest = files.read_json(entry / "manifest.json")
+  with files.open_regular(entry / "arrays") as file:
+    names = [name for name in _SPLITS if name in manifest["rows"]]
+    splits = {name: _read_split(file, manifest["rows"][name], vocabulary, config) for name in names}
+    if file.read(1):
+      raise ValueError("the arrays are too long")
+  data = TokenData.of(splits, vocabulary)
+  if data.digest != manifest["digest"]:
     raise ValueError("the content does not match the manifest")
   return data
+
+
+def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:
+  if type(rows) is not int or not 0 < rows <= _MAX_ROWS:
+    raise ValueError("an impossible number of reviews")
+
+  def read(dtype: type[np.signedinteger], *shape: int) -> np.ndarray:
+    # If the file ends too soon, `reshape` raises ValueError.
+    return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+
+  split = TokenSplit(
+    tokens=read(vocabulary.dtype, rows, config.sequence_length),
+    lengths=read(np.int32, rows),
+    labels=read(np.int32, rows),
+  )
+  if split.tokens.min() < 0 or split.tokens.max() >= vocabulary.size:
+    raise ValueError("a token is not an id")
+  if not np.array_equal(split.lengths, np.count_nonzero(split.tokens, axis=1)):
+    raise ValueError("a length is wrong")
+  if not np.isin(split.labels, (NEGATIVE, POSITIVE)).all():
+    raise ValueError("a label is neither 0 nor 1")
+  return split

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from data.archives import COUNTS, pack
+from data.corpus import Corpus
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +47,13 @@ def no_network(monkeypatch):
 
   monkeypatch.setattr(socket, "getaddrinfo", refuse)
   monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+  return Corpus("archive")
+
+
+@pytest.fixture
+def cache_dir(tmp_path) -> Path:
+  return tmp_path / "cache"

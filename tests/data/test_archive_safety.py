@@ -99,7 +99,7 @@ class TestHostile:
     header = tarfile.TarInfo("aclImdb/huge")
     header.size = 3 * 2**30
     (tmp_path / "a.tar").write_bytes(header.tobuf() + bytes(1024))
-    assert "holds more than 2,147,483,648 bytes" in refusal(tmp_path / "a.tar")
+    assert "holds more than 536,870,912 bytes" in refusal(tmp_path / "a.tar")
 
   def test_decompression_bomb(self, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_ARCHIVE_BYTES", 2**22)
@@ -244,8 +244,16 @@ class TestHostileFolder:
 
   @pytest.mark.parametrize(
     ("limit", "value", "reason"),
-    [("MAX_MEMBERS", 5, "more than 5 members"), ("MAX_ARCHIVE_BYTES", 100, "holds more than 100 bytes")],
+    [("MAX_MEMBERS", 5, "more than 5 members"), ("MAX_REVIEWS_BYTES", 100, "reviews have more than 100 bytes")],
   )
   def test_too_much(self, folder, monkeypatch, limit, value, reason):
     monkeypatch.setattr(archive, limit, value)
     assert reason in refusal(folder)
+
+  def test_too_many_other_files(self, folder, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 50)
+    for number in range(40):
+      (folder / "aclImdb" / "train" / f"{number}.txt").touch()
+    assert "more than 50 members" in refusal(folder)
+    with pytest.raises(errors.DataError, match="more than 50 members"):
+      archive.fingerprint(folder)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.server
+import os
 import socket
 import threading
 import time
@@ -91,6 +92,13 @@ def test_whole_file_is_not_downloaded_again(tmp_path, official, no_network):
 
 def test_damaged_file_is_downloaded_again(tmp_path, monkeypatch, official):
   (tmp_path / "a.tar.gz").write_bytes(CONTENT[:-1] + b"?")
+  with server_with(CONTENT, monkeypatch):
+    assert download(tmp_path, lambda line: None).read_bytes() == CONTENT
+
+
+def test_a_file_of_a_terabyte_is_downloaded_again_without_hashing_it(tmp_path, monkeypatch, official):
+  (tmp_path / "a.tar.gz").touch()
+  os.truncate(tmp_path / "a.tar.gz", 2**40)
   with server_with(CONTENT, monkeypatch):
     assert download(tmp_path, lambda line: None).read_bytes() == CONTENT
 

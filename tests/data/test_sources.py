@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from data.archives import COUNTS, assert_same
+from homeless import make_homeless
 
 from imdb_jax import errors
 from imdb_jax.config import DataConfig
@@ -106,6 +107,10 @@ class TestLoad:
     shutil.copytree(pristine, tmp_path / ("tensorflow_datasets" if home else "shared"))
     assert_same(load(None, tmp_path / "data"), expected)
     assert not (tmp_path / "data").exists()
+
+  def test_a_user_without_a_home_has_no_shared_store(self, stores, downloaded, expected, monkeypatch):
+    make_homeless(monkeypatch)
+    assert_same(load(None, downloaded), expected)
 
   def test_own_store_comes_before_the_shared_one(self, stores, pristine, expected, tmp_path, no_network):
     shutil.copytree(pristine, tmp_path / "data")

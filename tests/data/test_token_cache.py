@@ -1,75 +1,17 @@
-"""The cache of token arrays: it returns what it should, never anything stale or damaged, and fills only once."""
+"""The cache of token arrays: it returns what it should, never anything stale, and fills only once."""
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
 
 import filelock
-import numpy as np
 import pytest
+from data.corpus import CONFIG, HELD_OUT, Corpus, assert_same, entry_of, load
 
-from imdb_jax.config import DataConfig
-from imdb_jax.data import reviews, sources, tokens
-from imdb_jax.data.sources import Source
+from imdb_jax.data import sources, tokens
 from imdb_jax.errors import DataError
-
-CONFIG = DataConfig(vocabulary_size=20, sequence_length=6)
-HELD_OUT = dataclasses.replace(CONFIG, validation="split", validation_fraction=0.3)
-
-
-class Corpus:
-  """A small corpus and a source of it, which counts how often it is read."""
-
-  def __init__(self, fingerprint: str | None = None, word: str = "fine", content: str | None = None):
-    """By default the source is identified by its content, like the official reviews."""
-    self.num_loads, self.splits = 0, {}
-    for name, num_rows in {"train": 12, "test": 6}.items():
-      texts = [f"{name} review {row} is {word}" for row in range(num_rows)]
-      self.splits[name] = reviews.canonical(
-        texts, [row % 2 for row in range(num_rows)], [row // 2 for row in range(num_rows)]
-      )
-    self.content = content or reviews.content(self.splits)
-    fingerprint = fingerprint or self.content
-    self.source = Source(name="a corpus", content=self.content, fingerprint=lambda: fingerprint, load=self.load)
-
-  def load(self, report: Callable[[str], None]) -> dict[str, reviews.Reviews]:
-    self.num_loads += 1
-    return self.splits
-
-
-@pytest.fixture
-def corpus() -> Corpus:
-  return Corpus("archive")
-
-
-@pytest.fixture
-def cache_dir(tmp_path) -> Path:
-  return tmp_path / "cache"
-
-
-def load(corpus: Corpus, cache_dir: Path, config: DataConfig = CONFIG) -> tuple[tokens.TokenData, list[str]]:
-  """Return the data and the reported lines."""
-  lines = []
-  return tokens.load(corpus.source, config, cache_dir=cache_dir, report=lines.append), lines
-
-
-def assert_same(left: tokens.TokenData, right: tokens.TokenData) -> None:
-  assert left.vocabulary == right.vocabulary
-  assert (left.validation is left.test) == (right.validation is right.test)
-  for (name, first), second in zip(left.arrays().items(), right.arrays().values(), strict=True):
-    assert first.dtype == second.dtype, name
-    np.testing.assert_array_equal(first, second)
-
-
-def entry_of(cache_dir: Path) -> Path:
-  """Return the only entry of a cache with one corpus."""
-  (entry,) = [path for path in (cache_dir / "tokens").iterdir() if not path.is_symlink()]
-  return entry
 
 
 def test_sample_is_not_cached(cache_dir):
@@ -124,7 +66,7 @@ def test_changed_archive_is_read_again(corpus, cache_dir):
 
 def test_entry_of_another_version_is_ignored(corpus, cache_dir, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(tokens, "_FORMAT", 2)
+    patch.setattr(tokens, "_FORMAT", 3)
     load(corpus, cache_dir)
   _, lines = load(corpus, cache_dir)
   assert corpus.num_loads == 2
@@ -179,93 +121,15 @@ class TestContent:
     assert_same(load(Corpus(), cache_dir)[0], expected)
 
 
-def flip(path: Path, place: float) -> None:
-  content = bytearray(path.read_bytes())
-  content[int(place * len(content))] ^= 0xFF
-  path.write_bytes(content)
-
-
-def set_in_directory(path: Path, offset: int, value: int) -> None:
-  """Set a byte of the first entry in the zip's directory."""
-  content = bytearray(path.read_bytes())
-  content[content.index(b"PK\x01\x02") + offset] = value
-  path.write_bytes(content)
-
-
-def truncate(path: Path, share: float) -> None:
-  content = path.read_bytes()
-  path.write_bytes(content[: int(share * len(content))])
-
-
-def change_arrays(entry: Path, **arrays: np.ndarray) -> None:
-  with np.load(entry / "arrays.npz") as old:
-    changed = dict(old) | arrays
-  np.savez(entry / "arrays.npz", **changed)
-
-
-def link_to_itself(entry: Path) -> None:
-  shutil.rmtree(entry)
-  entry.symlink_to(entry.name)
-
-
-DAMAGES = {
-  "arrays absent": lambda entry: (entry / "arrays.npz").unlink(),
-  "arrays empty": lambda entry: truncate(entry / "arrays.npz", 0),
-  "arrays cut short": lambda entry: truncate(entry / "arrays.npz", 0.5),
-  "arrays without their first byte": lambda entry: flip(entry / "arrays.npz", 0),
-  "a byte of the arrays": lambda entry: flip(entry / "arrays.npz", 0.1),
-  "another byte of the arrays": lambda entry: flip(entry / "arrays.npz", 0.5),
-  "arrays of an unknown compression": lambda entry: set_in_directory(entry / "arrays.npz", 10, 99),
-  "arrays that claim to be encrypted": lambda entry: set_in_directory(entry / "arrays.npz", 8, 1),
-  "arrays are pickled": lambda entry: np.savez(entry / "arrays.npz", **{"train.tokens": np.array([{}], object)}),
-  "a split missing": lambda entry: np.savez(entry / "arrays.npz", **{"train.tokens": np.zeros(1)}),
-  "arrays changed as a whole": lambda entry: change_arrays(entry, **{"test.labels": np.ones(6, np.int32)}),
-  "an unknown array": lambda entry: change_arrays(entry, more=np.zeros(1)),
-  "arrays that claim to unpack to 4 GB": lambda entry: set_in_directory(entry / "arrays.npz", 27, 0xFF),
-  "vocabulary absent": lambda entry: (entry / "vocab.json").unlink(),
-  "vocabulary cut short": lambda entry: truncate(entry / "vocab.json", 0.5),
-  "vocabulary changed": lambda entry: (entry / "vocab.json").write_text(
-    (entry / "vocab.json").read_text().replace("review", "sequel")
-  ),
-  "manifest absent": lambda entry: (entry / "manifest.json").unlink(),
-  "manifest cut short": lambda entry: truncate(entry / "manifest.json", 0.5),
-  "manifest not an object": lambda entry: (entry / "manifest.json").write_text("[]"),
-  "manifest deeply nested": lambda entry: (entry / "manifest.json").write_text("[" * 100_000),
-  "manifest without digest": lambda entry: (entry / "manifest.json").write_text("{}"),
-  "manifest larger than 1 MiB": lambda entry: (entry / "manifest.json").write_text(
-    (entry / "manifest.json").read_text() + " " * 2**20
-  ),
-  "entry absent behind its link": shutil.rmtree,
-  "entry replaced by a file": lambda entry: [shutil.rmtree(entry), entry.touch()],
-  "entry replaced by a link to itself": link_to_itself,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_entry_is_reported_and_made_again(corpus, cache_dir, damage):
-  expected, _ = load(corpus, cache_dir)
-  DAMAGES[damage](entry_of(cache_dir))
-  data, lines = load(corpus, cache_dir)
-  assert_same(data, expected)
-  assert corpus.num_loads == 2
-  assert [("damaged" in line) for line in lines] == [True, False, False]
-  # The new entry is intact.
-  assert_same(load(corpus, cache_dir)[0], expected)
-  assert corpus.num_loads == 2
-
-
-def test_arrays_larger_than_any_config_allows_are_not_read(corpus, cache_dir, monkeypatch):
-  load(corpus, cache_dir)
-  monkeypatch.setattr(tokens, "_MAX_ARRAYS_BYTES", 1000)
-  _, lines = load(corpus, cache_dir)
-  assert corpus.num_loads == 2
-  assert any("arrays.npz unpacks to more than 1,000 bytes" in line for line in lines)
-
-
 def test_manifest_tells_what_made_the_entry(corpus, cache_dir):
   data, _ = load(corpus, cache_dir)
   manifest = json.loads((entry_of(cache_dir) / "manifest.json").read_text())
-  assert manifest == {"settings": dataclasses.asdict(CONFIG), "content": corpus.content, "digest": data.digest}
+  assert manifest == {
+    "settings": dataclasses.asdict(CONFIG),
+    "content": corpus.content,
+    "rows": {"train": 12, "test": 6},
+    "digest": data.digest,
+  }
 
 
 class TestLock:
