@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -15,12 +17,14 @@ from typing import Any, NoReturn
 
 from imdb_jax import arguments
 from imdb_jax.config import RuntimeConfig, default_cache_dir
-from imdb_jax.errors import ImdbJaxError, UsageError
+from imdb_jax.errors import ImdbJaxError, PlatformError, UsageError, first_line, printable
 
 # Texts to encode at once.
 _MAX_TEXTS = 256
 # Bytes to read at once, and the most that a text may have.
-_PIECE_BYTES, _LINE_BYTES = 2**20, 2**26
+_PIECE_BYTES, _LINE_BYTES = 2**20, 2**23
+# Address space that JAX takes on two cores, with some reserve.
+_MIN_BYTES = 2_000_000_000
 
 
 def main() -> None:
@@ -47,6 +51,13 @@ def run(name: str) -> None:
     _COMMANDS[name](f"python {sys.argv[0]}", sys.argv[1:])
 
 
+class _Warnings(logging.Formatter):
+  """A format for warnings, which may hold names that a stranger has chosen, in one line each."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return f"warning: {printable(super().format(record))}"
+
+
 def _exit(code: int, message: str) -> NoReturn:
   try:
     print(message, file=sys.stderr, flush=True)
@@ -56,24 +67,38 @@ def _exit(code: int, message: str) -> NoReturn:
   sys.exit(code)
 
 
+def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  # After a failed save, threads of tensorstore call Orbax, which no longer waits for them.
+  if str(error) != "Event loop is closed":
+    sys.__excepthook__(kind, error, trace)
+
+
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
   """Report expected errors as one line and an exit code."""
-  logging.basicConfig(format="warning: %(message)s")
+  handler = logging.StreamHandler()
+  handler.setFormatter(_Warnings())
+  logging.basicConfig(handlers=[handler])
+  sys.excepthook = _on_uncaught
   # Standard output may be closed from the start, as with `>&-`.
   sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # Reviews and names may hold characters that its encoding lacks.
+    sys.stdout.reconfigure(errors="replace")
   try:
     yield
     sys.stdout.flush()
   except ImdbJaxError as error:
-    _exit(error.exit_code, f"error: {error}")
+    _exit(error.exit_code, f"error: {printable(str(error))}")
+  except MemoryError as error:
+    _exit(PlatformError.exit_code, f"error: Not enough memory: {first_line(error)}.")
   except KeyboardInterrupt:
     _exit(130, "Interrupted; there was nothing to save.")
   except BrokenPipeError:
     # The reader has gone, as in `predict.py ... | head`. Python would complain again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as error:
-    _exit(1, f"error: {error}")
+    _exit(1, f"error: {printable(str(error))}")
 
 
 @contextlib.contextmanager
@@ -91,9 +116,21 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, previous)
 
 
+def _require_memory() -> None:
+  """Refuse a limit of memory with which JAX would abort or wait forever, while it is imported or later."""
+  limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+  # It is -1 if there is no limit.
+  if 0 <= limit < _MIN_BYTES:
+    raise PlatformError(
+      f"Not enough memory: JAX needs {_MIN_BYTES // 10**6:,} MB of address space, but the limit is "
+      f"{limit // 10**6:,} MB. Raise it (ulimit -v)."
+    )
+
+
 def _train(prog: str, args: Sequence[str]) -> None:
   """Train a sentiment classifier, or resume its training."""
   config = arguments.parse_config(prog, args)
+  _require_memory()
   from imdb_jax import processes
   from imdb_jax.training.loop import fit
 
@@ -137,6 +174,7 @@ def _load(given: Any, **runtime: Any):
       raise UsageError(f"--step {given.step!r:.80}: must be best, latest or a number.")
     given.step = int(given.step)
   settings = RuntimeConfig(platform=given.platform, **runtime)
+  _require_memory()
   from imdb_jax import devices
   from imdb_jax.prediction import Classifier
 
@@ -201,9 +239,7 @@ def _answer(classifier: Any, texts: list[str], is_json: bool) -> None:
       answer = {"probability": float(probability), "sentiment": sentiment, "known_words": known_words, "text": text}
       print(json.dumps(answer))
     else:
-      # One line per review, without control characters for the terminal.
-      shown = "".join(letter if letter.isprintable() else " " for letter in text[:80])
-      shown = shown if len(text) <= 80 else shown[:79] + "…"
+      shown = printable(text if len(text) <= 80 else text[:79] + "…")
       print(f"{probability:.4f}  {sentiment}  {shown}{'' if known_words else '  (no known word: a guess)'}")
 
 
@@ -211,23 +247,24 @@ def _read_lines(name: str) -> Generator[list[str], None, None]:
   """Yield the lines of a file as they arrive: whoever writes to a pipe may wait for the answers."""
   if name == "-" and sys.stdin is not None and sys.stdin.isatty():
     print("Type reviews, one per line; end with Ctrl-D.", file=sys.stderr)
-  rest = b""
+  rest = bytearray()
   try:
     # Standard input is descriptor 0, not a path.
     with open(0 if name == "-" else name, "rb", buffering=0) as file:  # noqa: PTH123
       while piece := file.read(_PIECE_BYTES):
-        *lines, rest = (rest + piece).split(b"\n")
+        rest += piece
+        if b"\n" in piece:
+          *lines, rest = rest.split(b"\n")
+          yield list(map(_decode, lines))
         if len(rest) > _LINE_BYTES:
           raise UsageError(f"--file {name}: has a line of more than {_LINE_BYTES:,} bytes.")
-        if lines:
-          yield list(map(_decode, lines))
   except OSError as error:
     raise UsageError(f"--file {name}: {error.strerror}.") from error
   if rest:
     yield [_decode(rest)]
 
 
-def _decode(line: bytes) -> str:
+def _decode(line: bytearray) -> str:
   return line.removesuffix(b"\r").decode("utf-8", errors="replace")
 
 
@@ -238,10 +275,9 @@ def _plot(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--output", type=_path, help="File to write: .png, .pdf or .svg. [RUN_DIR/history.png]")
   given = parser.parse_args(args)
   from imdb_jax import plots
-  from imdb_jax.store import metrics_log, run_directory
+  from imdb_jax.store import metrics_log
 
   output = given.output or given.run_dir / "history.png"
-  run_directory.load_config(given.run_dir)
   try:
     plots.plot_history(metrics_log.read_history(given.run_dir), given.run_dir.resolve().name, output)
   except OSError as error:

@@ -7,6 +7,11 @@ def first_line(error: BaseException) -> str:
   return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
+def printable(text: str) -> str:
+  """Return a text as one line without control characters, which could change what a terminal shows."""
+  return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 class ImdbJaxError(Exception):
   """Base class of errors whose message is meant for people."""
 

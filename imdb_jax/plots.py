@@ -1,9 +1,10 @@
 """Figures of a run. They need no display."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from imdb_jax.errors import UsageError
+from imdb_jax.errors import UsageError, printable
 
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE = 60
@@ -34,14 +35,21 @@ def plot_history(history: list[dict[str, Any]], title: str, output: Path) -> Non
   for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
     _plot_metric(axes, history, name)
   has_seeds = len(history[0]["seeds"]) > 1
-  shown = title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…"
+  shown = printable(title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…")
   # The name of a folder may hold dollar signs, which are not formulas.
   figure.suptitle(
     f"{shown}: {len(history)} epoch{'s' if len(history) != 1 else ''}"
     f"{', with the range of the seeds' if has_seeds else ''}",
     parse_math=False,
   )
-  figure.savefig(output, dpi=120)
+  unfinished = output.with_name(f"{output.name}.new")
+  unfinished.unlink(missing_ok=True)
+  # What is at `output` is replaced and not written through: it may be a pipe or linked to another file.
+  with unfinished.open("xb") as file, warnings.catch_warnings():
+    # The font lacks many letters that a name may have.
+    warnings.filterwarnings("ignore", "Glyph", UserWarning)
+    figure.savefig(file, format=output.suffix[1:].lower(), dpi=120)
+  unfinished.replace(output)
 
 
 def _plot_metric(axes: Any, history: list[dict[str, Any]], name: str) -> None:

@@ -1,6 +1,7 @@
 """Processes of a run: joining a cluster, agreeing, leaving, and signals."""
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -218,9 +219,11 @@ class StopRequest:
 
   def _on_signal(self, number, frame) -> None:
     del frame
-    self.signal = signal.Signals(number)
+    # Signals that arrive together count as one.
+    self.signal = self.signal or signal.Signals(number)
     for each in self._previous:
       # A handler in Python would run only after the computation; the default action of the kernel is immediate.
       # A lost terminal may send SIGHUP twice, from the shell and from the kernel.
-      is_quick = each in (signal.SIGINT, signal.SIGTERM)
-      signal.signal(each, signal.SIG_DFL if is_quick else signal.SIG_IGN)
+      action = signal.SIG_DFL if each in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN
+      # Python keeps its handler: without one, it would print an error for each signal that has already arrived.
+      ctypes.CDLL(None).signal(each.value, ctypes.c_void_p(action.value))

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import numbers
-import os.path
+import os
 import types
 import typing
 from pathlib import Path
@@ -17,7 +17,7 @@ _TYPE_NAMES = {
   int: "a whole number",
   float: "a number",
   str: "a text",
-  Path: "a path",
+  Path: "a path of at most 3,000 bytes in UTF-8 (set PYTHONUTF8=1 if the locale is another)",
   types.NoneType: "None",
 }
 
@@ -84,13 +84,22 @@ def _fits(value: Any, kind: Any, bounds: dict[str, float]) -> bool:
   if typing.get_origin(kind) is Literal:
     return isinstance(value, str) and value in typing.get_args(kind)
   if kind not in (int, float):
-    return isinstance(value, kind)
+    return isinstance(value, kind) and (kind is not Path or _is_understood(value))
   # isinstance takes True for an int. The strict comparison refuses infinity and NaN.
   return (
     type(value) is kind
     and bounds.get("ge", -math.inf) <= value <= bounds.get("le", math.inf)
     and bounds.get("gt", -math.inf) < value < bounds.get("lt", math.inf)
   )
+
+
+def _is_understood(path: Path) -> bool:
+  """Return whether all libraries can use a path: JAX and Orbax write only below UTF-8 names, and append to them."""
+  try:
+    name = os.fsencode(path)
+    return name.decode() == str(path) and b"\0" not in name and len(name) <= 3_000
+  except UnicodeError:
+    return False
 
 
 def _describe(kind: Any, bounds: dict[str, float]) -> str:

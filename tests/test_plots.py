@@ -1,5 +1,8 @@
 """Figures of a run."""
 
+import math
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,11 +32,11 @@ def test_a_run_in_its_first_epoch(tmp_path):
 
 
 def axes_of(history: list[dict], title: str = "run") -> list[Axes]:
-  """Plot a history without writing it, and return the axes of accuracy and loss."""
+  """Plot a history without drawing it, and return the axes of accuracy and loss."""
   figures = []
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    plots.plot_history(history, title, Path("history.png"))
+    plots.plot_history(history, title, Path(folder) / "history.png")
   figures[0].draw_without_rendering()
   return figures[0].axes
 
@@ -78,13 +81,28 @@ def test_the_best_value_is_written_beside_the_curve():
     assert extent.y0 > y if is_above else extent.y1 < y
 
 
-@pytest.mark.parametrize("name", ["run-" * 60, "a $x_{ name$"])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39, 5e-324])
+def test_losses_of_a_run_that_nearly_diverges_are_plotted(value):
+  """They are all that `store.metrics_log` accepts."""
+  good, bad = (0.5, 0.5, 0.5, 0.5), (value, 0.5, value, 0.5)
+  for history in ([epoch(1, *bad)], [ONE, epoch(2, *bad)], [epoch(1, *bad, seeds=(good, bad))]):
+    axes_of(history)
+
+
+@pytest.mark.parametrize("name", ["run-" * 60, "a $x_{ name$", "odd: \udcff\x1b\n\t"])
 def test_any_name_of_a_run_fits_its_title(name):
   accuracy, _ = axes_of([ONE], name)
   figure = accuracy.figure
-  assert figure.get_suptitle().startswith(name[:50])
+  assert figure.get_suptitle().startswith(name[:50].replace("\udcff\x1b\n\t", "    "))
   (title,) = figure.texts
   assert title.get_window_extent().x0 > 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_the_font_lacks_gives_no_warning(tmp_path):
+  plots.plot_history([ONE], "映画", tmp_path / "history.png")
+  assert (tmp_path / "history.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +118,22 @@ def test_other_formats_are_refused(name, tmp_path):
   with pytest.raises(UsageError, match=f"{name}: its name must end in one of .png, .pdf, .svg"):
     plots.plot_history([ONE], "run", tmp_path / name)
   assert not (tmp_path / name).exists()
+
+
+def test_what_is_in_the_way_is_replaced_and_not_written_through(tmp_path):
+  outside, output = tmp_path / "outside", tmp_path / "history.png"
+  outside.write_text("dear")
+  # The second is left behind by a process that was killed.
+  for link in (output, tmp_path / "history.png.new"):
+    link.hardlink_to(outside)
+    plots.plot_history([ONE], "run", output)
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert outside.read_text() == "dear"
+  output.unlink()
+  os.mkfifo(output)
+  # Opening the pipe would wait for its reader.
+  plots.plot_history([ONE], "run", output)
+  assert output.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_link_is_not_followed(tmp_path):

@@ -11,6 +11,8 @@ from rich.console import Console as RichConsole
 from rich.table import Column, Table
 from rich.text import Text
 
+from imdb_jax.errors import UsageError
+
 
 def decimal(value: float) -> str:
   """Format a number with four decimals, or with four digits if it is huge."""
@@ -29,9 +31,9 @@ class _Output(RichConsole):
     try:
       super().__exit__(*exception)
     except OSError as error:
-      # The terminal has gone.
+      # EIO: the terminal has gone.
       if error.errno != errno.EIO:
-        raise
+        raise UsageError(f"Standard output cannot be written: {error.strerror}.") from error
       self.on_broken_pipe()
 
 

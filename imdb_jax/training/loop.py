@@ -74,7 +74,9 @@ def fit(config: Config) -> FitResult:
   with contextlib.ExitStack() as stack:
     stack.enter_context(processes.computing())
     with processes.together():
-      is_resumed = is_first and stack.enter_context(run_directory.opened(config))
+      # Only the first process writes.
+      held = stack.enter_context(run_directory.opened(config)) if is_first else None
+      is_resumed = is_first and run_directory.exists(config)
     with processes.together():
       source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir)
       data = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir, report=console.line)
@@ -90,43 +92,44 @@ def fit(config: Config) -> FitResult:
         raise UsageError(f"--run-dir {config.run_dir}: not the folder in which process 0 has created the run.")
       run_directory.check(config.run_dir, data_digest=data.digest, precision=program.precision)
     stop = stack.enter_context(StopRequest())
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.run_dir, read_only=False)))
+    checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
+    stack.enter_context(contextlib.closing(checkpoints))
     saved, state = _restore(program, checkpoints)
     report.show_header(program, data, saved.step, console)
     try:
       if is_first:
         run_directory.record_start(config.run_dir, report.start_facts(program, saved.step))
-      with contextlib.closing(_open_log(config, saved, num_steps)) as log:
+      with contextlib.closing(_open_log(config, saved, num_steps, held)) as log:
         recorder = Recorder(config, console, log, saved.progress)
         stack.callback(console.end_epoch)
         return _Trainer(program, data, checkpoints, recorder, stop).run(saved, state)
     except OSError as error:
-      raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. Saved steps are intact.") from error
+      raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. Saved steps were not touched.") from error
 
 
 def _shared_settings(program: Program) -> dict[str, Any]:
-  """Return the settings that decide which computations the processes share, and when, by the names of their flags."""
+  """Return what decides which computations the processes share, and when: settings by their flags, and versions."""
   config = program.config
   settings = {name: value for section in config.settings().values() for name, value in section.items()}
   for name in ("steps_per_dispatch", "evaluation_batch_size", "save_every_steps", "deterministic"):
     settings[name] = getattr(config.runtime, name)
   settings["implementation"] = program.choice.name
   settings["num_devices"] = [device.id for device in program.mesh.devices.flat]
-  return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+  return {f"--{name.replace('_', '-')}": value for name, value in settings.items()} | run_directory.versions()
 
 
 def _restore(program: Program, checkpoints: Checkpoints) -> tuple[Saved, TrainState]:
   """Return the newest checkpoint, or the initial state."""
   if checkpoints.is_empty():
     return Saved(step=0, progress={}, score=None), program.init()
-  return checkpoints.restore_latest(program.abstract_state())
+  return checkpoints.restore_latest()
 
 
-def _open_log(config: Config, saved: Saved, num_steps: int) -> MetricsLog:
+def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:
   # A step without a score may be the last of an epoch that has not been evaluated.
   steps_with_line = saved.step if saved.score is not None else max(saved.step - 1, 0)
   num_epochs = steps_with_line // (num_steps // config.training.epochs)
-  return MetricsLog(config.run_dir, step=saved.step, num_epochs=num_epochs, is_writer=jax.process_index() == 0)
+  return MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
 
 
 class _Stopwatch:
@@ -163,7 +166,7 @@ class _Trainer:
     """Train from a checkpoint to the end of the run."""
     self._step, self._state = saved.step, state
     seconds = saved.progress.get("seconds", 0.0)
-    if type(seconds) is not float:
+    if type(seconds) is not float or not 0 <= seconds < 1e9:
       raise CheckpointError(f"Step {saved.step:,}: the checkpoint's progress has invalid seconds.")
     compile_seconds = self._compile()
     console, history, training = self._recorder.console, self._recorder.log.history, self._config.training
@@ -284,7 +287,8 @@ class _Trainer:
       raise Interrupted(number, self._step)
 
   def _save(self, progress: dict[str, Any], score: float | None) -> None:
-    self._recorder.log.sync()
+    with processes.together():
+      self._recorder.log.sync()
     progress = {**self._recorder.progress(), **progress}
     self._checkpoints.save(Saved(step=self._step, progress=progress, score=score), self._state)
     self._saved_at = time.monotonic()

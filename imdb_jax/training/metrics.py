@@ -30,7 +30,8 @@ class Sums:
     """Start from the values of `to_dict`, or from zeros if there are none."""
     values = values or dict.fromkeys(self._NAMES, [0.0] * num_seeds)
     self._sums = {name: np.array(values[name], np.float64) for name in self._NAMES}
-    if any(sums.shape != (num_seeds,) for sums in self._sums.values()):
+    # 1e50 is more than any number of float32 values adds up to.
+    if any(sums.shape != (num_seeds,) or not ((sums >= 0) & (sums < 1e50)).all() for sums in self._sums.values()):
       raise ValueError(f"sums are not those of {num_seeds} seeds")
 
   def add(self, values: dict[str, np.ndarray]) -> None:
@@ -40,7 +41,7 @@ class Sums:
 
   def seed_means(self) -> dict[str, np.ndarray]:
     """Return loss and accuracy of each seed; NaN where all steps were skipped."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
       return {name: self._sums[key] / self._sums["weight"] for name, key in (("loss", "loss"), ("accuracy", "correct"))}
 
   def means(self) -> dict[str, float]:
@@ -66,8 +67,8 @@ class Recorder:
       self._num_skipped = np.array(progress.get("num_skipped", [0] * num_seeds), np.int64)
       if self._num_skipped.shape != (num_seeds,):
         raise ValueError(f"num_skipped is not that of {num_seeds} seeds")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-      raise CheckpointError(f"The checkpoint's progress is invalid: {error!r}.") from error
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+      raise CheckpointError(f"The checkpoint's progress is invalid: {error!r:.200}.") from error
     self._pending: tuple[range, dict[str, jax.Array]] | None = None
     self._epoch, self._first_step, self._num_steps, self._num_reviews = 0, 0, 0, 0
 

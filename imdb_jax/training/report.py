@@ -11,7 +11,7 @@ from imdb_jax.config import Config
 from imdb_jax.data import batches
 from imdb_jax.data.tokens import TokenData
 from imdb_jax.program import Program
-from imdb_jax.store import metrics_log
+from imdb_jax.store import files, metrics_log
 from imdb_jax.store.metrics_log import METRICS, Line
 from imdb_jax.training.console import Console, decimal
 
@@ -123,4 +123,4 @@ Training metrics are means over the seeds; validation metrics are those of the e
 
 Settings: {settings}. Versions, devices and the digest of the data are in `provenance.json`.
 """
-  (config.run_dir / "report.md").write_text(text, encoding="utf-8")
+  files.write(config.run_dir / "report.md", text)

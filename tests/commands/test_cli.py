@@ -1,15 +1,18 @@
 """Behaviour that all commands share: help, versions, Ctrl-C and closed streams."""
 
+import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 
+import numpy as np
 import pytest
-from running import ROOT, TINY, assert_one_clear_line, run
+from running import ROOT, TINY, assert_one_clear_line, copy_of, run
 
 from imdb_jax import cli
 
@@ -116,6 +119,62 @@ def test_the_installed_command_leaves_ctrl_c_to_the_kernel_until_it_works(handle
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+  """Give standard output another encoding; return a function that returns what was written."""
+
+  def become(encoding: str) -> Callable[[], str]:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    return lambda: written.getvalue().decode(encoding)
+
+  return become
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_characters_that_standard_output_lacks_are_replaced(encoding, narrow, trained, tmp_path, monkeypatch, call):
+  run_dir, written = copy_of(trained, tmp_path / "☃"), narrow(encoding)
+  for command in (
+    ("train", *TINY, "--run-dir", run_dir),
+    ("predict", run_dir, "☃ good", "good " * 40, "\udcff", "--platform", "cpu"),
+    ("plot", run_dir),
+  ):
+    code, _, stderr = call(*command)
+    assert (code, stderr) == (0, "")
+  snowman, ellipsis = ("☃", "…") if encoding == "utf-8" else ("?", "?")
+  shown = written()
+  for text in (f"evaluate.py '{run_dir}'".replace("☃", snowman), f"  {snowman} good\n", f" good good{ellipsis}\n"):
+    assert text in shown
+
+
+# JAX would fail while it is imported, wait forever, or abort while it computes.
+@pytest.mark.parametrize("megabytes", [200, 500, 1000])
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate"])
+def test_too_little_memory_is_reported_at_once_and_in_one_line(command, megabytes, trained, tmp_path):
+  arguments = (*TINY, "--run-dir", tmp_path / "run") if command == "train" else (trained,)
+  script = shlex.join([sys.executable, str(ROOT / "scripts" / f"{command}.py"), *map(str, arguments)])
+  limited = f"ulimit -v {megabytes * 1024}; exec {script}"
+  done = subprocess.run(["bash", "-c", limited], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+  assert_one_clear_line((done.returncode, "", done.stderr), 6, "Not enough memory", "2,000 MB", "ulimit -v")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_a_stranger_chose_cannot_write_lines_or_move_the_cursor(trained, tmp_path):
+  copy = copy_of(trained, tmp_path / "a\n\x1b[2J")
+  newest = max((copy / "checkpoints").iterdir(), key=lambda step: int(step.name))
+  (newest / "\n\n\n\x1b[2J").touch()
+  code, _, stderr = run("predict", copy, "good", "--platform", "cpu", "--step", newest.name)
+  assert code == 4
+  assert [line.split(":")[0] for line in stderr.splitlines()] == ["warning", "error"]
+  assert "\x1b" not in stderr
+
+
+def test_an_array_that_does_not_fit_into_the_memory_is_reported_in_one_line(capsys):
+  with pytest.raises(SystemExit) as leaving, cli._clear_errors():
+    np.zeros(2**60, np.int8)
+  assert_one_clear_line((leaving.value.code, "", capsys.readouterr().err), 6, "Not enough memory: Unable to allocate")
 
 
 def test_closed_streams_are_not_errors(trained):

@@ -32,13 +32,19 @@ def test_no_run_and_no_checkpoint(tmp_path, trained, call):
   assert_one_clear_line(call("evaluate", trained, "--step", "last"), 2, "--step 'last'", "best, latest or a number")
 
 
-def test_a_config_that_does_not_fit_the_checkpoint(trained, tmp_path, call):
+@pytest.mark.parametrize(
+  ("section", "name", "exit_code", "words"),
+  [
+    ("model", "embedding_size", 4, ("embedding", "config and vocabulary require")),
+    ("data", "vocabulary_size", 2, ("vocab.json", "300")),
+  ],
+)
+def test_a_config_that_does_not_fit_the_rest_of_the_run(section, name, exit_code, words, trained, tmp_path, call):
   copy = copy_of(trained, tmp_path)
   config = json.loads((copy / "config.json").read_text())
-  config["data"]["vocabulary_size"] = 300
+  config[section][name] = 300
   (copy / "config.json").write_text(json.dumps(config))
-  result = call("predict", copy, "good", "--platform", "cpu")
-  assert_one_clear_line(result, 4, "embedding", "(1, 200, 4)", "(1, 300, 4)")
+  assert_one_clear_line(call("predict", copy, "good", "--platform", "cpu"), exit_code, *words)
 
 
 def test_a_damaged_config(trained, tmp_path, call):

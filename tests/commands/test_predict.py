@@ -84,7 +84,7 @@ def test_a_review_is_shown_in_one_line_without_control_characters(trained, call)
   ("arguments", "words"),
   [
     (("good", "--file", "reviews.txt"), "--file reviews.txt: cannot be combined with reviews on the command line"),
-    (("--file", "/dev/zero"), "a line of more than 67,108,864 bytes"),
+    (("--file", "/dev/zero"), "a line of more than 8,388,608 bytes"),
     (("--file", "/none"), "--file /none: No such file"),
   ],
 )

@@ -63,6 +63,21 @@ def test_processes_that_would_wait_for_each_other_forever_are_refused(flags, exi
     assert_one_clear_line(result, exit_code, words)
 
 
+@pytest.mark.slow
+def test_processes_with_different_versions_of_the_code_are_refused(server, tmp_path):
+  """They would train silently to another result."""
+  other = tmp_path / "other.py"
+  other.write_text(
+    "from imdb_jax import cli\n"
+    "from imdb_jax.store import run_directory\n"
+    "versions = run_directory.versions() | {'jax': '0.1', 'imdb_jax code': 'changed'}\n"
+    "run_directory.versions = lambda: versions\n"
+    "cli.run('train')\n"
+  )
+  for result in train_in_two(server, tmp_path / "run", second=other):
+    assert_one_clear_line(result, 2, "different values of jax, imdb_jax code.")
+
+
 def test_if_one_process_is_killed_before_training_the_other_leaves_in_one_line(server, tmp_path):
   killed = tmp_path / "killed.py"
   killed.write_text(

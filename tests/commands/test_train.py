@@ -4,6 +4,8 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from reliability.processes import Process, Server
-from running import ROOT, TINY, assert_one_clear_line, copy_of, history, run, start
+from running import ROOT, TINY, assert_one_clear_line, copy_of, finish, history, run, start
 
 TRAIN = ROOT / "scripts" / "train.py"
 
@@ -136,11 +138,38 @@ def test_a_terminal_gets_lines_that_wrap_at_words_and_a_file_whole_lines(trained
     (("--num-processes", "2"), ("--coordinator-address", "all three")),
     (("--preset", "sample", "--archive", "none"), ("--archive none: requires --data imdb",)),
     (("--epoch", "3"), ("--epoch: unknown", "--epochs")),
+    # It would be infinite as a float32, and each device of a CPU takes memory and two threads.
+    (("--learning-rate", "1e39"), ("--learning-rate 1e+39", "at most 1e+38")),
+    (("--num-devices", "65536"), ("--num-devices 65536", "from 1 to 1,024")),
+    (("--cache-dir", "b\udcff"), ("--cache-dir", "in UTF-8")),
   ],
 )
 def test_wrong_flags_are_refused_before_anything_is_written(arguments, words, tmp_path, call):
   assert_one_clear_line(call("train", *arguments, "--run-dir", tmp_path / "run"), 2, *words)
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "environment"), [(b"b\xff", {}), ("bü".encode(), {"LC_ALL": "C", "PYTHONUTF8": "0"})])
+def test_a_run_directory_that_could_not_be_saved_to_is_refused_before_training(name, environment, tmp_path):
+  """JAX and Orbax take names in UTF-8 only."""
+  run_dir = os.fsencode(tmp_path) + b"/" + name
+  process = subprocess.Popen(
+    [sys.executable, TRAIN, *TINY, "--run-dir", run_dir],
+    env=os.environ | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  assert_one_clear_line(finish(process), 2, "--run-dir", "UTF-8", "PYTHONUTF8=1")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_behind_standard_output_is_not_blamed_on_the_run_directory(trained, tmp_path):
+  with Path("/dev/full").open("w") as full:
+    process = start("train", *TINY, "--run-dir", copy_of(trained, tmp_path), stdout=full)
+    _, stderr = process.communicate(timeout=120)
+  result = process.returncode, "", stderr.decode()
+  assert_one_clear_line(result, 2, "Standard output cannot be written: No space left on device")
+  assert "--run-dir" not in result[2]
 
 
 def test_a_missing_platform_is_an_error_and_the_cpu_is_not_used_instead(tmp_path, call):

@@ -44,7 +44,7 @@ class Run:
     config = change(tiny(folder, epochs=3, seed=SEED, num_seeds=num_seeds), "optimizer", non_finite=non_finite)
     self.config, self.num_seeds = change(config, "runtime", log_every=log_every), num_seeds
     folder.mkdir(exist_ok=True)
-    self.log = MetricsLog(folder, step=0, num_epochs=0, is_writer=True)
+    self.log = MetricsLog(self.config, step=0, num_epochs=0, held={})
     self.start({})
 
   def start(self, progress: dict) -> None:
@@ -181,10 +181,19 @@ def test_windows_and_epochs_continue_from_a_checkpoint(make_run, monkeypatch):
     {"epoch_sums": [1.0]},
     {"window_sums": {"loss": ["a"], "correct": [0.0], "weight": [0.0]}},
     {"window_sums": {"loss": [0.0, 0.0], "correct": [0.0, 0.0], "weight": [0.0, 0.0]}},
+    {"epoch_sums": {"loss": [10**400], "correct": [0.0], "weight": [0.0]}},
+    {"epoch_sums": {"loss": [1e60], "correct": [0.0], "weight": [0.0]}},
+    {"epoch_sums": {"loss": [0.0], "correct": [-1.0], "weight": [0.0]}},
+    {"epoch_sums": {"loss": [0.0], "correct": [0.0], "weight": [np.nan]}},
+    {"epoch_sums": {"loss": ["long\n" * 10_000], "correct": [0.0], "weight": [0.0]}},
     {"num_skipped": [0, 0]},
+    {"num_skipped": [10**400]},
+    {"num_skipped": [np.inf]},
     {"num_skipped": None},
   ],
 )
 def test_progress_of_another_form_is_a_checkpoint_error(progress, make_run):
-  with pytest.raises(CheckpointError, match="progress is invalid"):
+  with pytest.raises(CheckpointError, match="progress is invalid") as caught:
     make_run().start(progress)
+  assert len(str(caught.value).splitlines()) == 1
+  assert len(str(caught.value)) < 300
