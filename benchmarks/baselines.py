@@ -14,7 +14,6 @@ from systems import DROPOUT_RATE
 # The type checker does not know the packages of the benchmark environment.
 _import: Any = importlib.import_module
 
-
 # Divides the 25,000 test reviews, so that there is one shape.
 _TEST_BATCH_SIZE = 500
 
@@ -73,16 +72,13 @@ class _KerasTraining(_Training):
     layers = keras.layers
     recurrent = 0.0 if system.work == "less" else DROPOUT_RATE
     xla = {"use_cudnn": False} if system.force_xla else {}
-    self._model = keras.Sequential(
-      [
-        layers.Embedding(job.vocabulary_size, job.embedding_size, mask_zero=system.mask_zero),
-        layers.LSTM(job.hidden_size, dropout=DROPOUT_RATE, recurrent_dropout=recurrent, **xla),
-        layers.Dense(1, activation="sigmoid"),
-      ]
-    )
-    jit_compile = True if system.force_xla else "auto"
-    self._model.compile("adam", "binary_crossentropy", metrics=["accuracy"], jit_compile=jit_compile)
-    self._test, self._initial = None, []
+    embedding = layers.Embedding(job.vocabulary_size, job.embedding_size, mask_zero=system.mask_zero)
+    lstm = layers.LSTM(job.hidden_size, dropout=DROPOUT_RATE, recurrent_dropout=recurrent, **xla)
+    self._model = keras.Sequential([embedding, lstm, layers.Dense(1, activation="sigmoid")])
+    settings = {"metrics": ["accuracy"], "jit_compile": system.force_xla or "auto"}
+    self._model.compile("adam", "binary_crossentropy", **settings)
+    self._test: Any = None
+    self._initial = []
     if job.test_arrays is not None:
       self._test = worker.read_arrays(job.test_arrays)
       self._model.build((None, self._arrays["tokens"].shape[1]))
@@ -103,7 +99,6 @@ class _KerasTraining(_Training):
     return [] if self._test is None else _split(np.arange(len(self._test["labels"])), _TEST_BATCH_SIZE)
 
   def evaluate(self, batches: list[np.ndarray]) -> float:
-    assert self._test is not None
     correct = 0
     for tokens, labels in _gather(self._test, batches):
       correct += int(np.sum((self._model.predict_on_batch(tokens) > 0.5) == (labels > 0.5)))
@@ -124,13 +119,9 @@ class _TorchTraining(_Training):
     self._torch, self.device = _import_torch(job)
     self._torch.manual_seed(job.seed)
     nn = self._torch.nn
-    self._layers = nn.ModuleList(
-      [
-        nn.Embedding(job.vocabulary_size, job.embedding_size),
-        nn.LSTM(job.embedding_size, job.hidden_size, batch_first=True),
-        nn.Linear(job.hidden_size, 1),
-      ]
-    ).to(self.device)
+    embedding = nn.Embedding(job.vocabulary_size, job.embedding_size)
+    lstm = nn.LSTM(job.embedding_size, job.hidden_size, batch_first=True)
+    self._layers = nn.ModuleList([embedding, lstm, nn.Linear(job.hidden_size, 1)]).to(self.device)
     self._optimizer = self._torch.optim.Adam(self._layers.parameters(), eps=1e-7)
 
   def train(self, batches: list[np.ndarray]) -> float:

@@ -1,6 +1,5 @@
 """Compare the time of a training step and of an epoch: ours, Keras and PyTorch, in one run."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,13 @@ def _load(options: Options) -> tuple[TokenSplit, str]:
   return split, f"{len(split):,} {name}, mean length {split.lengths.mean():.0f}"
 
 
-def _measure(options: Options, arrays: str, sizes: dict[str, int], steps_per_epoch: int) -> list[Worker]:
-  """Return the workers of all systems with their windows. The first is the machine's ceiling."""
+def _measure(options: Options, fields: dict[str, Any], steps_per_epoch: int) -> list[Worker]:
+  """Return the workers of the machine's ceiling and of all systems, with their windows."""
   # Short windows end before the smaller batch at the end of an epoch.
   num_steps = max(steps_per_epoch - 1 if options.quick else steps_per_epoch, options.windows)
-  with contextlib.ExitStack() as stack:
-    ceiling = measuring.make_job(options, "sgemm", matmul_size=options.matmul_size)
-    workers = [stack.enter_context(Worker("ours.py")).prepare(ceiling)]
-    for name in dict.fromkeys(options.systems):
-      job = measuring.make_job(options, name, num_steps=num_steps, arrays=arrays, **sizes)
-      workers.append(stack.enter_context(measuring.start(options, name)).prepare(job))
-      measuring.say(f"{name}: {workers[-1].problem or 'ready'}")
+  fields = {**fields, "num_steps": num_steps, "matmul_size": options.matmul_size}
+  jobs = [measuring.make_job(options, name, **fields) for name in dict.fromkeys(("sgemm", *options.systems))]
+  with measuring.prepared(options, jobs) as workers:
     for window in range(options.windows):
       measuring.say(f"Window {window + 1} of {options.windows}")
       share = num_steps * (window + 1) // options.windows - num_steps * window // options.windows
@@ -58,44 +53,38 @@ def _measure(options: Options, arrays: str, sizes: dict[str, int], steps_per_epo
   return workers
 
 
-def _row(worker: Worker, steps_per_epoch: int, is_quick: bool) -> dict[str, Any]:
-  """Return a row of the results; figures are None if there is a problem."""
+def _row(worker: Worker, machine: dict[str, Any], reference: float | None, is_quick: bool) -> dict[str, Any]:
+  """Return a row of the results; figures are None if there is a problem. `reference` is the ms/step of ours."""
   system, timings = systems.ALL[worker.job.system], worker.timings()
-  names = ("seconds_per_epoch", "compile_seconds", "peak_memory_mb", "loss")
+  names = ("seconds_per_epoch", "compile_seconds", "peak_memory_mb", "loss", "ratio_to_ours", "share_of_ceiling")
   row = {"work": system.work, "computes": system.computes, **timings, **dict.fromkeys(names)}
-  if timings["ms_per_step"] is None:
+  ms, gflops = timings["ms_per_step"], machine["sgemm_gflops"]
+  if ms is None:
     return row
   windows = [window for _, window in worker.windows]
-  per_epoch = steps_per_epoch * timings["ms_per_step"] / 1e3
+  seconds = machine["steps_per_epoch"] * ms / 1e3 if is_quick else sum(window["seconds"] for window in windows)
   return row | {
-    "seconds_per_epoch": per_epoch if is_quick else sum(window["seconds"] for window in windows),
+    "seconds_per_epoch": seconds,
     "compile_seconds": worker.compile_seconds(),
     "peak_memory_mb": windows[-1]["peak_memory_mb"],
     "loss": windows[-1]["loss"],
+    "ratio_to_ours": ms / reference if reference else None,
+    "share_of_ceiling": 1e3 * machine["gflop_per_step"] / gflops / ms if gflops and system.work == "article" else None,
   }
 
 
 def measure(options: Options, save: Save) -> None:
-  """Measure all systems, and save the results."""
   sizes = {name: getattr(options, name) for name in measuring.SIZES}
   split, data = _load(options)
-  steps_per_epoch = -(-len(split) // options.batch_size)
   arrays = measuring.write_arrays(options.scratch / "reviews.npz", split)
-  ceiling, *workers = _measure(options, arrays, sizes, steps_per_epoch)
-  machine = measuring.describe_machine([ceiling.ready, *(worker.ready for worker in workers)], data)
-  machine |= measuring.describe_ceiling(ceiling) | {
-    "sizes": sizes,
-    "windows": options.windows,
-    "steps_per_epoch": steps_per_epoch,
-    "gflop_per_step": measuring.gflop_per_step(measuring.make_job(options, _REFERENCE, **sizes)),
-  }
-  rows = [_row(worker, steps_per_epoch, options.quick) for worker in workers]
-  reference = next((row["ms_per_step"] for row in rows if row["system"] == _REFERENCE), None)
-  floor = 1e3 * machine["gflop_per_step"] / machine["sgemm_gflops"] if machine["sgemm_gflops"] else None
-  for row in rows:
-    ms = row["ms_per_step"]
-    row["ratio_to_ours"] = ms / reference if ms and reference else None
-    row["share_of_ceiling"] = floor / ms if ms and floor and row["work"] == "article" else None
+  steps_per_epoch = -(-len(split) // options.batch_size)
+  ceiling, *workers = _measure(options, sizes | {"arrays": arrays}, steps_per_epoch)
+  machine = measuring.describe_machine([worker.ready for worker in (ceiling, *workers)], data)
+  machine |= measuring.describe_ceiling(ceiling)
+  machine |= {"sizes": sizes, "windows": options.windows, "steps_per_epoch": steps_per_epoch}
+  machine["gflop_per_step"] = measuring.gflop_per_step(ceiling.job)
+  reference = next((each.timings()["ms_per_step"] for each in workers if each.job.system == _REFERENCE), None)
+  rows = [_row(worker, machine, reference, options.quick) for worker in workers]
   save({"machine": machine, "works": systems.WORKS, "rows": rows})
 
 

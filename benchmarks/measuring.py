@@ -13,18 +13,18 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import reporting
-import systems
 from worker import SIZES, Job
 
 from imdb_jax import config
@@ -52,6 +52,7 @@ _FLAGS: list[Flag] = [
 ]
 PLOT: Flag = ("--plot", Path, None, "Draw the results to this PNG file.")
 WINDOWS: Flag = ("--windows", int, 5, "Timed windows of each system.")
+WINDOW_SECONDS: Flag = ("--window-seconds", float, 1.0, "Approximate length of a window, which has at least one step.")
 MATMUL_SIZE: Flag = ("--matmul-size", int, 4096, "The ceiling is the speed of a product of two matrices of this size.")
 CACHE: Flag = ("--cache-dir", Path, config.default_cache_dir(), "Cache folder.")
 SIZE_FLAGS: dict[str, Flag] = {
@@ -72,7 +73,7 @@ def parse(doc: str | None, flags: Iterable[Flag], args: Sequence[str]) -> Option
       continue
     several = isinstance(default, tuple)
     shown = " ".join(map(str, default)) if several else default
-    settings: dict[str, Any] = {"nargs": "+" if default else "*"} if several else {}
+    settings: dict[str, Any] = {"nargs": "+"} if several else {}
     metavar = {int: "N", float: "X", Path: "PATH"}.get(kind) or ("NAME" if several else f"{{{','.join(kind)}}}")
     settings |= {"metavar": metavar, "help": text if shown in (None, "") else f"{text} [{shown}]"}
     parser.add_argument(name, type=functools.partial(_read, kind), default=default, **settings)
@@ -80,7 +81,6 @@ def parse(doc: str | None, flags: Iterable[Flag], args: Sequence[str]) -> Option
 
 
 def _read(kind: Any, text: str) -> Any:
-  """Return the value of a flag."""
   if kind is Path:
     # Shells leave the ~ of --json=~/x alone. Path.expanduser raises for a folder named ~x.
     return Path(os.path.expanduser(text))  # noqa: PTH111
@@ -105,7 +105,8 @@ def run(doc: str | None, flags: Iterable[Flag], measure: Callable[[Options, Save
   one line and an exit code.
   """
   results: dict[str, Any] = {}
-  is_interrupted, figure = False, None
+  status: int | str | None = None
+  figure = None
   try:
     options = parse(doc, flags, sys.argv[1:])
     # cost_curves.py draws one figure per axis into a folder.
@@ -123,7 +124,7 @@ def run(doc: str | None, flags: Iterable[Flag], measure: Callable[[Options, Save
       measure(options, save)
   except KeyboardInterrupt:
     say("Interrupted. The results below are those measured so far.")
-    is_interrupted = True
+    status = 130
   except ImdbJaxError as error:
     say(f"error: {error}")
     sys.exit(error.exit_code)
@@ -131,12 +132,10 @@ def run(doc: str | None, flags: Iterable[Flag], measure: Callable[[Options, Save
     if figure is not None:
       reporting.plot(results, figure)
     reporting.show(results)
-  if is_interrupted:
-    sys.exit(130)
-  # A missing package or device is not a failure.
-  failed = [name for name, problem in reporting.problems(results).items() if problem.startswith("failed")]
-  if failed:
-    sys.exit(f"error: failed: {', '.join(failed)}")
+    # A missing package or device is not a failure.
+    failed = [name for name, problem in reporting.problems(results).items() if problem.startswith("failed")]
+    status = status or (f"error: failed: {', '.join(failed)}" if failed else None)
+  sys.exit(status)
 
 
 def say(line: str) -> None:
@@ -180,13 +179,14 @@ class Worker(contextlib.ExitStack):
     windows: number of steps and answer of each window.
   """
 
-  def __init__(self, script: str, python: Path = Path(sys.executable), cache_dir: Path | None = None):
-    """Start a script with a Python. By default it caches no compiled programs, so that every system compiles."""
+  def __init__(self, script: str, python: Path = Path(sys.executable)):
+    """Start a script with a Python. It finds no compiled programs, so that every system compiles."""
     super().__init__()
     home = self.enter_context(tempfile.TemporaryDirectory(prefix="imdb_jax-benchmark-"))
-    self.problem, self._process, self._log = "", None, Path(home) / "stderr.txt"
+    self.problem, self._log = "", Path(home) / "stderr.txt"
+    self._process: Any = None
     environment = {
-      "JAX_COMPILATION_CACHE_DIR": str((cache_dir or Path(home)).absolute() / "xla"),
+      "JAX_COMPILATION_CACHE_DIR": str(Path(home, "xla")),
       # Keras writes its settings file there.
       "KERAS_HOME": home,
       "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -197,29 +197,28 @@ class Worker(contextlib.ExitStack):
     if python.exists():
       command = [str(python), str(Path(__file__).resolve().with_name(script))]
       with self._log.open("w", encoding="utf-8") as log:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-        self._process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
+        self._process = subprocess.Popen(
+          command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment
+        )
       self.callback(self._process.communicate)
       self.callback(self._process.kill)
 
   def ask(self, request: str, argument: Any = None) -> dict[str, Any] | None:
     """Send a request and return its answer; None, with `problem` set, if there is none."""
-    process = self._process
-    if process is None:
+    if not self._process:
       self.problem = "missing: make bench"
-    if self.problem or process is None or process.stdin is None or process.stdout is None:
+    if self.problem:
       return None
     # If the worker has died, its answer is missing.
     with contextlib.suppress(BrokenPipeError):
-      process.stdin.write(json.dumps({request: argument}) + "\n")
-      process.stdin.flush()
-    line, answer = process.stdout.readline(), {}
+      print(json.dumps({request: argument}), file=self._process.stdin, flush=True)
+    line = self._process.stdout.readline()
     if line:
       answer = json.loads(line)
-      self.problem = answer.get("problem", "")
     else:
       lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-      self.problem = f"failed: {lines[-1] if lines else f'exit code {process.wait()}'}"
+      answer = {"problem": f"failed: {lines[-1] if lines else f'exit code {self._process.wait()}'}"}
+    self.problem = answer.get("problem", "")
     return None if self.problem else answer
 
   def prepare(self, job: Job) -> "Worker":
@@ -267,9 +266,20 @@ def make_job(options: Options, system: str, **fields: Any) -> Job:
 
 
 def start(options: Options, system: str) -> Worker:
-  """Start the worker of a system."""
-  is_ours = system in systems.OURS or system in systems.OUR_RECURRENCES
-  return Worker("ours.py") if is_ours else Worker("baselines.py", options.bench_python)
+  if system.startswith(("keras", "torch")):
+    return Worker("baselines.py", options.bench_python)
+  return Worker("ours.py")
+
+
+@contextlib.contextmanager
+def prepared(options: Options, jobs: Sequence[Job]) -> Iterator[list[Worker]]:
+  """Yield a prepared worker for each job."""
+  with contextlib.ExitStack() as stack:
+    workers = []
+    for job in jobs:
+      workers.append(stack.enter_context(start(options, job.system)).prepare(job))
+      say(f"{job.system}: {workers[-1].problem or 'ready'}")
+    yield workers
 
 
 def take_turns(workers: Sequence[Worker], num_windows: int, seconds: float) -> None:
@@ -279,7 +289,6 @@ def take_turns(workers: Sequence[Worker], num_windows: int, seconds: float) -> N
 
 
 def describe_ceiling(ceiling: Worker) -> dict[str, Any]:
-  """Return the machine's ceiling, for the results."""
   ms = ceiling.timings()["ms_per_step"]
   gflops = 2 * ceiling.job.matmul_size**3 / ms / 1e6 if ms else None
   return {"sgemm_gflops": gflops, "sgemm_problem": ceiling.problem or None}
@@ -297,18 +306,16 @@ def describe_machine(facts: Iterable[Mapping[str, Any] | None], data: str) -> di
   # This imports JAX, which `--help` does without.
   from imdb_jax import devices
 
-  name, file = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-  lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-  found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-  versions: dict[str, set[str]] = {}
+  file = Path("/proc/cpuinfo")
+  found = re.search(r"model name\s*: (.+)", file.read_text(encoding="utf-8")) if file.exists() else None
   known = [fact for fact in facts if fact is not None]
-  for package, version in itertools.chain.from_iterable(fact["versions"].items() for fact in known):
-    versions.setdefault(package, set()).add(version)
+  versions = sorted({version for fact in known for version in fact["versions"].items()})
+  by_package = itertools.groupby(versions, lambda version: version[0])
   precisions = {fact["precision"] for fact in known if fact["precision"]}
   return {
-    "processor": found[0] if found else name,
+    "processor": found[1] if found else platform.processor() or platform.machine(),
     "cores": devices.num_cores(),
-    "versions": {package: ", ".join(sorted(several)) for package, several in sorted(versions.items())},
+    "versions": {package: ", ".join(version for _, version in several) for package, several in by_package},
     "precision": "; ".join(sorted(precisions)) or "default of each package",
     "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     "data": data,

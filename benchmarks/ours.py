@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import systems
 import worker
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 import imdb_jax
 from imdb_jax import arguments, devices, program
@@ -25,26 +25,15 @@ from imdb_jax.data import batches as batches_lib
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
 from imdb_jax.lstm import Call, lstm, unsupported
-
-# Positions per large product, as in `imdb_jax.lstm.chunked`.
-_CHUNK = 20
+from imdb_jax.model import draw_dropout_masks
 
 
-def _config(job: worker.Job, flags: str = "") -> Config:
-  """Return the preset `article` with some flags, and the sizes and devices of a job."""
+def _start(job: worker.Job, flags: str = "") -> tuple[Config, Mesh]:
+  """Start JAX as the trainer does, with the preset `article`, some flags, and the sizes and devices of a job."""
   settings = {name: getattr(job, name) for name in (*worker.SIZES, "seed", "platform", "num_devices")}
-  return arguments.parse_config("", [*flags.split(), *worker.as_flags(settings)])
-
-
-def _start(config: Config) -> Any:
-  """Start JAX as the trainer does, and return the mesh."""
+  config = arguments.parse_config("", [*flags.split(), *worker.as_flags(settings)])
   devices.keep_freed_memory(config.runtime)
-  return devices.start(config.runtime, config.training.batch_size)
-
-
-def _describe(mesh: Any) -> str:
-  device = mesh.devices.flat[0]
-  return f"{mesh.size} x {device.device_kind} ({device.platform})"
+  return config, devices.start(config.runtime, config.training.batch_size)
 
 
 class Training(worker.System):
@@ -53,14 +42,13 @@ class Training(worker.System):
   modules = ("jax", "flax", "optax")
 
   def __init__(self, job: worker.Job):
-    self._config = config = _config(job, systems.OURS[job.system].flags)
-    mesh = _start(config)
+    self._config, mesh = _start(job, systems.OURS[job.system].flags)
     try:
-      self._program = program.Program(config, mesh, job.num_steps)
+      self._program = program.Program(self._config, mesh, job.num_steps)
     except UsageError as error:
-      problem = str(error).removeprefix(f"--implementation {config.runtime.implementation}: ")
+      problem = str(error).removeprefix(f"--implementation {self._config.runtime.implementation}: ")
       raise worker.UnableError(problem.removesuffix(".")) from error
-    self.device, self.precision = _describe(mesh), self._program.precision
+    self.device, self.precision = worker.device_name(mesh.devices.flat), self._program.precision
     self._split = TokenSplit(**worker.read_arrays(job.arrays))
     self._reviews, self._state = self._program.put_split(self._split), self._program.init()
 
@@ -71,7 +59,6 @@ class Training(worker.System):
     return list(batches_lib.epoch_rows(self._split.lengths, epoch=epoch, **settings))
 
   def train(self, batches: list[np.ndarray]) -> float:
-    """Train on batches, and return the mean loss."""
     size, total, pending = self._config.runtime.steps_per_dispatch, np.zeros(2), []
     for start in range(0, len(batches), size):
       rows = self._program.put_rows(np.stack(batches[start : start + size]))
@@ -86,33 +73,32 @@ class Training(worker.System):
 
 
 class _Part(worker.Calls):
-  """Calls of a function on all devices, each with its rows of the first array; the other arrays are on every device."""
+  """Calls of a function of `_arrays` on all devices, each with its rows of the inputs and all weights."""
 
   precision = "float32"
 
-  def __init__(self, job: worker.Job, function: Callable[..., Any], *names: str):
-    mesh = _start(_config(job))
+  def __init__(self, job: worker.Job, function: Callable[..., Any]):
+    _, mesh = _start(job)
+    specs = (PartitionSpec(devices.AXIS), *[PartitionSpec()] * 3)
     arrays = _arrays(job, devices.padded_size(job.batch_size, mesh))
-    specs = (PartitionSpec(devices.AXIS), *[PartitionSpec()] * (len(names) - 1))
-    places = [jax.NamedSharding(mesh, spec) for spec in specs]
-    placed = jax.device_put([arrays[name] for name in names], places)
+    placed = jax.device_put(arrays, tuple(jax.NamedSharding(mesh, spec) for spec in specs))
     sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     compiled = jax.jit(jax.default_matmul_precision("float32")(sharded))
     # XLA deadlocks if many calls that synchronize the devices of a CPU are in flight, so each call waits.
     call = lambda: jax.block_until_ready(compiled(*placed))  # noqa: E731
-    super().__init__(call, lambda _: None, _describe(mesh), modules=("jax",))
+    super().__init__(call, lambda _: None, worker.device_name(mesh.devices.flat), modules=("jax",))
 
 
-def _arrays(job: worker.Job, b: int) -> dict[str, jax.Array]:
-  """Return random inputs and weights."""
+def _arrays(job: worker.Job, b: int) -> tuple[jax.Array, ...]:
+  """Return random inputs, kernel, recurrent kernel and bias."""
   t, e, h = job.sequence_length, job.embedding_size, job.hidden_size
   keys = jax.random.split(jax.random.key(job.seed), 3)
-  return {
-    "inputs": 0.05 * jax.random.normal(keys[0], (b, t, e)),
-    "kernel": jax.random.normal(keys[1], (e, 4 * h)) / e**0.5,
-    "recurrent_kernel": jax.random.normal(keys[2], (h, 4 * h)) / h**0.5,
-    "bias": jnp.zeros(4 * h),
-  }
+  return (
+    0.05 * jax.random.normal(keys[0], (b, t, e)),
+    jax.random.normal(keys[1], (e, 4 * h)) / e**0.5,
+    jax.random.normal(keys[2], (h, 4 * h)) / h**0.5,
+    jnp.zeros(4 * h),
+  )
 
 
 def _step(job: worker.Job) -> worker.System:
@@ -134,7 +120,7 @@ def _both(*arrays):
   return d_inputs, *(d_weight[None] for d_weight in d_weights)
 
 
-def _small_products(inputs, recurrent_kernel):
+def _small_products(inputs, kernel, recurrent_kernel, bias):
   """Multiply by the recurrent kernel and by its transpose at every position."""
 
   def step(carry, _):
@@ -143,7 +129,7 @@ def _small_products(inputs, recurrent_kernel):
   return jax.lax.scan(step, inputs[:, 0], length=inputs.shape[1])[0]
 
 
-def _large_products(inputs, kernel):
+def _large_products(inputs, kernel, recurrent_kernel, bias):
   """Compute the projection, the gradients of both kernels and of the inputs, chunk by chunk."""
 
   def chunk(d_weights, at):
@@ -152,60 +138,58 @@ def _large_products(inputs, kernel):
     d_kernel, d_recurrent = d_weights
     return (d_kernel + x.T @ z, d_recurrent + hidden.T @ z), z @ kernel.T
 
-  chunks = inputs.reshape(-1, _CHUNK * inputs.shape[0], inputs.shape[-1])
+  # 20 positions per product, as in `imdb_jax.lstm.chunked`.
+  chunks = inputs.reshape(-1, 20 * inputs.shape[0], inputs.shape[-1])
   d_weights, dx = jax.lax.scan(chunk, (jnp.zeros_like(kernel),) * 2, (chunks, chunks[::-1]))
   return *(d_weight[None] for d_weight in d_weights), dx
 
 
-_WEIGHTS = ("kernel", "recurrent_kernel", "bias")
 PARTS: dict[str, Callable[[worker.Job], worker.System]] = {
   "step": _step,
   "step without Adam": _step_without_adam,
-  "recurrence, forward and backward": lambda job: _Part(job, _both, "inputs", *_WEIGHTS),
-  "recurrence, forward": lambda job: _Part(job, _forward, "inputs", *_WEIGHTS),
-  "small products of the time loops": lambda job: _Part(job, _small_products, "inputs", "recurrent_kernel"),
-  "large products of the chunks": lambda job: _Part(job, _large_products, "inputs", "kernel"),
+  "recurrence, forward and backward": lambda job: _Part(job, _both),
+  "recurrence, forward": lambda job: _Part(job, _forward),
+  "small products of the time loops": lambda job: _Part(job, _small_products),
+  "large products of the chunks": lambda job: _Part(job, _large_products),
 }
 
 
 def _sgemm(job: worker.Job) -> worker.System:
   """Multiply two large float32 matrices on one device, which has all cores."""
-  _start(_config(dataclasses.replace(job, num_devices=1)))
+  _start(dataclasses.replace(job, num_devices=1))
   matrices = jax.random.normal(jax.random.key(job.seed), (2, job.matmul_size, job.matmul_size))
   return worker.jax_calls(functools.partial(jnp.matmul, precision="float32"), tuple(matrices), False, "flax")
 
 
 def _recurrence(job: worker.Job) -> worker.System:
   """Call an implementation of the recurrence, with recurrent dropout if it supports that."""
-  mesh = _start(_config(dataclasses.replace(job, num_devices=1)))
-  call = Call(hidden_size=job.hidden_size, recurrent_dropout=systems.RECURRENCES[job.system])
+  has_dropout = systems.RECURRENCES[job.system]
+  config, mesh = _start(dataclasses.replace(job, num_devices=1), "" if has_dropout else "--recurrent-dropout-rate 0")
+  call = Call(hidden_size=job.hidden_size, recurrent_dropout=has_dropout)
   problem = unsupported(job.system, call, mesh.devices.flat[0])
   if problem is not None:
     raise worker.UnableError(problem)
-  keep_rate, mask = 1 - systems.DROPOUT_RATE, None
-  if call.recurrent_dropout:
-    keeps = jax.random.bernoulli(jax.random.key(job.seed), keep_rate, (job.batch_size, job.hidden_size))
-    mask = keeps.astype(jnp.float32) / keep_rate
+  _, mask = draw_dropout_masks(jax.random.key(job.seed), config.model, job.batch_size)
 
   def recurrence(*arrays):
     return lstm(*arrays, recurrent_dropout_mask=mask, implementation=job.system)
 
-  return worker.jax_calls(recurrence, tuple(_arrays(job, job.batch_size).values()), job.gradients, "flax")
+  return worker.jax_calls(recurrence, _arrays(job, job.batch_size), job.gradients, "flax")
 
 
 def build(job: worker.Job) -> worker.System:
-  """Build the system of a job."""
-  builders = {"sgemm": _sgemm, **PARTS, **dict.fromkeys(systems.OUR_RECURRENCES, _recurrence)}
-  return builders.get(job.system, Training)(job)
+  if job.system in systems.RECURRENCES:
+    return _recurrence(job)
+  return {"sgemm": _sgemm, **PARTS}.get(job.system, Training)(job)
 
 
 class _Handlers(worker.Handlers):
   def train(self, flags: list[str]) -> dict[str, Any]:
-    """Run the trainer; return its history, the time to compile, and what provenance.json says of the start."""
+    """Run the trainer; return its history, and how it was computed."""
     result = imdb_jax.fit(arguments.parse_config("train", flags))
-    provenance = json.loads((result.run_dir / "provenance.json").read_text(encoding="utf-8"))
-    start = provenance["starts"][-1]
-    return {"history": result.history, "compile_seconds": result.compile_seconds, "start": start}
+    start = json.loads((result.run_dir / "provenance.json").read_text(encoding="utf-8"))["starts"][-1]
+    facts = {"device": start["devices"], "precision": start["precision"], "versions": start["versions"]}
+    return {"history": result.history, "facts": facts | {"compile_seconds": result.compile_seconds}}
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ _LABELS |= {"devices": "devices", "batch_size": "rows", "num_steps": "positions"
 _LABELS |= {"ceiling_ms": "ceiling (sgemm)", "floor_ms": "floor of a GPU kernel"}
 
 
-def _name(results: Results) -> str:
-  """Return which benchmark has written the results."""
+def _benchmark(results: Results) -> str:
   return Path(shlex.split(results["machine"]["command"])[1]).stem
 
 
@@ -106,7 +105,7 @@ def problems(results: Results) -> dict[str, str]:
 
 def show(results: Results) -> None:
   """Print the table, and below it the problems, the notes and the machine."""
-  (title, *columns), machine = _TABLES[_name(results)], results["machine"]
+  (title, *columns), machine = _TABLES[_benchmark(results)], results["machine"]
   table, forms = Table(title=title, title_justify="left"), []
   for column in columns:
     header, _, form = column.partition("=")
@@ -121,7 +120,7 @@ def show(results: Results) -> None:
   for line in (
     *(f"{name}: {problem}." for name, problem in problems(results).items()),
     *(f"{name}: {text}." for name, text in results.get("works", {}).items()),
-    _cell(_NOTES[_name(results)], results | machine),
+    _cell(_NOTES[_benchmark(results)], results | machine),
     f"Machine: {machine['processor']}, {machine['cores']} cores; matrix products in {machine['precision']}.",
     f"Versions: {versions}. Data: {machine['data']}.",
   ):
@@ -132,7 +131,7 @@ def plot(results: Results, output: Path) -> None:
   """Draw the figure to a PNG file; for cost_curves.py, `output` is a folder for one file per axis."""
   from matplotlib.figure import Figure
 
-  name, machine = _name(results), results["machine"]
+  name, machine = _benchmark(results), results["machine"]
   title = f"{machine['processor']}, {machine['cores']} cores, {machine['precision']}"
   draw = {"epoch_time": _draw_bars, "time_to_accuracy": _draw_accuracies, "recurrence": _draw_panels}
   figures = {output: results}
@@ -204,7 +203,6 @@ def _draw_accuracies(figure: Any, results: Results, title: str) -> None:
 
 
 def _draw_axis(figure: Any, results: Results, title: str) -> None:
-  """Draw one axis of cost_curves.py."""
   figure.set_size_inches(7.5, 5)
   axes, axis = figure.subplots(), results["axis"]
   _draw_curves(axes, [row for row in results["points"] if row["axis"] == axis], "value", "ceiling_ms")
@@ -216,11 +214,10 @@ def _draw_axis(figure: Any, results: Results, title: str) -> None:
 def _draw_panels(figure: Any, results: Results, title: str) -> None:
   """Draw a panel per axis and direction; systems without recurrent dropout are dashed."""
   figure.set_size_inches(16, 9)
-  base = {"batch_size": 32, "num_steps": 400, "hidden_size": 128}
+  base = systems.RECURRENCE_SIZES
   panels = figure.subplots(2, len(base), sharey="row")
-  for gradients, axis in itertools.product((False, True), base):
-    axes, wanted = panels[int(gradients)][list(base).index(axis)], base | {"gradients": gradients}
-    del wanted[axis]
+  for axes, (gradients, axis) in zip(panels.flat, itertools.product((False, True), base), strict=True):
+    wanted = {name: value for name, value in base.items() if name != axis} | {"gradients": gradients}
     _draw_curves(axes, [row for row in results["rows"] if wanted.items() <= row.items()], axis, "floor_ms")
     axes.set(xlabel=_LABELS[axis], ylabel=f"ms, {'forward and backward' if gradients else 'forward'}")
   panels[0][0].legend(fontsize=8)
@@ -230,8 +227,6 @@ def _draw_panels(figure: Any, results: Results, title: str) -> None:
 
 def _draw_curves(axes: Any, rows: list[Row], x: str, bound: str) -> None:
   """Draw the medians of each system by field `x`, with whiskers from minimum to maximum, and the lower bound."""
-  from matplotlib.ticker import NullLocator
-
   for index, system in enumerate(dict.fromkeys(row["system"] for row in rows)):
     own = sorted((row for row in rows if row["system"] == system and not row["problem"]), key=lambda row: row[x])
     if own:
@@ -246,7 +241,7 @@ def _draw_curves(axes: Any, rows: list[Row], x: str, bound: str) -> None:
   axes.set(xscale="log", yscale="log")
   ticks = sorted({row[x] for row in rows})
   axes.set_xticks(ticks, [str(tick) for tick in ticks])
-  axes.xaxis.set_minor_locator(NullLocator())
+  axes.set_xticks([], minor=True)
   _label_log(axes.yaxis)
   axes.grid(which="both", alpha=0.3)
 

@@ -5,23 +5,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """How a system trains the article's model.
+  """How a system trains the article's model."""
 
-  Attributes:
-    work: what it computes, for comparisons: a key of `WORKS`.
-    computes: details.
-    flags: flags of our trainer; "" if it is not ours.
-    backend: jax or tensorflow for Keras, or torch.
-    mask_zero: whether Keras masks padding.
-    force_xla: whether to forbid cuDNN. Otherwise Keras does not use XLA for an LSTM on TensorFlow, even on a machine
-      without cuDNN, and takes twice as long. On JAX, XLA is the default.
-  """
-
-  work: str
-  computes: str
-  flags: str = ""
-  backend: str = ""
-  mask_zero: bool = False
+  work: str  # What it computes, for comparisons: a key of `WORKS`.
+  computes: str  # Details.
+  flags: str = ""  # Flags of our trainer; "" if it is not ours.
+  backend: str = ""  # jax or tensorflow for Keras, or torch.
+  mask_zero: bool = False  # Whether Keras masks padding.
+  # Whether to forbid cuDNN. Otherwise Keras does not use XLA for an LSTM on TensorFlow, even on a machine without
+  # cuDNN, and takes twice as long. On JAX, XLA is the default.
   force_xla: bool = False
 
 
@@ -60,6 +52,7 @@ BASELINES = {
 ALL = {**OURS, **BASELINES}
 
 # The recurrence alone: whether it has recurrent dropout.
-OUR_RECURRENCES = {"mosaic_gpu": True, "chunked": True, "scan": True, "cudnn": False}
-RECURRENCES = {**OUR_RECURRENCES, "keras-jax": True, "keras-jax-without": False}
-RECURRENCES |= {"torch-float32": False, "torch-bfloat16": False}
+RECURRENCES = {"mosaic_gpu": True, "chunked": True, "scan": True, "cudnn": False}
+RECURRENCES |= {"keras-jax": True, "keras-jax-without": False, "torch-float32": False, "torch-bfloat16": False}
+# Its sizes, of which a benchmark varies one.
+RECURRENCE_SIZES = {"batch_size": 32, "num_steps": 400, "hidden_size": 128}

@@ -5,7 +5,7 @@ The systems take turns: a whole run of ours, an epoch of Keras. Every run trains
 
 import contextlib
 import statistics
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,6 @@ def _fail(run: Run, problem: str) -> None:
 
 
 def is_finished(run: Run) -> bool:
-  """Return whether a run has come to its end."""
   return len(run["epochs"]) == run["num_epochs"]
 
 
@@ -92,9 +91,7 @@ def _train_preset(options: Options, preset: str, runs: list[Run]) -> Generator[N
       if answer is None:
         _fail(run, worker.problem)
       else:
-        start, run["compile_seconds"] = answer["start"], answer["compile_seconds"]
-        run |= {"device": start["devices"], "precision": start["precision"]}
-        run["versions"] = {"python": start["python"], **start["versions"]}
+        run |= answer["facts"]
         for line in answer["history"]:
           _add_epoch(run, line["seconds"], line["evaluation_seconds"], line["val_accuracy"])
     yield
@@ -116,26 +113,10 @@ def _train_keras(options: Options, system: str, data: TokenData, runs: list[Run]
         if worker.ready is None or evaluation is None:
           _fail(run, worker.problem)
           break
+        run |= {name: worker.ready[name] for name in ("device", "versions")}
         run["compile_seconds"] = worker.compile_seconds()
-        run |= {"device": worker.ready["device"], "versions": worker.ready["versions"]}
         _add_epoch(run, worker.windows[-1][1]["seconds"], evaluation["seconds"], evaluation["accuracy"])
         yield
-
-
-def train(options: Options, data: TokenData, runs: list[Run], save: Callable[[], None]) -> None:
-  """Fill `runs`, and call `save` after every turn."""
-  with contextlib.ExitStack() as stack:
-    counts, systems = {}, {}
-    for name in dict.fromkeys(options.systems):
-      is_keras = name in _KERAS
-      counts[name] = options.keras_seeds * options.keras_epochs if is_keras else options.seeds
-      systems[name] = _train_keras(options, name, data, runs) if is_keras else _train_preset(options, name, runs)
-      # Ends a worker that waits for its next turn.
-      stack.callback(systems[name].close)
-    for name in turns(counts):
-      # A run that has failed leaves turns over.
-      next(systems[name], None)
-      save()
 
 
 def summarize(system: str, runs: Sequence[Run], target: float) -> dict[str, Any]:
@@ -175,26 +156,27 @@ def summary(systems: Sequence[str], runs: Sequence[Run], target: float) -> list[
 
 
 def measure(options: Options, save: Save) -> None:
-  """Train all systems, and save the results after every turn."""
   if options.target > 1:
     raise UsageError(f"--target {options.target}: must be above 0 and at most 1.")
   data = measuring.load_reviews(options, limit=options.limit, sequence_length=options.sequence_length)
   shown = f"{len(data.train):,} IMDB training reviews, mean length {data.train.lengths.mean():.0f}, "
   shown += f"and {len(data.test):,} test reviews"
   runs: list[Run] = []
-
-  def save_runs() -> None:
-    machine = measuring.describe_machine(runs, shown) | {"data_digest": data.digest}
-    ends = [{"reached": epochs_to(options.target, run)[1], "is_finished": is_finished(run)} for run in runs]
-    rows = summary(options.systems, runs, options.target)
-    shown_runs = [run | end for run, end in zip(runs, ends, strict=True)]
-    save({"machine": machine, "target": options.target, "rows": rows, "runs": shown_runs})
-
-  try:
-    train(options, data, runs, save_runs)
-  finally:
-    # Ctrl-C may have come in the middle of a turn.
-    save_runs()
+  with contextlib.ExitStack() as stack:
+    counts, trainers = {}, {}
+    for name in dict.fromkeys(options.systems):
+      is_keras = name in _KERAS
+      counts[name] = options.keras_seeds * options.keras_epochs if is_keras else options.seeds
+      trainers[name] = _train_keras(options, name, data, runs) if is_keras else _train_preset(options, name, runs)
+      # Ends a worker that waits for its next turn.
+      stack.callback(trainers[name].close)
+    for name in turns(counts):
+      # A run that has failed leaves turns over.
+      next(trainers[name], None)
+      machine = measuring.describe_machine(runs, shown) | {"data_digest": data.digest}
+      rows = summary(options.systems, runs, options.target)
+      ended = [run | {"reached": epochs_to(options.target, run)[1], "is_finished": is_finished(run)} for run in runs]
+      save({"machine": machine, "target": options.target, "rows": rows, "runs": ended})
 
 
 if __name__ == "__main__":

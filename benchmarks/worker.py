@@ -183,9 +183,12 @@ def jax_calls(function: Callable[..., Any], arrays: tuple[Any, ...], gradients: 
     outputs, vjp = jax.vjp(function, *arrays)
     return vjp(outputs)
 
-  compiled, placed, device = jax.jit(both if gradients else function), jax.device_put(arrays), jax.devices()[0]
-  name = f"1 x {device.device_kind} ({device.platform})"
-  return Calls(lambda: compiled(*placed), jax.block_until_ready, name, modules=("jax", module))
+  compiled, placed = jax.jit(both if gradients else function), jax.device_put(arrays)
+  return Calls(lambda: compiled(*placed), jax.block_until_ready, device_name(jax.devices()[:1]), ("jax", module))
+
+
+def device_name(devices: Any) -> str:
+  return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -195,7 +198,6 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def read_arrays(path: str | None) -> dict[str, np.ndarray]:
-  """Return the arrays of an .npz file of a job."""
   assert path is not None
   with np.load(path, allow_pickle=False) as arrays:
     return dict(arrays)

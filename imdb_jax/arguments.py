@@ -1,8 +1,10 @@
 """Command-line flags: a parser that suggests similar flags, and flags made from the settings of a run."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.metadata
 import types
 import typing
@@ -22,12 +24,9 @@ class Parser(argparse.ArgumentParser):
   """An argument parser that refuses abbreviations, suggests similar flags, and raises UsageError."""
 
   def __init__(self, **settings: Any):
-    def formatter(prog: str) -> argparse.HelpFormatter:
-      return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)
-
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
     super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
-    if settings.get("add_help", True):
-      self.add_argument("--version", action="version", version=f"imdb_jax {importlib.metadata.version('imdb_jax')}")
+    self.add_argument("--version", action="version", version=f"imdb_jax {importlib.metadata.version('imdb_jax')}")
 
   def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
     """Parse all arguments.
@@ -82,23 +81,17 @@ def parse_config(prog: str, args: Sequence[str]) -> Config:
   groups |= {"runtime": parser.add_argument_group("runtime"), "machines": parser.add_argument_group("several machines")}
   presets = "article (the recipe of the reference), fast or sample; other flags override it"
   groups["common"].add_argument("--preset", metavar="NAME", help=f"Settings to start from: {presets}.")
-  owners = {}
-  for section in dataclasses.fields(Config)[1:]:
-    settings = getattr(chosen, section.name)
+  sections = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Config)[1:]}
+  for section, settings in sections.items():
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
       name = field.name
-      group = "common" if name in _COMMON else "machines" if name in _SEVERAL_MACHINES else section.name
+      group = "common" if name in _COMMON else "machines" if name in _SEVERAL_MACHINES else section
       _add(groups[group], name, options(hints[name]), field.metadata["doc"], getattr(settings, name))
-      owners[name] = section.name
   given = vars(parser.parse_args(args))
-  given.pop("preset")
-  sections = {
-    section: dataclasses.replace(
-      getattr(chosen, section), **{name: given[name] for name in given if owners[name] == section}
-    )
-    for section in set(owners.values())
-  }
+  for section, settings in sections.items():
+    changes = {field.name: given[field.name] for field in dataclasses.fields(settings) if field.name in given}
+    sections[section] = dataclasses.replace(settings, **changes)
   return dataclasses.replace(chosen, **sections)
 
 
@@ -117,10 +110,7 @@ def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
   """Return the value that a text stands for; what is not one of these types is left to the settings to refuse."""
   if types.NoneType in kinds and text == "None":
     return None
-  for number in (int, float):
-    if number in kinds:
-      try:
-        return number(text)
-      except ValueError:
-        return text
+  for number in {int, float}.intersection(kinds):
+    with contextlib.suppress(ValueError):
+      return number(text)
   return text

@@ -1,6 +1,7 @@
 """Predictions and exact metrics over a split: every review counts once, however the last batch is padded."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,18 +32,16 @@ def predict(
   """
   logits = np.zeros((program.config.training.num_seeds, len(split), program.task.head_size), np.float32)
   size, done = devices.padded_size(batch_size, program.mesh), 0
-  pending: tuple[np.ndarray, jax.Array] | None = None
-  for rows in [*batches.prediction_batches(split.lengths, batch_size=size), None]:
-    started = None
-    if rows is not None:
-      started = rows, program.predict(params, *devices.put(split.batch(rows, size), devices.over_rows(program.mesh)))
-    if pending is not None:
-      # A batch is read after the next one has started, so the devices never wait.
-      previous, values = pending
-      logits[:, previous] = jax.device_get(values)[:, : len(previous)]
-      done += len(previous)
-      on_progress(done)
-    pending = started
+  started = (
+    (rows, program.predict(params, *devices.put(split.batch(rows, size), devices.over_rows(program.mesh))))
+    for rows in batches.prediction_batches(split.lengths, batch_size=size)
+  )
+  # A batch is read after the next one has started, so the devices never wait.
+  pairs: Iterator[Any] = itertools.pairwise(itertools.chain(started, [None]))
+  for (rows, values), _ in pairs:
+    logits[:, rows] = jax.device_get(values)[:, : len(rows)]
+    done += len(rows)
+    on_progress(done)
   return logits
 
 

@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from imdb_jax import lstm
 from imdb_jax.config import ModelConfig
+from imdb_jax.lstm.shared import known_lengths, real_positions
 
 DropoutMasks = tuple[jax.Array | None, jax.Array | None]
 NO_DROPOUT: DropoutMasks = (None, None)
@@ -131,12 +132,10 @@ def _pool(hidden: jax.Array, lengths: jax.Array | None, pooling: str) -> jax.Arr
   """Reduce hidden states f32[b, t, h] to f32[b, h]; a review without tokens gives zeros."""
   if pooling == "last":
     return hidden[:, -1]
-  b, t, _ = hidden.shape
-  if lengths is None:
-    lengths = jnp.full((b,), t, jnp.int32)
+  lengths = known_lengths(lengths, hidden)
   if pooling == "mean":
     # Hidden states of padding are zeros, so the sum needs no mask.
     return jnp.sum(hidden, axis=1) / jnp.maximum(lengths, 1)[:, None].astype(hidden.dtype)
-  is_real = (jnp.arange(t)[None, :] >= t - lengths[:, None])[:, :, None]
+  is_real = real_positions(lengths, hidden.shape[1])[:, :, None]
   highest = jnp.max(jnp.where(is_real, hidden, -jnp.inf), axis=1)
   return jnp.where((lengths > 0)[:, None], highest, jnp.zeros_like(highest))

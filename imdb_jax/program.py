@@ -97,6 +97,8 @@ class Program:
       UsageError: the named implementation does not support the model or the device.
     """
     self.config, self.mesh, self.task = config, mesh, Sentiment()
+    precision = config.training.matmul_precision
+    self._matmul_precision = "float32" if precision == "auto" else precision
     self.choice = _choose(config, mesh.devices.flat[0])
     self.model = TextClassifier(config.model, config.data.vocabulary_size, self.task.head_size, self.choice.name)
     self._optimizer = make_optimizer(config.optimizer, num_steps)
@@ -116,11 +118,6 @@ class Program:
     others = self._matmul_precision
     recurrent = lstm.recurrent_precision(self.choice.name, self.config.training.matmul_precision)
     return others if recurrent == others else f"{others}, recurrence {recurrent}"
-
-  @property
-  def _matmul_precision(self) -> str:
-    precision = self.config.training.matmul_precision
-    return "float32" if precision == "auto" else precision
 
   def init(self) -> TrainState:
     """Return the state before the first step, on every device."""

@@ -82,9 +82,7 @@ class Sentiment:
 
 
 def _metrics(logits: np.ndarray, is_positive: np.ndarray) -> Metrics:
-  predicted = logits > 0
-  tp, fp = int(np.sum(predicted & is_positive)), int(np.sum(predicted & ~is_positive))
-  fn, tn = int(np.sum(~predicted & is_positive)), int(np.sum(~predicted & ~is_positive))
+  tn, fp, fn, tp = np.bincount(2 * is_positive + (logits > 0), minlength=4).tolist()
   return Metrics(
     num_reviews=len(logits),
     loss=float(np.mean(-special.log_expit(np.where(is_positive, logits, -logits)))),

@@ -1,7 +1,6 @@
 """Facts about the official IMDB reviews, the Large Movie Review Dataset."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from imdb_jax.data.reviews import NEGATIVE, POSITIVE, UNLABELLED
 
@@ -18,16 +17,14 @@ CONTENT = (
 LABELLED_SPLITS = ("train", "test")
 SPLITS = (*LABELLED_SPLITS, "unsupervised")
 # Folder of the archive: the split of its reviews, and their label.
-KINDS: Mapping[str, tuple[str, int]] = MappingProxyType(
-  {
-    "train/neg": ("train", NEGATIVE),
-    "train/pos": ("train", POSITIVE),
-    "train/unsup": ("unsupervised", UNLABELLED),
-    "test/neg": ("test", NEGATIVE),
-    "test/pos": ("test", POSITIVE),
-  }
-)
-COUNTS: Mapping[str, int] = MappingProxyType({kind: 50_000 if kind == "train/unsup" else 12_500 for kind in KINDS})
+KINDS: Mapping[str, tuple[str, int]] = {
+  "train/neg": ("train", NEGATIVE),
+  "train/pos": ("train", POSITIVE),
+  "train/unsup": ("unsupervised", UNLABELLED),
+  "test/neg": ("test", NEGATIVE),
+  "test/pos": ("test", POSITIVE),
+}
+COUNTS: Mapping[str, int] = {kind: 50_000 if kind == "train/unsup" else 12_500 for kind in KINDS}
 
 
 def check_counts(counts: Mapping[str, int], expected: Mapping[str, int]) -> None:

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from imdb_jax.lstm.shared import CLOSED, Masks, Weights, in_order, known_lengths, real_positions
+from imdb_jax.lstm.shared import CLOSED, Masks, Weights, in_order, known_lengths, real_positions, slopes
 
 # Positions per chunk: enough for large products, few enough for the cache. Padding is skipped in whole chunks.
 _CHUNK = 20
@@ -87,7 +87,7 @@ def _forward(x, weights: Weights, masks: Masks, is_real, bounds):
     hidden = o * jnp.tanh(c)
     return (c, hidden), (gates, c, hidden)
 
-  closed = _per_gate((CLOSED, 0.0, 0.0, CLOSED), h)[None]
+  closed = _per_gate(CLOSED, h)[None]
 
   def chunk(k, carry):
     state, stored = carry
@@ -113,10 +113,10 @@ def _backward(residuals, d_hidden):
 
   def step(carry, at):
     dc, dh = carry
-    d_hidden, through_tanh, f, (to_i, to_f, to_g, to_o) = at
+    d_hidden, dc_dh, f, (dc_di, dc_df, dc_dg, dh_do) = at
     dh = dh + d_hidden
-    dc = dc + dh * through_tanh
-    dz = jnp.concatenate([dc * to_i, dc * to_f, dc * to_g, dh * to_o], axis=1)
+    dc = dc + dh * dc_dh
+    dz = jnp.concatenate([dc * dc_di, dc * dc_df, dc * dc_dg, dh * dh_do], axis=1)
     return (dc * f, _masked(dz @ recurrent_t, masks.recurrent)), dz
 
   def chunk(count, carry):
@@ -127,10 +127,8 @@ def _backward(residuals, d_hidden):
     hidden_before = jnp.concatenate([hidden_start[None], hidden[:-1]])
     # Everything that does not depend on later gradients, for the whole chunk at once.
     i, f, g, o = jnp.split(gates, 4, axis=-1)
-    tanh_c = jnp.tanh(c)
-    to_gates = g * (i * (1 - i)), c_before * (f * (1 - f)), i * (1 - g * g), tanh_c * (o * (1 - o))
-    through_tanh = o * (1 - tanh_c * tanh_c)
-    state, dz = jax.lax.scan(step, state, (d_hidden_k, through_tanh, f, to_gates), reverse=True)
+    dc_dh, to_gates = slopes(i, f, g, o, c_before, jnp.tanh(c))
+    state, dz = jax.lax.scan(step, state, (d_hidden_k, dc_dh, f, to_gates), reverse=True)
     d_chunk = Weights(
       _weight_gradient(_masked(x_k, masks.inputs), dz),
       _weight_gradient(_masked(hidden_before, masks.recurrent), dz),

@@ -4,6 +4,8 @@ Computes in float32, or in TensorFloat-32 where `jax_default_matmul_precision` a
 once, and `jax.vmap` cannot batch it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import rnn
@@ -25,20 +27,9 @@ def lstm(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array |
   # cuDNN takes all parameters as one vector, with a second bias.
   kernels = weights.kernel.T.reshape(-1), weights.recurrent_kernel.T.reshape(-1)
   zeros = jnp.zeros((1, b, h), inputs.dtype)
-  hidden, *_ = jax.tree.leaves(
-    rnn.lstm(
-      inputs,
-      zeros,
-      zeros,
-      jnp.concatenate([*kernels, weights.bias, jnp.zeros_like(weights.bias)]),
-      # cuDNN refuses empty rows.
-      jnp.maximum(lengths, 1),
-      input_size=e,
-      hidden_size=h,
-      num_layers=1,
-      dropout=0.0,
-      bidirectional=False,
-    )
-  )
+  parameters = jnp.concatenate([*kernels, weights.bias, jnp.zeros_like(weights.bias)])
+  sizes: Any = {"input_size": e, "hidden_size": h, "num_layers": 1, "dropout": 0.0, "bidirectional": False}
+  # cuDNN refuses empty rows.
+  hidden, *_ = jax.tree.leaves(rnn.lstm(inputs, zeros, zeros, parameters, jnp.maximum(lengths, 1), **sizes))
   hidden = jnp.where((positions < lengths[:, None])[:, :, None], hidden, 0)
   return hidden[:, ::-1] if reverse else jnp.take_along_axis(hidden, to_back[:, :, None], axis=1)

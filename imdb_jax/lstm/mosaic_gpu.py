@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from imdb_jax.lstm.shared import CLOSED, Masks, Weights, in_order, known_lengths, real_positions
+from imdb_jax.lstm.shared import CLOSED, Masks, Weights, in_order, known_lengths, real_positions, slopes
 
 # Rows of a tile: the narrowest right operand that the tensor cores accept with its rows contiguous.
 _ROWS = 16
@@ -178,7 +178,7 @@ def _backward_kernel(
           weights = recurrent_smem.at[(block * 4 + gate) * num_blocks + k]
           plgpu.wgmma(accumulator, weights, dz_smem.at[position % 2, gate, k])
       i, f, g, o, c_earlier, d_hidden = earlier
-      ahead = c_earlier, f, d_hidden, _slopes(i, f, g, o, c_earlier, _tanh(c_before))
+      ahead = c_earlier, f, d_hidden, slopes(i, f, g, o, c_earlier, _tanh(c_before))
       plgpu.wgmma_wait(0)
       return ahead, accumulator[...]
 
@@ -187,23 +187,23 @@ def _backward_kernel(
 
   zeros = jnp.zeros((_UNITS, _ROWS), jnp.float32)
   i, f, g, o, c_before, last_d_hidden = load(t - 1)
-  last = c_before, f, last_d_hidden, _slopes(i, f, g, o, c_before, _tanh(_load(c, tile, t, block)))
+  last = c_before, f, last_d_hidden, slopes(i, f, g, o, c_before, _tanh(_load(c, tile, t, block)))
   lax.fori_loop(0, t - begin, step, (zeros, zeros, *last))
 
 
-def _slopes(i, f, g, o, c_before, tanh_c):
-  """Return the derivatives of the hidden state by c, and of c, c, c and the hidden state by the pre-activations."""
-  dc_dh = o * (1 - tanh_c * tanh_c)
-  return dc_dh, (g * (i * (1 - i)), c_before * (f * (1 - f)), i * (1 - g * g), tanh_c * (o * (1 - o)))
+def _launch(body, out_shapes, out_dtype, slots, *inputs):
+  """Run a kernel on inputs that end with weights, masks and first positions.
 
-
-def _launch(body, out_type, smem_shapes, num_tiles: int, num_blocks: int):
-  """Return the kernel as a function of its inputs; the first shape in shared memory is that of the weights."""
-  barriers = plgpu.Barrier(num_arrivals=smem_shapes[0][0]), plgpu.Barrier(num_arrivals=num_blocks)
-  return plgpu.kernel(
+  The shapes of the outputs and of the slots in shared memory lack the axes of tiles, blocks, units and rows.
+  """
+  *_, recurrent, masks, _ = inputs
+  num_tiles, num_blocks = masks.shape[:2]
+  all_blocks = num_blocks, _UNITS, _ROWS
+  smem = [plgpu.SMEM(shape, jnp.bfloat16) for shape in (recurrent.shape, (*slots, *all_blocks))]
+  kernel = plgpu.kernel(
     body,
-    out_type=out_type,
-    scratch_types=(*(plgpu.SMEM(shape, jnp.bfloat16) for shape in smem_shapes), *barriers),
+    out_type=[jax.ShapeDtypeStruct((num_tiles, *shape, *all_blocks), out_dtype) for shape in out_shapes],
+    scratch_types=(*smem, plgpu.Barrier(num_arrivals=len(recurrent)), plgpu.Barrier(num_arrivals=num_blocks)),
     grid=(num_tiles,),
     grid_names=("tile",),
     num_threads=num_blocks,
@@ -217,6 +217,7 @@ def _launch(body, out_type, smem_shapes, num_tiles: int, num_blocks: int):
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
   )
+  return kernel(*inputs)
 
 
 def _tiles(x) -> jax.Array:
@@ -248,20 +249,15 @@ def _recurrence(x, weights: Weights, masks: Masks, is_real, first):
 
 def _forward(x, weights: Weights, masks: Masks, is_real, first) -> Any:
   (b, t, e), h = x.shape, weights.recurrent_kernel.shape[0]
-  num_tiles, num_blocks = len(first), h // _UNITS
   z = jnp.einsum("bte,egh->btgh", _masked(x, masks.inputs), weights.kernel.reshape(e, 4, h))
   z = z + weights.bias.reshape(1, 1, 4, h)
-  closed = jnp.array([CLOSED, 0.0, 0.0, CLOSED], jnp.float32)[None, None, :, None]
+  closed = jnp.array(CLOSED, jnp.float32)[None, None, :, None]
   z = jnp.where(is_real[:, :, None, None], z, closed)
   z = jnp.einsum("intgku->itgkun", _tiles(z))
   recurrent = _weight_blocks(weights.recurrent_kernel, "gmkvu")
-
-  def out(*shape):
-    return jax.ShapeDtypeStruct((num_tiles, *shape, num_blocks, _UNITS, _ROWS), jnp.float32)
-
-  smem_shapes = recurrent.shape, (2, num_blocks, _UNITS, _ROWS)
-  kernel = _launch(_forward_kernel, (out(t, 4), out(t + 1), out(t)), smem_shapes, num_tiles, num_blocks)
-  gates, c, hidden = kernel(z, recurrent, jnp.einsum("inku->ikun", _tiles(masks.recurrent)), first)
+  mask = jnp.einsum("inku->ikun", _tiles(masks.recurrent))
+  shapes = (t, 4), (t + 1,), (t,)
+  gates, c, hidden = _launch(_forward_kernel, shapes, jnp.float32, (2,), z, recurrent, mask, first)
   hidden = jnp.einsum("itkun->intku", hidden).reshape(b, t, h)
   # The kernel writes nothing before the first real row of a tile.
   hidden = jnp.where(is_real[:, :, None], hidden, 0.0)
@@ -271,13 +267,10 @@ def _forward(x, weights: Weights, masks: Masks, is_real, first) -> Any:
 def _backward(residuals, d_hidden):
   x, weights, masks, is_real, first, gates, c, hidden = residuals
   (b, t, e), h = x.shape, weights.recurrent_kernel.shape[0]
-  num_tiles, num_blocks = len(first), h // _UNITS
   recurrent = _weight_blocks(weights.recurrent_kernel, "kgmuv")
   d_hidden = jnp.einsum("intku->itkun", _tiles(d_hidden))
-  out_type = jax.ShapeDtypeStruct((num_tiles, t, 4, num_blocks, _UNITS, _ROWS), jnp.bfloat16)
-  smem_shapes = recurrent.shape, (2, 4, num_blocks, _UNITS, _ROWS)
-  kernel = _launch(_backward_kernel, out_type, smem_shapes, num_tiles, num_blocks)
-  dz = kernel(d_hidden, gates, c, recurrent, jnp.einsum("inku->ikun", _tiles(masks.recurrent)), first)
+  mask = jnp.einsum("inku->ikun", _tiles(masks.recurrent))
+  (dz,) = _launch(_backward_kernel, [(t, 4)], jnp.bfloat16, (2, 4), d_hidden, gates, c, recurrent, mask, first)
   dz = jnp.einsum("itgkun->intgku", dz).reshape(b, t, 4, h).astype(jnp.float32)
   dz = jnp.where(is_real[:, :, None, None], dz, 0.0)
   hidden_before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]

@@ -8,6 +8,8 @@ from flax import linen as nn
 
 from imdb_jax.lstm.shared import Masks, Weights, real_positions
 
+_GATES = {"sigmoid": nn.sigmoid, "hard_sigmoid": lambda x: jnp.clip(0.2 * x + 0.5, 0.0, 1.0)}
+
 
 def scan(
   cell: nn.Module, carry: Any, inputs: jax.Array, lengths: jax.Array | None, *constants: Any, reverse: bool = False
@@ -44,24 +46,16 @@ def scan(
 
 
 class LSTMCell(nn.Module):
-  """One position of the LSTM, see `imdb_jax.lstm`."""
+  """One position of the LSTM, see `imdb_jax.lstm`. The caller brings the weights."""
 
-  hidden_size: int
   gate_activation: str
 
-  @nn.compact
-  def __call__(self, carry, x, input_mask, recurrent_mask):
+  def __call__(self, carry, x, weights: Weights, masks: Masks):
     """Return the new carry and h, from the carry (c, h), f32[b, h] each, and x f32[b, e]."""
     c, h = carry
-    # The caller brings the parameters, so only their shapes matter here.
-    zeros = nn.initializers.zeros
-    kernel = self.param("kernel", zeros, (x.shape[1], 4 * self.hidden_size))
-    recurrent_kernel = self.param("recurrent_kernel", zeros, (self.hidden_size, 4 * self.hidden_size))
-    bias = self.param("bias", zeros, (4 * self.hidden_size,))
-    gate = nn.sigmoid if self.gate_activation == "sigmoid" else _hard_sigmoid
-
-    z = _project(x, input_mask, kernel) + _project(h, recurrent_mask, recurrent_kernel) + bias[None, :]
-    i, f, g, o = jnp.split(z, 4, axis=1)
+    z = _project(x, masks.inputs, weights.kernel) + _project(h, masks.recurrent, weights.recurrent_kernel)
+    i, f, g, o = jnp.split(z + weights.bias[None, :], 4, axis=1)
+    gate = _GATES[self.gate_activation]
     c = gate(f) * c + gate(i) * jnp.tanh(g)
     h = gate(o) * jnp.tanh(c)
     return (c, h), h
@@ -75,19 +69,14 @@ def _project(x: jax.Array, mask: jax.Array | None, weights: jax.Array) -> jax.Ar
   return jnp.concatenate([(x * gate_mask) @ column for gate_mask, column in zip(mask, columns, strict=True)], axis=1)
 
 
-def _hard_sigmoid(x: jax.Array) -> jax.Array:
-  return jnp.clip(0.2 * x + 0.5, 0.0, 1.0)
-
-
 def lstm(
   inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, gate_activation: str, reverse: bool
 ) -> jax.Array:
   """Compute `imdb_jax.lstm.lstm` with every setting."""
-  b, h = inputs.shape[0], weights.recurrent_kernel.shape[0]
-  zeros = jnp.zeros((b, h), inputs.dtype)
-  run = nn.apply(
-    lambda cell: scan(cell, (zeros, zeros), inputs, lengths, *masks, reverse=reverse),
-    # No parent: otherwise the cell would become a part of the module that calls this function.
-    LSTMCell(h, gate_activation, parent=None),
-  )
-  return run({"params": weights._asdict()})
+  zeros = jnp.zeros((inputs.shape[0], weights.recurrent_kernel.shape[0]), inputs.dtype)
+
+  def run(cell: nn.Module) -> jax.Array:
+    return scan(cell, (zeros, zeros), inputs, lengths, weights, masks, reverse=reverse)
+
+  # No parent: otherwise the cell would become a part of the module that calls this function.
+  return nn.apply(run, LSTMCell(gate_activation, parent=None))({})

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Added to the pre-activations of i and o, this closes the gates exactly: c and h stay 0, and so do all gradients.
-CLOSED = -1e4
+# Pre-activations of the gates at padding: i and o are closed exactly, so c and h stay 0, and so do all gradients.
+CLOSED = (-1e4, 0.0, 0.0, -1e4)
 
 
 class Weights(NamedTuple):
@@ -33,6 +33,12 @@ def known_lengths(lengths: jax.Array | None, inputs: jax.Array) -> jax.Array:
 def real_positions(lengths: jax.Array, t: int) -> jax.Array:
   """Return bool[b, t], true at the last lengths[b] of t positions."""
   return jnp.arange(t)[None, :] >= t - lengths[:, None]
+
+
+def slopes(i, f, g, o, c_before, tanh_c):
+  """Return the derivatives of the hidden state by c, and of c, c, c and the hidden state by the pre-activations."""
+  dc_dh = o * (1 - tanh_c * tanh_c)
+  return dc_dh, (g * (i * (1 - i)), c_before * (f * (1 - f)), i * (1 - g * g), tanh_c * (o * (1 - o)))
 
 
 def in_order(x: jax.Array, reverse: bool) -> jax.Array:

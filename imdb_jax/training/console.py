@@ -46,9 +46,6 @@ class Console:
     # A terminal wraps at words; a file or pipe gets whole lines.
     self._console.soft_wrap = not self._console.is_terminal
     self._progress: rich_progress.Progress | None = None
-    self._task = rich_progress.TaskID(0)
-    self._started = 0.0
-    self._done_before = 0
 
   def line(self, text: str = "") -> None:
     """Print a line of text."""

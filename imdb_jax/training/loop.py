@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,26 +131,6 @@ def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.
   return MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
 
 
-class _Stopwatch:
-  """Seconds since its creation, without those inside `paused`."""
-
-  def __init__(self, seconds: float = 0.0):
-    self._seconds, self._started = seconds, time.perf_counter()
-    self._is_paused = False
-
-  def seconds(self) -> float:
-    return self._seconds if self._is_paused else self._seconds + time.perf_counter() - self._started
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    was_paused = self._is_paused
-    self._seconds, self._is_paused = self.seconds(), True
-    try:
-      yield
-    finally:
-      self._started, self._is_paused = time.perf_counter(), was_paused
-
-
 class _Trainer:
   """The training loop of a run."""
 
@@ -172,7 +151,7 @@ class _Trainer:
     console, history, training = self._recorder.console, self._recorder.log.history, self._config.training
     try:
       for epoch in range(len(history) + 1, training.epochs + 1):
-        self._train_epoch(epoch, _Stopwatch(seconds))
+        self._train_epoch(epoch, seconds)
         seconds = 0.0
         number, _ = self._poll()
         if number and epoch < training.epochs:
@@ -219,17 +198,13 @@ class _Trainer:
 
   def _rows(self, epoch: int) -> np.ndarray:
     """Return the rows of each step of an epoch, i32[steps, seeds, b]."""
-    training = self._config.training
-    return batches.epoch_rows(
-      self._data.train.lengths,
-      seeds=training.seeds,
-      epoch=epoch,
-      batch_size=training.batch_size,
-      by_length=training.bucket_by_length,
-    )
+    lengths, training = self._data.train.lengths, self._config.training
+    size, by_length = training.batch_size, training.bucket_by_length
+    return batches.epoch_rows(lengths, seeds=training.seeds, epoch=epoch, batch_size=size, by_length=by_length)
 
-  def _train_epoch(self, epoch: int, watch: _Stopwatch) -> None:
-    runtime, rows = self._config.runtime, self._rows(epoch)
+  def _train_epoch(self, epoch: int, seconds: float) -> None:
+    """Train for the rest of an epoch that has taken so many seconds, and evaluate."""
+    runtime, rows, started = self._config.runtime, self._rows(epoch), time.perf_counter() - seconds
     first_step = (epoch - 1) * len(rows)
     self._recorder.start_epoch(epoch, self._step, len(rows))
     poll_every = 1 if jax.process_count() == 1 else _POLL_EVERY
@@ -241,7 +216,11 @@ class _Trainer:
       is_due |= runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0
       # The first step of an epoch has just been saved as the end of the one before.
       if number or (is_due and done > 0):
-        self._save_within_epoch(number, watch)
+        self._recorder.flush()
+        seconds = time.perf_counter() - started
+        self._save_within_epoch(number, seconds)
+        # The time of a save does not count.
+        started = time.perf_counter() - seconds
       num_steps = self._num_steps(len(rows) - done)
       chosen = self._program.put_rows(rows[done : done + num_steps])
       with jax.transfer_guard("disallow"):
@@ -249,40 +228,31 @@ class _Trainer:
       self._recorder.record_steps(range(self._step + 1, self._step + num_steps + 1), sums)
       self._step += num_steps
     self._recorder.flush()
-    with watch.paused():
-      self._evaluate(watch, poll_every)
+    self._evaluate(time.perf_counter() - started, poll_every)
 
-  def _evaluate(self, watch: _Stopwatch, poll_every: int) -> None:
+  def _evaluate(self, seconds: float, poll_every: int) -> None:
     """Evaluate at the end of an epoch, write the epoch's line and save."""
-    console, evaluation_watch, num_batches = self._recorder.console, _Stopwatch(), itertools.count(1)
+    console, started, num_batches = self._recorder.console, time.perf_counter(), itertools.count(1)
 
     def on_progress(num_reviews: int) -> None:
       console.show_evaluation(num_reviews, len(self._data.validation))
       if next(num_batches) % poll_every == 0 and (number := self._poll()[0]):
-        self._save_within_epoch(number, watch)
+        self._save_within_epoch(number, seconds)
 
-    result = evaluation.evaluate(
-      self._program,
-      self._state.params,
-      self._data.validation,
-      self._config.runtime.evaluation_batch_size,
-      on_progress,
-    )
-    line = self._recorder.record_epoch(
-      self._step, result, seconds=watch.seconds(), evaluation_seconds=evaluation_watch.seconds()
-    )
+    batch_size = self._config.runtime.evaluation_batch_size
+    result = evaluation.evaluate(self._program, self._state.params, self._data.validation, batch_size, on_progress)
+    evaluation_seconds = time.perf_counter() - started
+    line = self._recorder.record_epoch(self._step, result, seconds=seconds, evaluation_seconds=evaluation_seconds)
     console.end_epoch()
     console.line(report.epoch_line(line, self._config.training.epochs))
     self._save({}, score=getattr(result, self._program.task.monitor))
 
-  def _save_within_epoch(self, number: signal.Signals | None, watch: _Stopwatch) -> None:
+  def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:
     """Save what continuing within the epoch needs; after a signal, raise Interrupted."""
-    self._recorder.flush()
-    with watch.paused():
-      if number:
-        self._recorder.console.end_epoch()
-        self._recorder.console.line(f"{number.name}: saving step {self._step:,}")
-      self._save({"seconds": watch.seconds()}, score=None)
+    if number:
+      self._recorder.console.end_epoch()
+      self._recorder.console.line(f"{number.name}: saving step {self._step:,}")
+    self._save({"seconds": seconds}, score=None)
     if number:
       raise Interrupted(number, self._step)
 

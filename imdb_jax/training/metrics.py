@@ -69,7 +69,7 @@ class Recorder:
         raise ValueError(f"num_skipped is not that of {num_seeds} seeds")
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
       raise CheckpointError(f"The checkpoint's progress is invalid: {error!r:.200}.") from error
-    self._pending: tuple[range, dict[str, jax.Array]] | None = None
+    self._pending: tuple[range, dict[str, jax.Array]] = range(0), {}
     self._epoch, self._first_step, self._num_steps, self._num_reviews = 0, 0, 0, 0
 
   def start_epoch(self, epoch: int, step: int, num_steps: int) -> None:
@@ -89,14 +89,12 @@ class Recorder:
   def record_steps(self, steps: range, sums: dict[str, jax.Array]) -> None:
     """Take the sums of the steps just dispatched, from `Program.train_steps`, and read those of the steps before."""
     previous, self._pending = self._pending, (steps, sums)
-    if previous is not None:
-      self._read(*previous)
+    self._read(*previous)
 
   def flush(self) -> None:
     """Read what is still on the devices."""
-    if self._pending is not None:
-      pending, self._pending = self._pending, None
-      self._read(*pending)
+    pending, self._pending = self._pending, (range(0), {})
+    self._read(*pending)
 
   def _read(self, steps: range, sums: dict[str, jax.Array]) -> None:
     values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(sums).items()}

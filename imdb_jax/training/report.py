@@ -16,6 +16,10 @@ from imdb_jax.store.metrics_log import METRICS, Line
 from imdb_jax.training.console import Console, decimal
 
 _COLUMNS = ("epoch", *METRICS, "seconds", "evaluation_seconds")
+_CHOSEN_ON = {
+  "test": "chosen on the test reviews, as in the article, which flatters",
+  "split": "chosen on reviews held out of training",
+}
 
 
 def start_facts(program: Program, step: int) -> dict[str, Any]:
@@ -74,30 +78,22 @@ def _val_accuracy(line: Line) -> str:
   return f"{shown} (ensemble), {spread} (seeds, n = {len(values)}, from {min(values):.4f} to {max(values):.4f})"
 
 
-def _chosen_on(config: Config) -> str:
-  if config.data.validation == "test":
-    return "chosen on the test reviews, as in the article, which flatters"
-  return "chosen on reviews held out of training"
-
-
-def _epoch_cells(line: Line) -> list[str]:
-  metrics = [decimal(line[name]) for name in METRICS]
-  return [str(line["epoch"]), *metrics, *(f"{line[name]:.1f}" for name in ("seconds", "evaluation_seconds"))]
-
-
-def _seed_cells(seed: Line) -> list[str]:
-  return [str(seed["seed"]), *(decimal(seed[name]) for name in METRICS)]
-
-
 def show(config: Config, history: list[Line], console: Console) -> None:
   """Print the last and the best epoch; the lines of all epochs have been printed already."""
   best, last = best_epoch(history), history[-1]
   console.line(f"Last epoch: {_val_accuracy(last)}")
-  console.line(f"Best epoch {best['epoch']}: {_val_accuracy(best)} ({_chosen_on(config)})")
+  console.line(f"Best epoch {best['epoch']}: {_val_accuracy(best)} ({_CHOSEN_ON[config.data.validation]})")
 
 
-def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> str:
-  return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+def _cell(name: str, value: Any) -> str:
+  if name in METRICS:
+    return decimal(value)
+  return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _markdown_table(columns: Sequence[str], lines: list[Line]) -> str:
+  cells = [[_cell(name, line[name]) for name in columns] for line in lines]
+  return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells))
 
 
 def write(config: Config, history: list[Line]) -> None:
@@ -110,14 +106,14 @@ def write(config: Config, history: list[Line]) -> None:
   text = f"""# Run `{config.run_dir.name}`, preset {config.preset}
 
 Last epoch: {_val_accuracy(last)}.
-Best epoch: {best["epoch"]}, {_val_accuracy(best)} ({_chosen_on(config)}).
+Best epoch: {best["epoch"]}, {_val_accuracy(best)} ({_CHOSEN_ON[config.data.validation]}).
 Training and evaluation: {total:.0f} s, without compilation and saves.
 
-{_markdown_table(_COLUMNS, list(map(_epoch_cells, history)))}
+{_markdown_table(_COLUMNS, history)}
 
 Training metrics are means over the seeds; validation metrics are those of the ensemble. The seeds after the last epoch:
 
-{_markdown_table(("seed", *METRICS), list(map(_seed_cells, last["seeds"])))}
+{_markdown_table(("seed", *METRICS), last["seeds"])}
 
 ![Accuracy and loss](history.png)
 
