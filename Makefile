@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 BENCH_VENV := .venv-bench
 TORCH := torch==2.13.0
+ATHERIS := atheris==3.0.0
 LOCK = uv pip compile pyproject.toml --universal --python-version 3.11 --constraint requirements/constraints.txt \
   --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
-.PHONY: help setup demo test test-all torture bench gpu lint format lock clean
+.PHONY: help setup demo test test-all torture fuzz bench gpu lint format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,6 +39,11 @@ test-all: setup  ## Run all tests
 
 torture: setup  ## Kill, stop and damage runs at random, hundreds of times (15 minutes)
 	$(BIN)/python tests/torture.py --markdown runs/torture.md
+
+# Atheris has wheels for few platforms, so it is not in the lock file.
+fuzz: setup  ## Search for files that break a reader, guided by coverage (10 minutes; Linux, Python 3.11 to 3.13)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(ATHERIS)
+	$(BIN)/python tests/fuzz.py
 
 bench: setup $(BENCH_VENV)/.ready  ## Compare a training step with Keras and PyTorch; ARCHIVE=PATH: on real reviews (5 minutes)
 	$(BIN)/python benchmarks/epoch_time.py --quick $(if $(ARCHIVE),--archive "$(ARCHIVE)")
