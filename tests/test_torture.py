@@ -2,31 +2,65 @@
 
 import contextlib
 import random
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torture
 from reliability import trials
+from reliability.forgery import forge
 from reliability.mutations import mutate
-from reliability.sandbox import Failure, Sandbox, finish, last_line, newest_state
+from reliability.sandbox import (
+  LEFT_ALONE,
+  Bounds,
+  Failure,
+  Sandbox,
+  finish,
+  last_line,
+  newest_state,
+  require_bounded,
+  snapshot,
+)
+from reliability.watch import untouched
 from training.tiny import assert_close_end
 
 from imdb_jax.errors import CheckpointError, PlatformError
+from imdb_jax.store import manifest
 from imdb_jax.store.checkpoints import Checkpoints
 
 COUNTS = torture.Options(
-  kills=1, signals=1, damages=20, disk_full=1, process_stops=1, process_kills=1, mutations=200, seed=1
+  kills=1,
+  save_kills=1,
+  signals=1,
+  damages=20,
+  lies=2,
+  disk_full=1,
+  power_cuts=2,
+  process_stops=1,
+  process_kills=1,
+  mutations=200,
+  seed=8,
 )
 # Each takes many seconds, or repeats what others do.
-SLOW = ("disk_full", "process_stops", "process_kills")
+SLOW = ("save_kills", "disk_full", "power_cuts", "process_stops", "process_kills")
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory) -> Iterator[Sandbox]:
-  with contextlib.closing(Sandbox(tmp_path_factory.mktemp("torture"))) as sandbox:
+def sandbox() -> Iterator[Sandbox]:
+  made = tempfile.TemporaryDirectory(dir=torture.scratch())
+  with made as folder, contextlib.closing(Sandbox(Path(folder))) as sandbox:
     yield sandbox
+
+
+@pytest.fixture
+def folder(sandbox) -> Path:
+  return Path(tempfile.mkdtemp(dir=sandbox.folder))
 
 
 @pytest.mark.parametrize(
@@ -36,10 +70,10 @@ def test_nothing_is_lost(sandbox, name):
   try:
     outcome = torture.run_trials(sandbox, COUNTS, name)
   except PermissionError as error:
-    pytest.skip(f"a tmpfs cannot be mounted: {error}")
+    pytest.skip(f"not permitted here: {error}")
   assert outcome.count == getattr(COUNTS, name)
   assert not outcome.failures
-  assert bool(outcome.moments) == (name not in ("damages", "disk_full"))
+  assert bool(outcome.hits) == (name not in ("damages", "disk_full"))
 
 
 def test_no_damaged_file_is_used(sandbox):
@@ -55,8 +89,8 @@ def test_undetected_damage_is_a_failure(sandbox, monkeypatch):
   assert len(outcome.failures) == outcome.count
 
 
-def test_a_different_end_is_a_failure(sandbox, tmp_path, monkeypatch):
-  run_dir = sandbox.copy_of_whole(tmp_path)
+def test_a_different_end_is_a_failure(sandbox, folder, monkeypatch):
+  run_dir = sandbox.copy_of_whole(folder)
   sandbox.require_end(run_dir)
   metrics = run_dir / "metrics.jsonl"
   text = metrics.read_text()
@@ -74,8 +108,8 @@ def test_a_different_end_is_a_failure(sandbox, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_forked_command_receives_signals_and_reports_what_it_is_doing(sandbox, tmp_path, number):
-  with sandbox.started(tmp_path / "run") as (process,):
+def test_a_forked_command_receives_signals_and_reports_what_it_is_doing(sandbox, folder, number):
+  with sandbox.started(folder / "run") as (process,):
     deadline = time.monotonic() + 60
     while process.moment != "step":
       assert time.monotonic() < deadline
@@ -87,10 +121,11 @@ def test_a_forked_command_receives_signals_and_reports_what_it_is_doing(sandbox,
 
 
 @pytest.mark.slow
-def test_a_run_continues_with_another_number_of_processes(sandbox, tmp_path):
-  run_dir, at = tmp_path / "run", -1
+def test_a_run_continues_with_another_number_of_processes(sandbox, folder):
+  run_dir, at = folder / "run", -1
   for start in (sandbox.started, sandbox.two_started):
-    with start(run_dir) as processes:
+    # The processes agree on signals after every fourth dispatch.
+    with start(run_dir, "--steps-per-dispatch", "2") as processes:
       while last_line(run_dir) < at + 7:
         time.sleep(0.001)
       processes[-1].send_signal(signal.SIGTERM)
@@ -103,12 +138,12 @@ def test_a_run_continues_with_another_number_of_processes(sandbox, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_coordinator_whose_partner_is_killed_exits_with_its_own_code(sandbox, tmp_path):
-  with sandbox.two_started(tmp_path / "run") as (coordinator, other):
-    while last_line(tmp_path / "run") < 0:
+def test_a_coordinator_whose_partner_is_killed_exits_with_its_own_code(sandbox, folder):
+  with sandbox.two_started(folder / "run") as (coordinator, other):
+    while last_line(folder / "run") < 0:
       time.sleep(0.01)
     other.send_signal(signal.SIGKILL)
-    assert finish(coordinator, trials.LEFT_ALONE) in (CheckpointError.exit_code, PlatformError.exit_code)
+    assert finish(coordinator, LEFT_ALONE) in (CheckpointError.exit_code, PlatformError.exit_code)
     assert len(coordinator.stderr.splitlines()) == 1
 
 
@@ -116,3 +151,51 @@ def test_a_mutation_changes_something():
   content = bytes(range(256)) * 4
   changed = [mutate(content, random.Random(seed)) for seed in range(100)]
   assert sum(one != content for one in changed) > 95
+
+
+@pytest.mark.parametrize(
+  ("excess", "reason"),
+  [
+    ({}, None),
+    ({"returncode": 1, "stderr": "error: x\nTraceback (most recent call last):"}, "a traceback"),
+    ({"returncode": -signal.SIGSEGV}, "not an exit code"),
+    ({"stderr": "warning\n" * 4}, "4 lines"),
+    ({"peak_bytes": 2**30 + 101}, "MB of memory"),
+    ({"seconds": 11.1}, "11 s"),
+  ],
+)
+def test_what_exceeds_its_bounds_is_a_failure(excess, reason):
+  honest: Any = SimpleNamespace(returncode=0, stderr="", peak_bytes=100, seconds=1.0)
+  command: Any = SimpleNamespace(**vars(honest) | excess)
+  with pytest.raises(Failure, match=reason) if reason else contextlib.nullcontext():
+    require_bounded(command, Bounds.above(honest))
+
+
+def test_a_change_outside_the_run_is_a_failure(sandbox, folder):
+  with pytest.raises(Failure, match="outside the run"), sandbox.started(folder / "run"):
+    (folder / "stray").touch()
+
+
+def test_reading_a_watched_file_is_a_failure(tmp_path):
+  secret = tmp_path / "secret"
+  secret.touch()
+  with untouched(tmp_path):
+    secret.stat()
+    list(tmp_path.iterdir())
+  with pytest.raises(Failure, match="secret was opened"), untouched(tmp_path):
+    secret.read_bytes()
+
+
+def test_most_forgeries_agree_with_themselves(sandbox, folder):
+  (folder / "outside").mkdir()
+  (folder / "outside" / "secret").touch()
+  num_agreeing = 0
+  for seed in range(20):
+    run_dir = Path(shutil.copytree(sandbox.whole, folder / str(seed)))
+    forge(run_dir, random.Random(seed))
+    assert snapshot(run_dir) != snapshot(sandbox.whole)
+    with contextlib.suppress(OSError, ValueError):
+      for path in (run_dir / "manifests").iterdir():
+        manifest.check(run_dir / "checkpoints" / path.stem, path)
+      num_agreeing += 1
+  assert num_agreeing > 12

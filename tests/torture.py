@@ -21,8 +21,7 @@ from pathlib import Path
 
 import jax
 from reliability.mutations import read_mutated
-from reliability.processes import MOMENTS
-from reliability.sandbox import Failure, Sandbox
+from reliability.sandbox import Failure, Sandbox, Trial, snapshot
 from reliability.trials import TRIALS
 
 from imdb_jax.errors import ImdbJaxError
@@ -33,12 +32,15 @@ from imdb_jax.validation import flag, setting
 class Options:
   """How often to do what."""
 
-  kills: int = setting(60, "Runs to kill with SIGKILL.")
-  signals: int = setting(40, "Runs to stop with SIGINT or SIGTERM.")
+  kills: int = setting(125, "Runs to kill at random, four times each.")
+  save_kills: int = setting(64, "Runs to kill in saves, eight times each; requires strace.")
+  signals: int = setting(200, "Runs to stop with SIGINT or SIGTERM.")
   damages: int = setting(200, "Checkpoints to damage.")
-  disk_full: int = setting(20, "Runs on a disk that fills up; requires permission to mount a tmpfs.")
-  process_stops: int = setting(10, "Runs of two processes, one of which gets SIGTERM.")
-  process_kills: int = setting(10, "Runs of two processes, one of which is killed.")
+  lies: int = setting(500, "Run directories to forge.")
+  disk_full: int = setting(200, "Runs on a disk that fills up; requires permission to mount a tmpfs.")
+  power_cuts: int = setting(50, "Power cuts; requires permission to mount an ext4 image.")
+  process_stops: int = setting(20, "Runs of two processes, one of which gets SIGTERM.")
+  process_kills: int = setting(20, "Runs of two processes, one of which is killed.")
   mutations: int = setting(5000, "Files to change at random.")
   seed: int = setting(0, "Seed of everything random.")
   markdown: Path | None = setting(None, "File to write the table to.")
@@ -52,52 +54,59 @@ class Outcome:
     title: what was done.
     count: number of trials.
     failures: one text per failed trial.
-    moments: what the disturbed processes were doing, with counts.
+    hits: what was hit, with counts: what a disturbed process was doing, or how its command answered.
     seconds: time taken.
   """
 
   title: str
   count: int
   failures: list[str]
-  moments: Mapping[str, int]
+  hits: Mapping[str, int]
   seconds: float
 
   def row(self) -> str:
     """Return the row of the table."""
-    hit = ", ".join(f"{self.moments[moment]} {moment}" for moment in MOMENTS if moment in self.moments)
-    return f"| {self.title} | {self.count:,} | {self.count - len(self.failures):,} | {hit} | {self.seconds:.0f} |"
+    hits = ", ".join(f"{count:,} {hit}" for hit, count in sorted(self.hits.items(), key=lambda item: -item[1]))
+    return f"| {self.title} | {self.count:,} | {self.count - len(self.failures):,} | {hits} | {self.seconds:.0f} |"
 
 
-TABLE = "| trial | count | passed | what the process was doing | seconds |\n|---|---|---|---|---|"
+TABLE = "| trial | count | passed | what was hit | seconds |\n|---|---|---|---|---|"
+
+
+def scratch() -> str | None:
+  """Return a folder in memory for the trials, if it is large: they flush millions of files to the disk."""
+  memory = Path("/dev/shm")
+  return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 2**31 else None
 
 
 def run_trials(sandbox: Sandbox, options: Options, name: str) -> Outcome:
   """Run all trials of a kind.
 
   Raises:
-    PermissionError: a tmpfs cannot be mounted.
+    PermissionError: the trials cannot be run on this machine.
   """
-  title, trial, at_once = TRIALS[name]
-  count, moments, started = getattr(options, name), collections.Counter(), time.monotonic()
+  kind, count, started = TRIALS[name], getattr(options, name), time.monotonic()
 
   def run(number: int) -> str | list[str]:
-    folder = sandbox.folder / f"{name}-{number}"
+    folder, rng = sandbox.folder / f"{name}-{number}", random.Random(f"{options.seed} {name} {number}")
     folder.mkdir()
     try:
-      return trial(sandbox, random.Random(f"{options.seed} {name} {number}"), folder)
+      return kind.run(Trial(sandbox=sandbox, folder=folder, rng=rng, number=number, count=count))
     except (Failure, ImdbJaxError) as error:
-      return f"{name} {number} with seed {options.seed}: {error}"
+      return f"{name} {number} of {count} with seed {options.seed}: {error}"
     finally:
       shutil.rmtree(folder, ignore_errors=True)
 
-  failures = []
-  with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+  before, hits, failures = snapshot(sandbox.whole), collections.Counter(), []
+  with concurrent.futures.ThreadPoolExecutor(kind.at_once) as pool:
     for result in pool.map(run, range(count)):
       if isinstance(result, str):
         failures.append(result)
       else:
-        moments.update(result)
-  return Outcome(title=title, count=count, failures=failures, moments=moments, seconds=time.monotonic() - started)
+        hits.update(result)
+  if snapshot(sandbox.whole) != before:
+    failures.append(f"{name} with seed {options.seed}: another run has changed")
+  return Outcome(title=kind.title, count=count, failures=failures, hits=hits, seconds=time.monotonic() - started)
 
 
 def run_mutations(sandbox: Sandbox, options: Options) -> Outcome:
@@ -108,7 +117,7 @@ def run_mutations(sandbox: Sandbox, options: Options) -> Outcome:
     title="archive, vocabulary, files of a run, cache or text changed at random: an answer or one of our errors",
     count=options.mutations,
     failures=failures,
-    moments={},
+    hits={},
     seconds=time.monotonic() - started,
   )
 
@@ -140,12 +149,13 @@ def main() -> None:
 
   started = time.monotonic()
   print(TABLE, flush=True)
-  with tempfile.TemporaryDirectory(prefix="torture-") as folder, contextlib.closing(Sandbox(Path(folder))) as sandbox:
+  made = tempfile.TemporaryDirectory(prefix="torture-", dir=scratch())
+  with made as folder, contextlib.closing(Sandbox(Path(folder))) as sandbox:
     for name in TRIALS:
       try:
         report(run_trials(sandbox, options, name))
       except PermissionError as error:
-        report(Outcome(title=f"{TRIALS[name][0]} (not run: {error})", count=0, failures=[], moments={}, seconds=0))
+        report(Outcome(title=f"{TRIALS[name].title} (not run: {error})", count=0, failures=[], hits={}, seconds=0))
     report(run_mutations(sandbox, options))
   print(f"{time.monotonic() - started:.0f} s in total")
   for failure in failures:

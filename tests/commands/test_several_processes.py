@@ -21,11 +21,10 @@ def train_in_two(server: Server, run_dir: Path, *of_second: str | Path, second: 
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   shared = (*TINY, "--run-dir", str(run_dir))
   shared += ("--coordinator-address", address, "--num-processes", "2", "--process-id")
-  commands = (TRAIN, [*shared, "0"]), (second, [*shared, "1", *map(str, of_second)])
+  commands = [str(TRAIN), *shared, "0"], [str(second), *shared, "1", *map(str, of_second)]
   with contextlib.ExitStack() as stack:
-    processes = [
-      stack.enter_context(contextlib.closing(server.start(*command, run_dir.parent))) for command in commands
-    ]
+    starts = (server.start(command, run_dir.parent, {}) for command in commands)
+    processes = [stack.enter_context(contextlib.closing(process)) for process in starts]
     return [(process.wait(120), process.stdout, process.stderr) for process in processes]
 
 

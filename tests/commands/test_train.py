@@ -58,7 +58,7 @@ def test_the_next_commands_are_shown_as_they_were_typed(command, next_command, t
 def long_run(server: Server, run_dir: Path) -> Iterator[Process]:
   """Start or resume a run that is long enough to be stopped."""
   arguments = [*TINY, "--epochs", "15", "--log-every", "3", "--run-dir", str(run_dir)]
-  with contextlib.closing(server.start(TRAIN, arguments, run_dir.parent)) as process:
+  with contextlib.closing(server.start([str(TRAIN), *arguments], run_dir.parent, {})) as process:
     yield process
 
 
@@ -115,7 +115,7 @@ def on_terminal(columns: int, name: str, *arguments: str, cwd: Path) -> str:
 def test_a_terminal_gets_lines_that_wrap_at_words_and_a_file_whole_lines(trained, server, tmp_path):
   copy_of(trained, tmp_path)
   command = ("train", *TINY, "--run-dir", "run")
-  with contextlib.closing(server.start(TRAIN, command[1:], tmp_path)) as process:
+  with contextlib.closing(server.start([str(TRAIN), *command[1:]], tmp_path, {})) as process:
     assert process.wait(60) == 0, process.stderr
     whole = process.stdout
   assert max(map(len, whole.splitlines())) > 60

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import random
+import resource
 import shutil
 import signal
 import tarfile
@@ -14,13 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from reliability.sandbox import Failure, require
+from reliability.sandbox import Failure, checkpoints_of, require
 
-from imdb_jax.config import DataConfig
+from imdb_jax import cli, plots
+from imdb_jax.config import DataConfig, RuntimeConfig
 from imdb_jax.data import archive, reviews, sample, sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import ImdbJaxError
-from imdb_jax.store import manifest, metrics_log, run_directory
+from imdb_jax.store import files, manifest, metrics_log, run_directory
+from imdb_jax.training.console import Console
+from imdb_jax.training.metrics import Recorder
 
 Reader = Callable[[Path], Any]
 
@@ -58,16 +62,24 @@ def make_inputs(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]]:
     whole: a finished run.
     folder: folder to work in.
   """
-  vocabulary = Vocabulary.load(whole / "vocab.json")
+  config = run_directory.load_config(whole).data
+  vocabulary = Vocabulary.load(whole / "vocab.json", config)
 
   def read_text(path: Path) -> None:
-    vocabulary.encode([path.read_bytes().decode("utf-8", "replace")], 24)
+    text = path.read_bytes().decode("utf-8", "replace")
+    require(len(vocabulary.spans(text)) == len(vocabulary.ids(text)), "a known word has no span")
+
+  def read_lines(path: Path) -> None:
+    for lines in cli._read_lines(str(path)):
+      vocabulary.encode(lines, 24)
 
   return {
-    "vocab.json": ((whole / "vocab.json").read_bytes(), Vocabulary.load),
+    "vocab.json": ((whole / "vocab.json").read_bytes(), lambda path: Vocabulary.load(path, config)),
     "review": ("A film <br /> of 10/10 - «déjà vu» ☺ &amp; more".encode(), read_text),
+    "reviews": ("\ufeffA film.\r\n\nA <br /> masterpiece ☃\nA disaster".encode(), read_lines),
     **_archives(),
     **_files_of_a_run(whole, folder),
+    "facts": _facts(whole, folder / "facts"),
     **_cached_arrays(folder),
   }
 
@@ -103,13 +115,23 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
   def within_a_run(name: str, read: Reader) -> tuple[bytes, Reader]:
     run_dir = folder / name
     run_dir.mkdir()
-    shutil.copy(whole / "vocab.json", run_dir)
+    for other in ("vocab.json", "config.json"):
+      shutil.copy(whole / other, run_dir)
 
     def read_as(path: Path) -> None:
       path.replace(run_dir / name)
       read(run_dir)
 
     return (whole / name).read_bytes(), read_as
+
+  history = metrics_log.read_history(whole)
+
+  def plot(run_dir: Path) -> None:
+    found = metrics_log.read_history(run_dir)
+    # It takes a while.
+    if found != history:
+      metrics_log.write_csv(run_dir, found)
+      plots.plot_history(found, "mutated", run_dir / "history.png")
 
   newest = max((whole / "checkpoints").iterdir(), key=lambda step: int(step.name))
   manifest_path = whole / "manifests" / f"{newest.name}.json"
@@ -125,10 +147,31 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
 
   return {
     "config.json": within_a_run("config.json", run_directory.load_config),
-    "metrics.jsonl": within_a_run("metrics.jsonl", metrics_log.read_history),
+    "metrics.jsonl": within_a_run("metrics.jsonl", plot),
     "provenance.json": within_a_run("provenance.json", check),
     "manifest": (manifest_path.read_bytes(), read_manifest),
   }
+
+
+def _facts(whole: Path, run_dir: Path) -> tuple[bytes, Reader]:
+  """Return the facts that a manifest holds about a step within an epoch, and how a resumed run reads them."""
+  shutil.copytree(whole, run_dir)
+  *_, step, newest = sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+  path = run_dir / "manifests" / f"{step}.json"
+  path.with_name(f"{newest}.json").unlink()
+  intact = files.read_json(path)
+  config = run_directory.load_config(run_dir, RuntimeConfig(run_dir=run_dir))
+
+  def read(mutated: Path) -> None:
+    with contextlib.suppress(ValueError, RecursionError):
+      files.write_json(path, intact | {"facts": json.loads(mutated.read_bytes())})
+    with contextlib.closing(checkpoints_of(run_dir)) as checkpoints:
+      saved = checkpoints.find("latest")
+    log = metrics_log.MetricsLog(config, step=step, num_epochs=config.training.epochs - 1, held=None)
+    with contextlib.closing(log):
+      Recorder(config, Console(is_quiet=True), log, saved.progress)
+
+  return json.dumps(intact["facts"]).encode(), read
 
 
 def _cached_arrays(folder: Path) -> dict[str, tuple[bytes, Reader]]:
@@ -170,6 +213,10 @@ def _within(seconds: int) -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
+def _peak_bytes() -> int:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _contents(folder: Path) -> dict[str, bytes]:
   return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -192,6 +239,7 @@ def read_mutated(whole: Path, folder: Path, count: int, seed: int) -> list[str]:
     content, read = inputs[name]
     path = folder / "mutated"
     path.write_bytes(mutate(content, rng))
+    before_reading = _peak_bytes()
     try:
       with _within(20):
         read(path)
@@ -200,6 +248,8 @@ def read_mutated(whole: Path, folder: Path, count: int, seed: int) -> list[str]:
         failures.append(f"mutation {number} of {name}: not one line: {error}")
     except Exception as error:
       failures.append(f"mutation {number} of {name}: {error!r}")
+    if _peak_bytes() > before_reading + 2**30:
+      failures.append(f"mutation {number} of {name}: more than 1 GB of memory")
   if _contents(whole) != before:
     failures.append("a file of another run was written")
   return failures
