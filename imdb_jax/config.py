@@ -58,7 +58,13 @@ class ModelConfig(Settings):
   )
   gate_activation: Literal["sigmoid", "hard_sigmoid"] = setting("sigmoid", "hard_sigmoid is Keras 1's (slow).")
   mask_padding: bool = setting(False, "Skip padding, which the article's model processes like a word.")
-  pooling: Literal["last", "mean", "max"] = setting("last", "Use the last hidden state, or the mean or maximum.")
+  directions: int = setting(1, "Read the review forwards (1), or by a second LSTM backwards as well (2).", ge=1, le=2)
+  pooling: Literal["last", "mean", "max", "mean_max"] = setting(
+    "last", "Use the last hidden state, the mean, the maximum, or mean and maximum."
+  )
+  embedding: Literal["random", "svd"] = setting(
+    "random", "Start the word vectors at random, or from which words the training reviews use together (seconds)."
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,7 @@ class OptimizerConfig(Settings):
   """Adam, with Keras's constants."""
 
   learning_rate: float = setting(1e-3, "Learning rate, or its peak with --schedule one_cycle.", gt=0, le=1e38)
+  embedding_rate: float = setting(1.0, "Learning rate of the word vectors, as a factor.", ge=0, le=1e6)
   schedule: Literal["constant", "one_cycle"] = setting(
     "constant", "one_cycle warms up for 30% of all steps, then anneals."
   )

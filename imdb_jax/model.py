@@ -32,8 +32,8 @@ def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> 
     batch_size: b.
 
   Returns:
-    Input mask f32[b, e] and recurrent mask f32[b, h], or [b, 4, e] and [b, 4, h] with one mask per gate. The batch is
-    the first axis, so that the masks are sharded like the reviews. None where the rate is 0.
+    Input mask f32[b, e] and recurrent mask f32[b, d h] of d directions, or [b, 4, e] and [b, 4, d h] with one mask per
+    gate. The batch is the first axis, so that the masks are sharded like the reviews. None where the rate is 0.
   """
   gates = () if config.dropout_masks == "shared" else (4,)
 
@@ -46,7 +46,7 @@ def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> 
   input_key, recurrent_key = jax.random.split(key)
   return (
     draw(input_key, config.input_dropout_rate, config.embedding_size),
-    draw(recurrent_key, config.recurrent_dropout_rate, config.hidden_size),
+    draw(recurrent_key, config.recurrent_dropout_rate, config.directions * config.hidden_size),
   )
 
 
@@ -56,10 +56,12 @@ class LSTM(nn.Module):
   Attributes:
     config: sizes and semantics.
     implementation: name of an implementation, see `imdb_jax.lstm`.
+    reverse: whether to read the last position first.
   """
 
   config: ModelConfig
   implementation: str | None = None
+  reverse: bool = False
 
   @nn.compact
   def __call__(self, inputs: jax.Array, lengths: jax.Array | None, dropout_masks: DropoutMasks) -> jax.Array:
@@ -77,6 +79,7 @@ class LSTM(nn.Module):
       recurrent_dropout_mask=recurrent_mask,
       lengths=lengths,
       gate_activation=self.config.gate_activation,
+      reverse=self.reverse,
       implementation=self.implementation,
     )
 
@@ -99,6 +102,8 @@ class TextClassifier(nn.Module):
   def setup(self):
     self.embedding = nn.Embed(self.vocabulary_size, self.config.embedding_size, embedding_init=_embedding_init)
     self.lstm = LSTM(self.config, self.implementation)
+    if self.config.directions == 2:
+      self.backward_lstm = LSTM(self.config, self.implementation, reverse=True)
     self.dense = nn.Dense(self.head_size, kernel_init=nn.initializers.glorot_uniform())
 
   def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
@@ -119,20 +124,29 @@ class TextClassifier(nn.Module):
     return self.embedding(tokens)
 
   def encode(self, inputs: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
-    """Return one vector per review, f32[b, h], of word vectors f32[b, t, e]."""
+    """Return one vector per review, f32[b, n], of word vectors f32[b, t, e]; n is h per direction and pooling."""
     masked_lengths = lengths if self.config.mask_padding else None
-    return _pool(self.lstm(inputs, masked_lengths, dropout_masks), masked_lengths, self.config.pooling)
+    input_mask, recurrent_masks = dropout_masks
+    pooled = []
+    for direction, layer in enumerate([self.lstm] if self.config.directions == 1 else [self.lstm, self.backward_lstm]):
+      h = self.config.hidden_size
+      mask = None if recurrent_masks is None else recurrent_masks[..., direction * h : (direction + 1) * h]
+      hidden = layer(inputs, masked_lengths, (input_mask, mask))
+      pooled += [_pool(hidden, masked_lengths, pooling, layer.reverse) for pooling in self.config.pooling.split("_")]
+    return jnp.concatenate(pooled, axis=1)
 
   def head(self, encoded: jax.Array) -> jax.Array:
-    """Return logits f32[b, head_size] of encoded reviews f32[b, h]."""
+    """Return logits f32[b, head_size] of encoded reviews f32[b, n]."""
     return self.dense(encoded)
 
 
-def _pool(hidden: jax.Array, lengths: jax.Array | None, pooling: str) -> jax.Array:
+def _pool(hidden: jax.Array, lengths: jax.Array | None, pooling: str, reverse: bool) -> jax.Array:
   """Reduce hidden states f32[b, t, h] to f32[b, h]; a review without tokens gives zeros."""
-  if pooling == "last":
-    return hidden[:, -1]
   lengths = known_lengths(lengths, hidden)
+  if pooling == "last":
+    # The last position that was read. In an empty review, it is padding.
+    first = jnp.minimum(hidden.shape[1] - lengths, hidden.shape[1] - 1)
+    return jnp.take_along_axis(hidden, first[:, None, None], axis=1)[:, 0] if reverse else hidden[:, -1]
   if pooling == "mean":
     # Hidden states of padding are zeros, so the sum needs no mask.
     return jnp.sum(hidden, axis=1) / jnp.maximum(lengths, 1)[:, None].astype(hidden.dtype)

@@ -119,9 +119,18 @@ class Program:
     recurrent = lstm.recurrent_precision(self.choice.name, self.config.training.matmul_precision)
     return others if recurrent == others else f"{others}, recurrence {recurrent}"
 
-  def init(self) -> TrainState:
-    """Return the state before the first step, on every device."""
-    return self._init(np.array(self.config.training.seeds, np.uint32))
+  def init(self, word_vectors: np.ndarray | None = None) -> TrainState:
+    """Return the state before the first step, on every device.
+
+    Args:
+      word_vectors: f32[vocabulary_size, e], the embedding of every seed; None to draw it at random.
+    """
+    state = self._init(np.array(self.config.training.seeds, np.uint32))
+    if word_vectors is not None:
+      table = np.broadcast_to(word_vectors, (self.config.training.num_seeds, *word_vectors.shape))
+      embedding = {"embedding": devices.put(table, devices.replicated(self.mesh))}
+      state = dataclasses.replace(state, params=state.params | {"embedding": embedding})
+    return state
 
   def abstract_state(self) -> TrainState:
     """Return shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
@@ -217,8 +226,11 @@ class Program:
     grads, sums = gradients(state.params, examples, dropout_masks)
     grads = jax.tree.map(lambda grad: grad / sums["weight"], grads)
     # optax raises a float to an integer power, which strict promotion would refuse.
+    updates: Any
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+    rate = self.config.optimizer.embedding_rate
+    updates = updates | {"embedding": jax.tree.map(lambda update: rate * update, updates["embedding"])}
     params = optax.apply_updates(state.params, updates)
     finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(optax.tree.norm(grads))]
     is_finite = jnp.stack([*finite, *(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))]).all()

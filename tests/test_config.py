@@ -109,10 +109,18 @@ def test_the_article_is_what_keras_ran():
     dropout_masks="shared",
     gate_activation="sigmoid",
     mask_padding=False,
+    directions=1,
     pooling="last",
+    embedding="random",
   )
   assert article.optimizer == OptimizerConfig(
-    learning_rate=1e-3, schedule="constant", b1=0.9, b2=0.999, epsilon=1e-7, non_finite="stop"
+    learning_rate=1e-3,
+    embedding_rate=1.0,
+    schedule="constant",
+    b1=0.9,
+    b2=0.999,
+    epsilon=1e-7,
+    non_finite="stop",
   )
   assert article.training == TrainingConfig(
     epochs=10, batch_size=32, seed=0, num_seeds=1, bucket_by_length=False, matmul_precision="auto"
@@ -240,10 +248,13 @@ OTHER_VALUES = {
     "dropout_masks": "per_gate",
     "gate_activation": "hard_sigmoid",
     "mask_padding": True,
+    "directions": 2,
     "pooling": "max",
+    "embedding": "svd",
   },
   "optimizer": {
     "learning_rate": 0.5,
+    "embedding_rate": 0.5,
     "b1": 0.5,
     "b2": 0.5,
     "epsilon": 0.5,

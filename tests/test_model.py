@@ -54,20 +54,27 @@ def logits_of(config: ModelConfig, params: dict, tokens, lengths, masks=(None, N
 
 
 def float64_logits(config: ModelConfig, params: dict, tokens, lengths, masks) -> np.ndarray:
-  gate_first = [mask if mask is None or mask.ndim == 2 else np.moveaxis(mask, 1, 0) for mask in masks]
-  hidden = reference.lstm(
-    params["embedding"]["embedding"].astype(np.float64)[tokens],
-    **params["lstm"],
-    input_dropout_mask=gate_first[0],
-    recurrent_dropout_mask=gate_first[1],
-    lengths=lengths if config.mask_padding else None,
-    gate_activation=config.gate_activation,
-  )
-  pooled = np.zeros((len(tokens), config.hidden_size))
-  for row, length in enumerate(lengths):
-    states = hidden[row, -length or len(hidden[row]) :] if config.mask_padding else hidden[row]
-    if len(states):
-      pooled[row] = {"last": states[-1], "mean": states.mean(0), "max": states.max(0)}[config.pooling]
+  input_mask, recurrent_mask = (mask if mask is None or mask.ndim == 2 else np.moveaxis(mask, 1, 0) for mask in masks)
+  h, parts = config.hidden_size, []
+  for direction, layer in enumerate(["lstm", "backward_lstm"][: config.directions]):
+    hidden = reference.lstm(
+      params["embedding"]["embedding"].astype(np.float64)[tokens],
+      **params[layer],
+      input_dropout_mask=input_mask,
+      recurrent_dropout_mask=None if recurrent_mask is None else recurrent_mask[..., direction * h :][..., :h],
+      lengths=lengths if config.mask_padding else None,
+      gate_activation=config.gate_activation,
+      reverse=direction == 1,
+    )
+    last = 0 if direction else -1
+    for pooling in config.pooling.split("_"):
+      part = np.zeros((len(tokens), h))
+      for row, length in enumerate(lengths):
+        states = hidden[row, -length or len(hidden[row]) :] if config.mask_padding else hidden[row]
+        if len(states):
+          part[row] = {"last": states[last], "mean": states.mean(0), "max": states.max(0)}[pooling]
+      parts.append(part)
+  pooled = np.concatenate(parts, axis=1)
   return (pooled @ params["dense"]["kernel"].astype(np.float64) + params["dense"]["bias"])[:, 0]
 
 
@@ -128,20 +135,26 @@ def test_seeds_differ():
 
 
 @pytest.mark.parametrize(
-  ("pooling", "mask_padding", "dropout_masks", "gate_activation"),
+  ("directions", "pooling", "mask_padding", "dropout_masks", "gate_activation"),
   [
-    ("last", False, "shared", "sigmoid"),
-    ("last", True, "per_gate", "hard_sigmoid"),
-    ("mean", False, "per_gate", "sigmoid"),
-    ("mean", True, "shared", "sigmoid"),
-    ("max", False, "shared", "hard_sigmoid"),
-    ("max", True, "per_gate", "sigmoid"),
-    ("last", True, None, "sigmoid"),
+    (1, "last", False, "shared", "sigmoid"),
+    (1, "last", True, "per_gate", "hard_sigmoid"),
+    (1, "mean", False, "per_gate", "sigmoid"),
+    (1, "mean", True, "shared", "sigmoid"),
+    (1, "max", False, "shared", "hard_sigmoid"),
+    (1, "max", True, "per_gate", "sigmoid"),
+    (1, "last", True, None, "sigmoid"),
+    (1, "mean_max", True, "shared", "sigmoid"),
+    (2, "last", False, "shared", "sigmoid"),
+    (2, "last", True, "per_gate", "hard_sigmoid"),
+    (2, "mean_max", True, "shared", "sigmoid"),
+    (2, "mean_max", False, None, "sigmoid"),
   ],
 )
-def test_logits_agree_with_float64(pooling, mask_padding, dropout_masks, gate_activation):
+def test_logits_agree_with_float64(directions, pooling, mask_padding, dropout_masks, gate_activation):
   config = ModelConfig(
     **SMALL,
+    directions=directions,
     pooling=pooling,
     mask_padding=mask_padding,
     dropout_masks=dropout_masks or "shared",
@@ -155,17 +168,19 @@ def test_logits_agree_with_float64(pooling, mask_padding, dropout_masks, gate_ac
   np.testing.assert_allclose(logits_of(config, params, tokens, LENGTHS, masks), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_masked_padding_changes_nothing(pooling):
-  config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("pooling", ["last", "mean", "max", "mean_max"])
+def test_masked_padding_changes_nothing(directions, pooling):
+  config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling, directions=directions)
   params = random_params(config)
   tight, wide = (logits_of(config, params, make_tokens(LENGTHS, t), LENGTHS) for t in (7, 12))
   np.testing.assert_allclose(tight, wide, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_the_logit_of_a_masked_empty_review_is_the_bias(pooling):
-  config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("pooling", ["last", "mean", "max", "mean_max"])
+def test_the_logit_of_a_masked_empty_review_is_the_bias(directions, pooling):
+  config = ModelConfig(**SMALL, mask_padding=True, pooling=pooling, directions=directions)
   params = random_params(config)
   logits = logits_of(config, params, make_tokens(LENGTHS, 7), LENGTHS)
   assert logits[0] == params["dense"]["bias"][0]
@@ -200,6 +215,13 @@ def test_masks_keep_the_right_share_and_scale_it_up(dropout_masks, gates):
     assert len(np.unique(mask.reshape(500, -1), axis=0)) == 500, "reviews share a mask"
   if gates:
     assert (masks[0][:, 0] != masks[0][:, 1]).any(axis=1).all(), "gates share a mask"
+
+
+def test_each_direction_has_a_recurrent_mask_of_its_own_and_both_share_the_input_mask():
+  inputs, recurrent = draw_dropout_masks(jax.random.key(0), ModelConfig(directions=2), 8)
+  assert inputs is not None and recurrent is not None
+  assert (inputs.shape, recurrent.shape) == ((8, 128), (8, 256))
+  assert jnp.any(recurrent[:, :128] != recurrent[:, 128:], axis=1).all()
 
 
 def test_input_and_recurrent_masks_differ():

@@ -10,7 +10,20 @@ import numpy as np
 import optax
 import programs
 import pytest
-from programs import EPOCH, NO_DROPOUT, assert_close, assert_equal, config_of, make_split, program_of, rows_of, train
+from programs import (
+  BATCH_SIZE,
+  EPOCH,
+  NO_DROPOUT,
+  VOCABULARY_SIZE,
+  assert_close,
+  assert_equal,
+  config_of,
+  initial_state,
+  make_split,
+  program_of,
+  rows_of,
+  train,
+)
 
 from imdb_jax import lstm, program
 from imdb_jax.config import OptimizerConfig, RuntimeConfig, TrainingConfig
@@ -21,7 +34,7 @@ from imdb_jax.program import Program
 
 def model_logits(params: dict, rows: slice) -> np.ndarray:
   """Return the logits f64[n] of some reviews without dropout, from the parameters of one seed."""
-  model = TextClassifier(NO_DROPOUT, programs.VOCABULARY_SIZE)
+  model = TextClassifier(NO_DROPOUT, VOCABULARY_SIZE)
   split = make_split()
   logits = jax.jit(model.apply)({"params": params}, split.tokens[rows], split.lengths[rows])
   return np.asarray(logits, np.float64)[:, 0]
@@ -114,6 +127,28 @@ def test_each_setting_of_the_optimizer_has_an_effect(changed):
   assert abs(updates[0] - updates[1]) > 1e-5
 
 
+def test_the_word_vectors_learn_at_a_rate_of_their_own():
+  slow = config_of(NO_DROPOUT, optimizer=OptimizerConfig(embedding_rate=0.25))
+  start = initial_state(slow).params
+  ends = [train(program_of(1, config), rows_of(EPOCH[0]))[0].params for config in (config_of(NO_DROPOUT), slow)]
+  whole, quarter = (jax.tree.map(np.subtract, end, start) for end in ends)
+  np.testing.assert_allclose(quarter["embedding"]["embedding"], whole["embedding"]["embedding"] / 4, atol=1e-7)
+  assert np.abs(quarter["embedding"]["embedding"]).max() > 1e-5
+  for name in ("lstm", "dense"):
+    assert_equal(quarter[name], whole[name])
+
+
+def test_all_seeds_may_start_from_given_word_vectors():
+  program = program_of(2, config_of(training=TrainingConfig(batch_size=BATCH_SIZE, num_seeds=2)))
+  vectors = np.arange(VOCABULARY_SIZE * 4, dtype=np.float32).reshape(VOCABULARY_SIZE, 4)
+  given, drawn = jax.device_get((program.init(vectors), program.init()))
+  for seed in range(2):
+    np.testing.assert_array_equal(given.params["embedding"]["embedding"][seed], vectors)
+  for name in ("lstm", "dense"):
+    assert_equal(given.params[name], drawn.params[name])
+  assert jax.tree.map(np.shape, given) == jax.tree.map(np.shape, drawn)
+
+
 def test_one_program_trains_any_batch():
   """Compiling the article's program takes longer than many steps."""
   trained = program_of(1, config_of())
@@ -145,7 +180,7 @@ def test_no_step_copies_the_parameters():
   trained = program_of(1, config)
   arguments = trained.abstract_state(), trained.put_split(make_split()), *trained.put_rows(rows_of(*EPOCH[:3]))
   compiled = trained.train_steps.lower(*arguments).compile().as_text()
-  embedding = rf"f32\[(1,)?{programs.VOCABULARY_SIZE},{config.model.embedding_size}\]\S*"
+  embedding = rf"f32\[(1,)?{VOCABULARY_SIZE},{config.model.embedding_size}\]\S*"
   loops, _, entry = compiled.partition("\nENTRY ")
   assert re.search(embedding, loops), "else the check proves nothing"
   assert re.search(embedding, entry), "else the check proves nothing"

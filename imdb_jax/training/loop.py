@@ -17,7 +17,7 @@ import numpy as np
 
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import Config
-from imdb_jax.data import batches, sources, tokens
+from imdb_jax.data import batches, sources, tokens, word_vectors
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
@@ -93,7 +93,7 @@ def fit(config: Config) -> FitResult:
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.enter_context(contextlib.closing(checkpoints))
-    saved, state = _restore(program, checkpoints)
+    saved, state = _restore(program, checkpoints, data, console)
     report.show_header(program, data, saved.step, console)
     try:
       if is_first:
@@ -117,11 +117,17 @@ def _shared_settings(program: Program) -> dict[str, Any]:
   return {f"--{name.replace('_', '-')}": value for name, value in settings.items()} | run_directory.versions()
 
 
-def _restore(program: Program, checkpoints: Checkpoints) -> tuple[Saved, TrainState]:
+def _restore(
+  program: Program, checkpoints: Checkpoints, data: tokens.TokenData, console: Console
+) -> tuple[Saved, TrainState]:
   """Return the newest checkpoint, or the initial state."""
-  if checkpoints.is_empty():
-    return Saved(step=0, progress={}, score=None), program.init()
-  return checkpoints.restore_latest()
+  if not checkpoints.is_empty():
+    return checkpoints.restore_latest()
+  vectors = None
+  if program.config.model.embedding == "svd":
+    console.line("Computing word vectors")
+    vectors = word_vectors.svd(data.train.tokens, data.vocabulary.size, program.config.model.embedding_size)
+  return Saved(step=0, progress={}, score=None), program.init(vectors)
 
 
 def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:

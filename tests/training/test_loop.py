@@ -9,13 +9,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from reliability.sandbox import checkpoints_of
+from reliability.sandbox import checkpoints_of, newest_state
 from training.tiny import change, lines, tiny
 
 import imdb_jax
 from imdb_jax import evaluation
 from imdb_jax.config import PRESETS
-from imdb_jax.data import sample
+from imdb_jax.data import sample, tokens, word_vectors
 from imdb_jax.errors import CheckpointError, DivergenceError
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program
@@ -65,6 +65,21 @@ def test_a_batch_is_never_larger_than_the_training_set(tmp_path, monkeypatch):
   result = imdb_jax.fit(tiny(tmp_path, batch_size=5_000))
   assert sizes == {32}
   assert [line["step"] for line in result.history] == [1, 2]
+
+
+def test_a_new_run_starts_from_the_word_vectors_of_its_training_reviews(tmp_path, capsys):
+  config = change(tiny(tmp_path, epochs=1), "model", embedding="svd", directions=2, pooling="mean_max")
+  config = change(config, "optimizer", embedding_rate=0)
+  imdb_jax.fit(config)
+  assert "Computing word vectors" in capsys.readouterr().out
+  data = tokens.encode(config.data, sample.load())
+  vectors = word_vectors.svd(data.train.tokens, data.vocabulary.size, 4)
+  found = newest_state(tmp_path)[1].params
+  np.testing.assert_array_equal(found["embedding"]["embedding"][0], vectors)
+  assert found["backward_lstm"]["kernel"].shape == (1, 4, 16)
+  imdb_jax.fit(config)
+  assert "Computing word vectors" not in capsys.readouterr().out
+  assert 0 < imdb_jax.Classifier.load(tmp_path).predict(["A dull film."]) < 1
 
 
 def test_metrics_are_means_over_all_reviews_since_the_last_line(tmp_path):
