@@ -86,7 +86,7 @@ class Bounds:
 def require_bounded(process: Process, bounds: Bounds) -> None:
   """Raise Failure unless a command that has ended took little and said why in a few lines."""
   lines = process.stderr.splitlines()
-  shown = f"exit {process.returncode}: {process.stderr[:2000]}"
+  shown = f"exit {process.returncode}: {process.stderr[:600]}"
   require("Traceback" not in process.stderr, f"a traceback, {shown}")
   require(process.returncode in bounds.exits, f"not an exit code of ours, {shown}")
   # JAX aborts with a list of the threads.

@@ -84,7 +84,8 @@ def kill_in_save(trial: Trial) -> list[str]:
     call = calls[(turn * trial.count + trial.number) * len(calls) // (SAVE_KILLS * trial.count)]
     promised = newest_visible(run_dir)
     with trial.sandbox.started(run_dir, pause=True) as (process,):
-      moments.append(call.name if system_calls.kill_at(call, process, run_dir) else "missed")
+      was_killed = system_calls.kill_at(call, process, run_dir)
+    moments.append(call.name if was_killed else "missed")
     require_kept(run_dir, promised)
   trial.sandbox.require_end(run_dir)
   require(not (run_dir / "damaged").exists(), "a kill is taken for damage")

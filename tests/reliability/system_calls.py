@@ -1,6 +1,6 @@
-"""The system calls with which a save changes files, in all threads, and how to kill a process at one of them.
+"""The system calls with which a save changes files, in all threads, and how to kill a process or fail at one of them.
 
-strace can kill a process just before a system call is executed. It counts the calls of each thread separately, and
+strace can do that instead of executing a system call. It counts the calls of each thread separately, and
 tensorstore's threads share their work differently in each run. But all calls on one path come from one thread, so name,
 path and number identify a call.
 """
@@ -78,20 +78,30 @@ def _traced(process: Process, *options: str) -> Iterator[None]:
       strace.stderr.read()
 
 
-def _wait_for_end_of_save(process: Process) -> None:
-  while process.returncode is None and process.moment == "save":
-    wait_at_most(process, 0.005)
+@contextlib.contextmanager
+def injected(effect: str, call: Call, process: Process, run_dir: Path) -> Iterator[None]:
+  """Replace a call of a save by an effect of strace, in a process that stops itself before the save.
+
+  The process is killed at the end of the context. If the effect is an error, later calls on the same path fail too.
+  """
+  _wait_for_pause(process)
+  steps = visible_steps(run_dir)
+  path = run_dir / call.path.format(new=steps[-1] + EVERY, old=steps[0])
+  injection = f"inject={call.name}:{effect}:when={call.number}+"
+  with _traced(process, "-o", os.devnull, "-P", str(path), "-e", f"trace={call.name}", "-e", injection):
+    yield
 
 
 def kill_at(call: Call, process: Process, run_dir: Path) -> bool:
   """Kill a process that stops itself before a save just before a call of this save; return whether it came to that."""
-  _wait_for_pause(process)
-  steps = visible_steps(run_dir)
-  path = run_dir / call.path.format(new=steps[-1] + EVERY, old=steps[0])
-  injection = f"inject={call.name}:signal=SIGKILL:when={call.number}"
-  with _traced(process, "-o", os.devnull, "-P", str(path), "-e", f"trace={call.name}", "-e", injection):
+  with injected("signal=SIGKILL", call, process, run_dir):
     _wait_for_end_of_save(process)
     return process.returncode == -signal.SIGKILL
+
+
+def _wait_for_end_of_save(process: Process) -> None:
+  while process.returncode is None and process.moment == "save":
+    wait_at_most(process, 0.005)
 
 
 @functools.cache
