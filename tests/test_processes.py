@@ -274,6 +274,8 @@ def compute(iterations):
   hashlib.pbkdf2_hmac("sha256", b"", b"", iterations)
 
 def child(ready, iterations):
+  # As the scripts do.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   with StopRequest() as stop:
     os.write(ready, b".")
     while stop.signal is None:

@@ -38,7 +38,6 @@ class Options:
   damages: int = setting(200, "Checkpoints to damage.")
   lies: int = setting(300, "Run directories to forge.")
   disk_full: int = setting(100, "Runs on a disk that fills up; requires permission to mount a tmpfs.")
-  failed_writes: int = setting(25, "Runs with a disk full in four saves each; requires strace.")
   power_cuts: int = setting(50, "Power cuts; requires permission to mount an ext4 image.")
   process_stops: int = setting(10, "Runs of two processes, one of which gets SIGTERM.")
   process_kills: int = setting(10, "Runs of two processes, one of which is killed.")

@@ -122,7 +122,7 @@ def test_a_wrong_flag_is_one_line(run):
   assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["breakdown", "epoch_time", "time_to_accuracy"])
+@pytest.mark.parametrize("script", ["epoch_time", "time_to_accuracy"])
 def test_the_cache_may_be_in_the_home_folder(script, module, monkeypatch):
   monkeypatch.setenv("HOME", "/home/me")
   options = module("measuring").parse(None, module(script).FLAGS, ["--cache-dir=~/cache"])
@@ -178,7 +178,7 @@ def test_the_breakdown_times_parts_in_turns(module, tmp_path, monkeypatch):
   ours, breakdown, saved = module("ours"), module("breakdown"), {}
   monkeypatch.setattr(ours, "PARTS", dict.fromkeys(("step", "recurrence, forward")))
   arguments = ["--platform", "cpu", "--num-devices", "2", "--batch-size", "4", "--sequence-length", "20"]
-  arguments += ["--windows", "2", "--window-seconds", "0.01", "--cache-dir", str(tmp_path)]
+  arguments += ["--windows", "2", "--window-seconds", "0.01"]
   options = module("measuring").parse(None, breakdown.FLAGS, arguments)
   options.scratch = tmp_path
   breakdown.measure(options, saved.update)

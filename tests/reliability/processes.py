@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -53,7 +54,7 @@ class Server:
     return Process(self._requests, command)
 
   def close(self) -> None:
-    """Stop the server; commands in progress continue."""
+    """Stop the server; commands in progress continue until their `Process` is closed."""
     self._requests.close()
     self._process.wait()
 
@@ -202,6 +203,11 @@ def _keep(command: dict[str, Any], fds: list[int]) -> None:
     return
   with socket.socket(fileno=parent) as keeper:
     keeper.send(str(pid).encode())
+    ended_or_left, _, _ = select.select([os.pidfd_open(pid), keeper], [], [])
+    if keeper in ended_or_left:
+      # The trial has been killed. Its command may be stopped, and would stay forever.
+      os.kill(pid, signal.SIGKILL)
+      os._exit(0)
     ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert ended is not None
     seconds = time.monotonic() - started
