@@ -32,9 +32,10 @@ def svd(tokens: np.ndarray, vocabulary_size: int, embedding_size: int) -> np.nda
   """
   counts = sparse.csr_matrix((vocabulary_size, vocabulary_size))
   for distance in range(1, _WINDOW + 1):
-    left, right = tokens[:, :-distance].ravel(), tokens[:, distance:].ravel()
-    # Padding is at the front, so it is on the left of every pair that has any.
-    pairs = left[left > 0].astype(np.int32), right[left > 0].astype(np.int32)
+    words, neighbours = tokens[:, :-distance].ravel(), tokens[:, distance:].ravel()
+    # Padding is at the front, so it comes first in every pair that has any.
+    is_pair = words > 0
+    pairs = words[is_pair].astype(np.int32), neighbours[is_pair].astype(np.int32)
     weights = np.full(len(pairs[0]), (_WINDOW + 1 - distance) / _WINDOW)
     counts += sparse.coo_matrix((weights, pairs), shape=counts.shape).tocsr()
   counts = (counts + counts.T).tocoo()

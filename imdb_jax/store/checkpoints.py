@@ -80,6 +80,7 @@ class Checkpoints:
       read_only: whether this is a reader.
     """
     self._abstract, self._orbax = abstract, arrays.checkpointer()
+    self._arrays = arrays.by_name(abstract)
     self.directory = run_dir.absolute() / "checkpoints"
     self._manifests = run_dir.absolute() / "manifests"
     if read_only and not self.directory.is_dir():
@@ -110,7 +111,7 @@ class Checkpoints:
     for step in steps:
       try:
         # First, because it takes no longer for huge files.
-        arrays.check(self._folder(step), arrays.by_name(self._abstract))
+        arrays.check(self._folder(step), self._arrays)
         facts = manifest.check(self._folder(step), self._manifest(step))
         progress, score = facts.get("progress"), facts.get("score")
         if not isinstance(progress, dict) or not (score is None or (type(score) is float and not math.isinf(score))):
@@ -131,8 +132,7 @@ class Checkpoints:
     if jax.process_count() == 1:
       return
     steps = np.full(_MAX_STEPS, -1, np.int32)
-    newest = self.steps()[-_MAX_STEPS:]
-    steps[: len(newest)] = newest
+    steps[: len(self._saved)] = self.steps()
     wanted = [step for step in multihost_utils.broadcast_one_to_all(steps).tolist() if step >= 0]
     missing = [step for step in wanted if step not in self._saved]
     if missing:
@@ -207,7 +207,7 @@ class Checkpoints:
       with processes.together():
         if jax.process_index() == 0:
           # Whatever the file system or Orbax makes of the path, the files must be where a reader looks for them.
-          arrays.check(self._folder(saved.step), arrays.by_name(self._abstract))
+          arrays.check(self._folder(saved.step), self._arrays)
           facts = {"progress": saved.progress, "score": saved.score}
           manifest.write(self._folder(saved.step), self._manifest(saved.step), facts)
     # Orbax, tensorstore and the file system raise errors without a common base class.

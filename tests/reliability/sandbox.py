@@ -66,7 +66,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-  """What a command may take, whatever is done to it or to its files.
+  """Limits on a command, which hold also when the command or its files are attacked.
 
   Attributes:
     seconds, peak_bytes: time and memory.
