@@ -67,10 +67,10 @@ def _exit(code: int, message: str) -> NoReturn:
   sys.exit(code)
 
 
-def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _on_unraisable(failed: Any) -> None:
   # After a failed save, threads of tensorstore call Orbax, which no longer waits for them.
-  if str(error) != "Event loop is closed":
-    sys.__excepthook__(kind, error, trace)
+  if str(failed.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(failed)
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def _clear_errors() -> Iterator[None]:
   handler = logging.StreamHandler()
   handler.setFormatter(_Warnings())
   logging.basicConfig(handlers=[handler])
-  sys.excepthook = _on_uncaught
+  sys.unraisablehook = _on_unraisable
   # Standard output may be closed from the start, as with `>&-`.
   sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
   if isinstance(sys.stdout, io.TextIOWrapper):

@@ -2,9 +2,12 @@
 
 
 def first_line(error: BaseException) -> str:
-  """Return the first line of an error's message, shortened, without a full stop; its type if it has no message."""
-  lines = str(error).strip().splitlines()
-  return lines[0][:300].rstrip(".") if lines else type(error).__name__
+  """Return the first line of an error's message, without a full stop; its type if it has no message.
+
+  A long line loses its middle: it often begins with what failed, and ends with the reason.
+  """
+  line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+  return line if len(line) <= 300 else f"{line[:145]} ... {line[-150:]}"
 
 
 def printable(text: str) -> str:

@@ -41,6 +41,7 @@ COUNTS = torture.Options(
   damages=20,
   lies=2,
   disk_full=1,
+  failed_writes=1,
   power_cuts=2,
   process_stops=1,
   process_kills=1,
@@ -48,7 +49,7 @@ COUNTS = torture.Options(
   seed=8,
 )
 # Each takes many seconds, or repeats what others do.
-SLOW = ("save_kills", "disk_full", "power_cuts", "process_stops", "process_kills")
+SLOW = ("save_kills", "disk_full", "failed_writes", "power_cuts", "process_stops", "process_kills")
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,16 @@ from imdb_jax.validation import flag, setting
 class Options:
   """How often to do what."""
 
-  kills: int = setting(60, "Runs to kill at random, four times each.")
-  save_kills: int = setting(59, "Runs to kill in saves, eight times each; requires strace.")
-  signals: int = setting(100, "Runs to stop with SIGINT or SIGTERM.")
+  kills: int = setting(80, "Runs to kill at random, four times each.")
+  save_kills: int = setting(85, "Runs to kill in saves, eight times each; requires strace.")
+  signals: int = setting(200, "Runs to stop with SIGINT or SIGTERM.")
   damages: int = setting(200, "Checkpoints to damage.")
-  lies: int = setting(300, "Run directories to forge.")
+  lies: int = setting(500, "Run directories to forge.")
   disk_full: int = setting(100, "Runs on a disk that fills up; requires permission to mount a tmpfs.")
+  failed_writes: int = setting(25, "Runs with a disk full in four saves each; requires strace.")
   power_cuts: int = setting(50, "Power cuts; requires permission to mount an ext4 image.")
-  process_stops: int = setting(10, "Runs of two processes, one of which gets SIGTERM.")
-  process_kills: int = setting(10, "Runs of two processes, one of which is killed.")
+  process_stops: int = setting(20, "Runs of two processes, one of which gets SIGTERM.")
+  process_kills: int = setting(20, "Runs of two processes, one of which is killed.")
   mutations: int = setting(5000, "Files to change at random.")
   seed: int = setting(0, "Seed of everything random.")
   markdown: Path | None = setting(None, "File to write the table to.")

@@ -89,6 +89,8 @@ class Checkpoints:
     self._damaged: dict[int, str]
     try:
       self._find_all()
+      if self.is_empty():
+        self._require_manifests()
       if not read_only:
         # Orbax logs several lines per save at INFO, and tracebacks of the exceptions that it raises at ERROR.
         absl_logging.set_verbosity(absl_logging.FATAL)
@@ -124,6 +126,16 @@ class Checkpoints:
         self._saved[step] = Saved(step=step, progress=progress, score=score)
     if self._damaged:
       _LOG.warning("%s: damaged and not used: %s", self.directory, self._reasons())
+
+  def _require_manifests(self) -> None:
+    """Raise CheckpointError if there are saved steps whose manifests someone has removed."""
+    folders = [path.name for path in self.directory.glob("*") if path.name.isdecimal()]
+    # The folder is created before the first save, which leaves one step without a manifest if it is interrupted.
+    if len(folders) > 1 or (folders and not self._manifests.is_dir()):
+      raise CheckpointError(
+        f"{self._manifests}: has no manifest of the saved steps {', '.join(sorted(folders, key=int))[:200]}. "
+        "They cannot be used without. Put the manifests back, or name another folder."
+      )
 
   def _reasons(self) -> str:
     return "; ".join(f"step {step}: {problem}" for step, problem in self._damaged.items())
@@ -218,12 +230,17 @@ class Checkpoints:
         f"Step {saved.step} could not be saved in {self.directory}: {first_line(error)}. Intact steps: {intact}."
       ) from error
     self._saved[saved.step] = saved
-    for old in self._saved.keys() - {*self.steps()[-_NUM_KEPT:], self.find("best").step}:
-      del self._saved[old]
-      if jax.process_index() == 0:
-        self._manifest(old).unlink(missing_ok=True)
-        files.sync(self._manifests)
-        files.remove(self._folder(old))
+    try:
+      for old in self._saved.keys() - {*self.steps()[-_NUM_KEPT:], self.find("best").step}:
+        del self._saved[old]
+        if jax.process_index() == 0:
+          self._manifest(old).unlink(missing_ok=True)
+          files.sync(self._manifests)
+          files.remove(self._folder(old))
+    except OSError as error:
+      raise CheckpointError(
+        f"Step {saved.step} is saved in {self.directory}, but an older step could not be removed: {first_line(error)}."
+      ) from error
 
   def _require_untouched(self) -> None:
     """Raise OSError if someone has removed saved steps, or the whole folder, which Orbax would create anew."""

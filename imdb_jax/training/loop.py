@@ -220,8 +220,8 @@ class _Trainer:
         break
       number, is_due = self._poll() if dispatch % poll_every == 0 else (None, False)
       is_due |= runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0
-      # The first step of an epoch has just been saved as the end of the one before.
-      if number or (is_due and done > 0):
+      # The first step of an epoch, or of a resumed run, is saved already.
+      if number or (is_due and self._step not in (0, *self._checkpoints.steps())):
         self._recorder.flush()
         seconds = time.perf_counter() - started
         self._save_within_epoch(number, seconds)

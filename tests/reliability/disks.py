@@ -1,11 +1,13 @@
 """Trials with the disk: it is full at each size in turn, or the power fails."""
 
 import contextlib
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from reliability import system_calls
 from reliability.processes import Process
 from reliability.sandbox import (
   EVERY,
@@ -26,6 +28,8 @@ from imdb_jax.store import manifest
 
 # A whole run, with the free space that a save requires, needs a little less than this.
 _MOST_KILOBYTES, _MOST_FILES = 1150, 340
+# How often to fail writes of a run.
+FAILURES = 4
 _IMAGE_BYTES = 24 * 2**20
 
 
@@ -53,6 +57,28 @@ def fill_disk(trial: Trial) -> list[str]:
     subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=10000", str(trial.folder)], check=True)
     trial.sandbox.require_end(run_dir)
   return [] if code else ["completed"]
+
+
+def fail_write(trial: Trial) -> list[str]:
+  """Fail system calls of saves as if the disk was full: a save checks the free space, but others may take it."""
+  begun, calls = system_calls.of_a_save(trial.sandbox)
+  writes = [call for call in calls if call.name in ("openat", "mkdir", "write", "writev", "rename", "fsync")]
+  run_dir = Path(shutil.copytree(begun, trial.folder / "run"))
+  hits = []
+  for turn in range(FAILURES):
+    call = writes[(turn * trial.count + trial.number) * len(writes) // (FAILURES * trial.count)]
+    promised = newest_visible(run_dir)
+    with trial.sandbox.started(run_dir, pause=True) as (process,):
+      with system_calls.injected("error=ENOSPC", call, process, run_dir):
+        code = finish(process)
+      if code == 0:
+        hits.append("missed")
+        break
+      _require_clear(code, process.stderr, f"failed {call}")
+    hits.append(call.name)
+    require_kept(run_dir, promised)
+  trial.sandbox.require_end(run_dir)
+  return hits
 
 
 def _require_clear(code: int, stderr: str, cause: str) -> None:

@@ -155,7 +155,7 @@ def _mark(moments: mmap.mmap, *, pause: bool) -> None:
     def call(*arguments, **settings):
       nonlocal pause
       before, moments[0] = moments[0], moment
-      # A resumed run first saves its step again, which writes the manifest only.
+      # Saving a step again, for a signal, writes the manifest only.
       if pause and MOMENTS[moment] == "save" and arguments[1].step not in arguments[0].steps():
         pause = False
         os.kill(os.getpid(), signal.SIGSTOP)

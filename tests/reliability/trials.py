@@ -82,6 +82,11 @@ TRIALS: Mapping[str, Kind] = {
     "disk full at each size in turn (tmpfs), then resumed: one clear line, no older step lost, bit-identical end",
     disks.fill_disk,
   ),
+  "failed_writes": Kind(
+    f"disk full at a system call of a save, {disks.FAILURES} times per run, each call in turn; then resumed: one clear "
+    "line, no promised step lost, bit-identical end",
+    disks.fail_write,
+  ),
   "power_cuts": Kind(
     "power cut (ext4 image copied unsynced), half of the runs with frequent saves; then resumed: no promised step "
     "lost, bit-identical end",

@@ -222,6 +222,42 @@ def test_a_save_after_others_were_removed_fails_and_names_what_is_left(run, gone
     run.save(5)
 
 
+@pytest.mark.parametrize(("steps", "gone"), [((4,), ["manifests"]), ((4, 5), ["manifests/4.json", "manifests/5.json"])])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_removed_manifests_are_named_and_nothing_starts_again(run, steps, gone, read_only):
+  for step in steps:
+    run.save(step)
+  for name in gone:
+    files.remove(run.run_dir / name)
+  with pytest.raises(CheckpointError, match=r"manifests: has no manifest of the saved steps 4.*Put the manifests back"):
+    Checkpoints(run.run_dir, run.abstract, read_only=read_only)
+  assert run.folders() == list(map(str, steps))
+
+
+def test_an_interrupted_first_save_leaves_a_run_without_steps(run):
+  run.save(4)
+  files.remove(run.run_dir / "manifests/4.json")
+  assert Checkpoints(run.run_dir, run.abstract, read_only=False).is_empty()
+  assert run.folders() == []
+
+
+def test_a_failed_removal_of_an_old_step_names_the_saved_one(run, monkeypatch):
+  for step in (4, 5):
+    run.save(step)
+
+  remove = files.remove
+
+  def fail(path):
+    if path.name == "4":
+      raise OSError(errno.EIO, "Input/output error")
+    remove(path)
+
+  monkeypatch.setattr(files, "remove", fail)
+  with pytest.raises(CheckpointError, match=r"Step 6 is saved in .*, but an older step could not be removed: .*output"):
+    run.save(6)
+  assert Checkpoints(run.run_dir, run.abstract, read_only=True).steps() == [5, 6]
+
+
 def test_an_intact_step_that_cannot_be_read_now_stays_where_it_is(run, monkeypatch):
   """The cause may be too many open files, or memory, or another process."""
   for step in (4, 5):

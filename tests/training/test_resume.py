@@ -141,6 +141,19 @@ def test_a_dispatch_ends_where_a_save_is_due(whole, tmp_path, monkeypatch):
   assert_close_end(whole.run_dir, config.run_dir)
 
 
+def test_a_resumed_run_does_not_save_its_step_again(whole, tmp_path, monkeypatch):
+  config = change(tiny(tmp_path / "run"), "runtime", save_every_steps=1)
+  with signal_before(Recorder, "flush", signal.SIGTERM, at_call=2):
+    stopped = train_until_stopped(config)
+  steps, save = [], Checkpoints.save
+  monkeypatch.setattr(
+    Checkpoints, "save", lambda self, saved, state: steps.append(saved.step) or save(self, saved, state)
+  )
+  imdb_jax.fit(config)
+  assert steps[0] == stopped.step + 1
+  assert_same_end(whole, config)
+
+
 def test_a_signal_is_handled_after_the_dispatch(tmp_path):
   """And resuming after it changes no bit."""
   undisturbed, config = (
