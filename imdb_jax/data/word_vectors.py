@@ -1,14 +1,18 @@
-"""Word vectors from which words occur close to each other: positive pointwise mutual information, and its SVD.
+"""Word vectors to start from: computed from the reviews, or read from a file."""
 
-Levy, Goldberg and Dagan 2015, "Improving Distributional Similarity with Lessons Learned from Word Embeddings".
-"""
-
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
 
+from imdb_jax.errors import UsageError
+
+# A vector of 65,536 numbers, the most that a config permits, with 15 characters each.
+_MAX_LINE_BYTES = 2**20
 # Neighbours up to this distance count, the nearer the more.
 _WINDOW = 5
 # Counts of neighbours are raised to this power, so that rare ones weigh less.
@@ -20,7 +24,10 @@ _DENSE_SIZE = 256
 
 
 def svd(tokens: np.ndarray, vocabulary_size: int, embedding_size: int) -> np.ndarray:
-  """Return a vector for each id; 0 for padding and for words that have no neighbours.
+  """Return a vector for each id, from which words occur close to each other; 0 for words without neighbours.
+
+  It is the singular value decomposition of the positive pointwise mutual information: Levy, Goldberg and Dagan 2015,
+  "Improving Distributional Similarity with Lessons Learned from Word Embeddings".
 
   Args:
     tokens: int[n, t], padded at the front with 0.
@@ -59,4 +66,54 @@ def svd(tokens: np.ndarray, vocabulary_size: int, embedding_size: int) -> np.nda
   # The sign of a column is arbitrary.
   left *= np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])
   vectors[1:, : left.shape[1]] = left[1:] * (_SCALE / np.sqrt(np.mean(left[1:] ** 2)))
+  return vectors
+
+
+def read(path: Path, words: Sequence[str], vocabulary_size: int, embedding_size: int) -> np.ndarray:
+  """Return a vector for each id from a text file as of word2vec, GloVe or fastText: a word and its numbers per line.
+
+  A first line with the number of words and the size is skipped. The file may be larger than the memory.
+
+  Args:
+    path: the file.
+    words: the words of ids 1, 2, ...
+    vocabulary_size: v, upper bound of the ids.
+    embedding_size: e, the numbers per word.
+
+  Returns:
+    f32[v, e]; 0 for padding and for words that the file lacks.
+
+  Raises:
+    UsageError: the file cannot be read, a line has another size, a number is not finite, or a word of the vocabulary
+      occurs twice, or none at all.
+  """
+  ids = {word.encode(): id for id, word in enumerate(words, 1)}
+  vectors, found = np.zeros((vocabulary_size, embedding_size), np.float32), set()
+  try:
+    with path.open("rb") as file:
+      for number in itertools.count(1):
+        line = file.readline(_MAX_LINE_BYTES)
+        if not line:
+          break
+        if number == 1 and len(line.split()) == 2:
+          continue
+        word, *numbers = line.rstrip().rsplit(b" ", embedding_size)
+        # Some words contain spaces, but hardly the first ones.
+        is_longer = number <= 2 and b" " in word
+        if is_longer or len(numbers) != embedding_size or len(line) == _MAX_LINE_BYTES:
+          raise ValueError(f"line {number:,} is not a word and {embedding_size} numbers; see --embedding-size")
+        id = ids.get(word)
+        if id is None:
+          continue
+        if id in found:
+          raise ValueError(f"line {number:,}: the word {word.decode()!r} occurs twice")
+        vector = np.array(numbers, float)
+        if not (np.abs(vector) <= np.finfo(np.float32).max).all():
+          raise ValueError(f"line {number:,}: a number is not finite")
+        vectors[id] = vector
+        found.add(id)
+  except (OSError, ValueError) as error:
+    raise UsageError(f"--word-vectors {path}: {error}.") from error
+  if not found:
+    raise UsageError(f"--word-vectors {path}: has none of the {len(ids):,} words of the vocabulary.")
   return vectors

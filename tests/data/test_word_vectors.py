@@ -5,7 +5,8 @@ import pytest
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import sample, tokens
-from imdb_jax.data.word_vectors import svd
+from imdb_jax.data.word_vectors import read, svd
+from imdb_jax.errors import UsageError
 
 
 def random_tokens(n: int, t: int, v: int) -> np.ndarray:
@@ -76,3 +77,38 @@ def test_words_of_one_kind_are_close_together():
     return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
 
   assert similarity("dull", "charming") > similarity("dull", "the") + 0.2
+
+
+@pytest.mark.parametrize("header", ["", "4 2\n"])
+def test_a_file_gives_the_words_that_it_has(tmp_path, header):
+  path = tmp_path / "vectors.txt"
+  path.write_text(f"{header}good 1 -2.5\nunknown 3 4\nnew york 7 8\ncafé 1e-3 0\n", encoding="utf-8")
+  vectors = read(path, ["bad", "café", "good", "new"], 6, 2)
+  np.testing.assert_array_equal(vectors, np.array([[0, 0], [0, 0], [1e-3, 0], [1, -2.5], [0, 0], [0, 0]], np.float32))
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"good 1 2\nbad 1\n", "line 2 is not a word and 2 numbers; see --embedding-size"),
+    (b"3 3\ngood 1 2 3\n", "line 2 is not a word and 2 numbers"),
+    (b"bad 1 2\ngood 1 nan\n", "line 2: a number is not finite"),
+    (b"bad 1 2\ngood 1 1e300\n", "line 2: a number is not finite"),
+    (b"good 1 2\nodd 3 4\ngood 5 6\n", "line 3: the word 'good' occurs twice"),
+    (b"good one two\n", "could not convert"),
+    (b"\xff\xfe 1 2\n", "has none of the 2 words of the vocabulary"),
+    (b"", "has none of the 2 words"),
+    (b"good 1 " + b"2" * 2**20, "line 1 is not a word and 2 numbers"),
+  ],
+)
+def test_a_damaged_file_of_vectors_is_one_clear_line(tmp_path, content, message):
+  path = tmp_path / "vectors.txt"
+  path.write_bytes(content)
+  with pytest.raises(UsageError, match=message) as error:
+    read(path, ["good", "bad"], 3, 2)
+  assert "--word-vectors" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_of_vectors_is_named(tmp_path):
+  with pytest.raises(UsageError, match=r"--word-vectors .*absent\.txt: .*No such file"):
+    read(tmp_path / "absent.txt", ["good"], 2, 2)
