@@ -1,4 +1,4 @@
-"""The commands train, evaluate, predict, plot and prepare: arguments to calls."""
+"""The commands train, evaluate, predict, plot, prepare and compare: arguments to calls."""
 
 import contextlib
 import importlib.metadata
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from imdb_jax import arguments
-from imdb_jax.config import RuntimeConfig, default_cache_dir
+from imdb_jax.config import Config, DataConfig, RuntimeConfig, TrainingConfig, default_cache_dir
 from imdb_jax.errors import ImdbJaxError, PlatformError, UsageError, first_line, printable
 
 # Texts to encode at once.
@@ -305,4 +305,36 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
     print(tfds_imdb.prepare(given.data_dir, given.archive))
 
 
+def _compare(prog: str, args: Sequence[str]) -> None:
+  """Compare models on the same reviews; the same command again continues."""
+  parser = _parser(prog, _compare, restores=False)
+  parser.add_argument("--rows", metavar="A,B,...", help="Models to compute. [all]")
+  parser.add_argument("--num-seeds", type=int, default=1, metavar="N", help="Models per row, with different seeds. [1]")
+  parser.add_argument("--quick", action="store_true", help="Small models on the sample: a demonstration.")
+  parser.add_argument("--data", metavar="{imdb,sample}", help="Reviews to use. [imdb]")
+  parser.add_argument("--validation", default="test", metavar="{test,split}", help="Test or held-out reviews. [test]")
+  parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder; otherwise it is downloaded.")
+  parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
+  parser.add_argument("--run-dir", type=_path, default=Path("runs/compare"), help="Folder to use. [runs/compare]")
+  parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
+  given = parser.parse_args(args)
+  places = {name: getattr(given, name) for name in ("archive", "cache_dir", "run_dir", "platform")}
+  config = Config(
+    data=DataConfig(source=given.data or ("sample" if given.quick else "imdb"), validation=given.validation),
+    training=TrainingConfig(num_seeds=given.num_seeds),
+    runtime=RuntimeConfig(**places),
+  )
+  _require_memory()
+  from imdb_jax import processes
+  from imdb_jax.comparison import rows
+
+  with _clear_errors(), _interruptible():
+    try:
+      rows.compare(config, given.rows.split(",") if given.rows else rows.ROWS, quick=given.quick)
+    except (processes.Interrupted, KeyboardInterrupt) as stop:
+      number = getattr(stop, "signal", signal.SIGINT)
+      _exit(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")
+
+
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "plot": _plot, "prepare": _prepare}
+_COMMANDS["compare"] = _compare

@@ -1,13 +1,20 @@
-"""Figures of a run. They need no display."""
+"""Figures of runs. They need no display."""
 
+import itertools
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from imdb_jax.errors import UsageError, printable
 
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE = 60
+# Where to write the name of a point, from the best place to the worst.
+_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (-1, -1), (1, -1))
 _TRAIN_COLOR, _VALIDATION_COLOR = "#1f77b4", "#d62728"
 
 
@@ -22,16 +29,9 @@ def plot_history(history: list[dict[str, Any]], title: str, output: Path) -> Non
   Raises:
     UsageError: the history is empty, `output` has another suffix, or is a link.
   """
-  if output.suffix.lower() not in _FORMATS:
-    raise UsageError(f"{output}: its name must end in one of {', '.join(_FORMATS)}.")
-  if output.is_symlink():
-    raise UsageError(f"{output}: is a link, which is not followed.")
   if not history:
     raise UsageError(f"{title}: no epoch has been finished yet.")
-  # matplotlib takes long to import, and training needs it only at the end.
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(11, 4.5), layout="constrained")
+  figure = _figure(11, 4.5)
   for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
     _plot_metric(axes, history, name)
   has_seeds = len(history[0]["seeds"]) > 1
@@ -42,6 +42,89 @@ def plot_history(history: list[dict[str, Any]], title: str, output: Path) -> Non
     f"{', with the range of the seeds' if has_seeds else ''}",
     parse_math=False,
   )
+  _save(figure, output)
+
+
+def plot_accuracy_by_time(points: Sequence[tuple[str, float, Sequence[float]]], output: Path) -> None:
+  """Plot accuracy against training time, one point per model, with the standard deviation of its seeds.
+
+  Args:
+    points: name, seconds above 0, and the accuracy of each seed.
+    output: file to write, as for `plot_history`.
+  """
+  figure = _figure(8, 5)
+  axes = figure.subplots()
+  for number, (_, seconds, accuracies) in enumerate(points):
+    bar = 100 * np.std(accuracies, ddof=1) if len(accuracies) > 1 else None
+    axes.errorbar(seconds, 100 * np.mean(accuracies), bar, fmt="o", capsize=4, color=f"C{number}")
+  axes.set(xscale="log", xlabel="seconds to train", ylabel="accuracy (%)", title="Accuracy and training time")
+  axes.margins(x=0.12, y=0.15)
+  axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+  axes.grid(alpha=0.3)
+  figure.draw_without_rendering()
+  taken = [bars.get_tightbbox().padded(3) for bars in axes.collections]
+  for number, (name, seconds, accuracies) in enumerate(points):
+    _label(axes, name, (seconds, 100 * np.mean(accuracies)), f"C{number}", taken)
+  _save(figure, output)
+
+
+def _label(axes: Any, name: str, point: tuple[float, Any], color: str, taken: list[Any]) -> None:
+  """Write a name as close to its point as possible, within the axes and outside the boxes that are taken."""
+  label = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", color=color, va="center")
+  for distance, (x, y) in itertools.product(range(10, 70, 6), _DIRECTIONS):
+    label.xyann = (distance * x, distance * y)
+    label.set_horizontalalignment({-1: "right", 0: "center", 1: "left"}[x])
+    box = label.get_window_extent()
+    is_inside = all(axes.bbox.contains(*corner) for corner in box.corners())
+    if is_inside and not any(map(box.overlaps, taken)):
+      break
+  taken.append(label.get_window_extent())
+
+
+def plot_learning_curves(curves: Mapping[str, Sequence[Sequence[float]]], output: Path) -> None:
+  """Plot validation accuracy by epoch, the models side by side, with the range of their seeds.
+
+  Args:
+    curves: by name, the accuracies after each epoch of each seed.
+    output: file to write, as for `plot_history`.
+  """
+  from matplotlib.ticker import MaxNLocator
+
+  num_columns = min(len(curves), 4)
+  num_rows = math.ceil(len(curves) / num_columns)
+  figure = _figure(max(2.8 * num_columns, 4), 3 * num_rows)
+  grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).ravel()
+  means = {name: 100 * np.mean(seeds, axis=0) for name, seeds in curves.items()}
+  for axes, (name, seeds) in zip(grid, curves.items(), strict=False):
+    for mean in means.values():
+      axes.plot(range(1, len(mean) + 1), mean, color="0.85")
+    epochs = range(1, len(means[name]) + 1)
+    low, high = 100 * np.min(seeds, axis=0), 100 * np.max(seeds, axis=0)
+    axes.fill_between(epochs, low, high, color=_VALIDATION_COLOR, alpha=0.2, linewidth=0)
+    axes.plot(epochs, means[name], marker="o", markersize=4, color=_VALIDATION_COLOR)
+    axes.set(title=name, xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+  for axes in grid[len(curves) :]:
+    axes.remove()
+  for axes in grid[::num_columns]:
+    axes.set_ylabel("accuracy (%)")
+  _save(figure, output)
+
+
+def _figure(width: float, height: float) -> Any:
+  # matplotlib takes long to import, and training needs it only at the end.
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, output: Path) -> None:
+  """Write a figure; raise UsageError if the file has another suffix, or is a link."""
+  if output.suffix.lower() not in _FORMATS:
+    raise UsageError(f"{output}: its name must end in one of {', '.join(_FORMATS)}.")
+  if output.is_symlink():
+    raise UsageError(f"{output}: is a link, which is not followed.")
   unfinished = output.with_name(f"{output.name}.new")
   unfinished.unlink(missing_ok=True)
   # What is at `output` is replaced and not written through: it may be a pipe or linked to another file.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from imdb_jax import devices, evaluation, processes
@@ -65,6 +66,11 @@ class Classifier:
       saved, state = checkpoints.restore(step)
     return cls(program, vocabulary, state.params, saved.step)
 
+  @property
+  def num_parameters(self) -> int:
+    """Number of parameters of all seeds together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(self._params))
+
   def _batch_size(self, num_texts: int) -> int:
     largest = self.config.runtime.evaluation_batch_size
     return next((size for size in _SMALL_BATCHES if num_texts <= size <= largest), largest)
@@ -91,7 +97,11 @@ class Classifier:
       logits = evaluation.predict(self._program, self._params, split, self._batch_size(len(texts)))
     return self._program.task.probabilities(logits)
 
+  def logits(self, split: TokenSplit) -> np.ndarray:
+    """Return the logits of encoded reviews, f32[seeds, n, 1]."""
+    with processes.computing():
+      return evaluation.predict(self._program, self._params, split, self.config.runtime.evaluation_batch_size)
+
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""
-    with processes.computing():
-      return evaluation.evaluate(self._program, self._params, split, self.config.runtime.evaluation_batch_size)
+    return self._program.task.evaluate(self.logits(split), split.labels)

@@ -98,6 +98,20 @@ def _metrics(logits: np.ndarray, is_positive: np.ndarray) -> Metrics:
   )
 
 
+def calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+  """Return the expected calibration error: by how much confidence and accuracy differ (Guo et al. 2017, equation 3).
+
+  Args:
+    logits: f64[n].
+    labels: int[n].
+    num_bins: bins of equal width from 0 to 1. The confidence of the predicted class is never below 0.5.
+  """
+  confidence, is_correct = special.expit(np.abs(logits)), (logits > 0) == (labels == 1)
+  # A bin includes its upper end.
+  bins = np.ceil(confidence * num_bins).astype(np.int64)
+  return float(np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(logits))
+
+
 def _ratio(part: float, whole: float) -> float:
   return part / whole if whole else 0.0
 

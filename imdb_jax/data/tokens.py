@@ -104,8 +104,8 @@ def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
   return reviews.take(np.flatnonzero(~is_held)), reviews.take(np.flatnonzero(is_held))
 
 
-def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
-  """Fit the vocabulary on the training reviews alone and encode every split.
+def split(config: DataConfig, reviews: dict[str, Reviews]) -> dict[str, Reviews]:
+  """Return the reviews of "train", "test" and, if a part is held out, "validation".
 
   Raises:
     DataError: a part must be held out, but the groups are unknown.
@@ -114,16 +114,21 @@ def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
   splits = {"train": reviews["train"], "test": reviews["test"]}
   if config.validation == "split":
     splits["train"], splits["validation"] = hold_out(splits["train"], config.validation_fraction)
-  splits = {name: split.take(range(min(config.limit or len(split), len(split)))) for name, split in splits.items()}
-  if not all(len(split) for split in splits.values()):
+  splits = {name: each.take(range(min(config.limit or len(each), len(each)))) for name, each in splits.items()}
+  if not all(len(each) for each in splits.values()):
     raise UsageError("A split has no reviews left: raise --limit or change --validation-fraction.")
+  return splits
 
+
+def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
+  """Fit the vocabulary on the training reviews alone and encode every split; raise as `split` does."""
+  splits = split(config, reviews)
   texts = splits["train"].texts
   vocabulary = Vocabulary.fit(texts, size=config.vocabulary_size, strip_html=config.strip_html)
   encoded = {}
-  for name, split in splits.items():
-    tokens, lengths = vocabulary.encode(split.texts, config.sequence_length)
-    encoded[name] = TokenSplit(tokens=tokens, lengths=lengths, labels=split.labels)
+  for name, each in splits.items():
+    tokens, lengths = vocabulary.encode(each.texts, config.sequence_length)
+    encoded[name] = TokenSplit(tokens=tokens, lengths=lengths, labels=each.labels)
   return TokenData.of(encoded, vocabulary)
 
 

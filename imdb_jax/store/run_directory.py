@@ -39,7 +39,7 @@ _BEFORE_CONFIG = {_LOCK, "vocab.json", "vocab.json.new", "provenance.json", "pro
 Held = dict[Path, os.stat_result]
 
 
-def _names(run_dir: Path) -> set[str]:
+def names(run_dir: Path) -> set[str]:
   """Return the names in a folder, none if it is absent. Links are refused: they could lead out of the folder."""
   try:
     entries = list(run_dir.iterdir()) if run_dir.exists() else []
@@ -51,7 +51,8 @@ def _names(run_dir: Path) -> set[str]:
   return {path.name for path in entries}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+  """Return the value of a JSON file in the folder."""
   try:
     return files.read_json(path)
   except (OSError, ValueError) as error:
@@ -60,9 +61,9 @@ def _read_json(path: Path) -> Any:
 
 def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
   """Return the settings of a run."""
-  if "config.json" not in _names(run_dir):
+  if "config.json" not in names(run_dir):
     raise UsageError(f"{run_dir}: not a run directory: it has no config.json.")
-  value = _read_json(run_dir / "config.json")
+  value = read_json(run_dir / "config.json")
   try:
     return Config.from_dict(value, runtime)
   except UsageError as error:
@@ -71,11 +72,7 @@ def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
 
 @contextlib.contextmanager
 def opened(config: Config) -> Iterator[Held]:
-  """Lock the run directory of a config for training, and yield the files that this process holds: the lock.
-
-  The folder is created if it is absent, and removed again if no run was created in it. The kernel releases the lock
-  when the process exits.
-  """
+  """Lock the run directory of a config for training, and yield the files that this process holds: the lock."""
   run_dir = config.run_dir
   # tensorstore takes a backslash for a slash, and Orbax a folder named gs: for a place in Google's storage.
   if "\\" in str(run_dir.absolute()) or "gs:" in run_dir.absolute().parts:
@@ -85,21 +82,30 @@ def opened(config: Config) -> Iterator[Held]:
   for path in (run_dir / name for name in _WRITTEN_IN_PLACE):
     if path.exists() and path.stat().st_nlink > 1:
       raise UsageError(f"{path}: has further hard links, which would change too. Train a copy of the folder.")
+  with locked(run_dir):
+    yield {run_dir / _LOCK: (run_dir / _LOCK).lstat()}
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+  """Lock a folder, which is created if it is absent, and removed again if nothing was written into it.
+
+  The kernel releases the lock when the process exits.
+  """
   was_absent = not run_dir.exists()
   lock = filelock.FileLock(run_dir / _LOCK, timeout=0)
   try:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock.acquire()
-    held = {run_dir / _LOCK: (run_dir / _LOCK).lstat()}
   except filelock.Timeout as error:
     raise UsageError(f"--run-dir {run_dir}: another trainer is using it; name another folder.") from error
   except OSError as error:
     raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
   try:
-    yield held
+    yield
   finally:
     # While the lock is held. A process that opens the lock just before its removal notices that when it acquires it.
-    if was_absent and _names(run_dir) == {_LOCK}:
+    if was_absent and names(run_dir) == {_LOCK}:
       files.remove(run_dir)
     lock.release()
 
@@ -112,10 +118,10 @@ def require_held(held: Held) -> None:
 
 
 def _require_run_or_empty(run_dir: Path) -> set[str]:
-  names = _names(run_dir)
-  if "config.json" not in names and names and not (_LOCK in names and names <= _BEFORE_CONFIG):
+  found = names(run_dir)
+  if "config.json" not in found and found and not (_LOCK in found and found <= _BEFORE_CONFIG):
     raise UsageError(f"--run-dir {run_dir}: holds something that is not a run; nothing was touched. Name another.")
-  return names
+  return found
 
 
 def exists(config: Config) -> bool:
@@ -169,7 +175,7 @@ def check(run_dir: Path, *, data_digest: str | None = None, precision: str | Non
 
 def _provenance(run_dir: Path) -> dict[str, Any]:
   path = run_dir / "provenance.json"
-  value = _read_json(path)
+  value = read_json(path)
   for name, kind in {"data_digest": str, "vocabulary_sha256": str, "starts": list}.items():
     if not isinstance(value, dict) or not isinstance(value.get(name), kind):
       raise UsageError(f"{path}: has no {name}.")

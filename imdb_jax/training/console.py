@@ -47,6 +47,11 @@ class Console:
     self._console.soft_wrap = not self._console.is_terminal
     self._progress: rich_progress.Progress | None = None
 
+  @property
+  def width(self) -> int | None:
+    """Columns of the terminal; None without a terminal, where lines may have any length."""
+    return self._console.width if self._console.is_terminal else None
+
   def line(self, text: str = "") -> None:
     """Print a line of text."""
     self._console.print(text, markup=False)

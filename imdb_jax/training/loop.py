@@ -40,11 +40,13 @@ class FitResult:
     run_dir: the run directory.
     history: one dict per epoch, see `store.metrics_log.EPOCH_FIELDS`.
     compile_seconds: time to compile training and prediction, which no seconds in `history` include.
+    late_signal: a signal that arrived when there was nothing left to stop; None if there was none.
   """
 
   run_dir: Path
   history: list[Line]
   compile_seconds: float
+  late_signal: signal.Signals | None
 
   @property
   def best(self) -> Line:
@@ -123,11 +125,13 @@ def _restore(
   """Return the newest checkpoint, or the initial state."""
   if not checkpoints.is_empty():
     return checkpoints.restore_latest()
-  vectors = None
+  vectors, started = None, time.perf_counter()
   if program.config.model.embedding == "svd":
     console.line("Computing word vectors")
     vectors = word_vectors.svd(data.train.tokens, data.vocabulary.size, program.config.model.embedding_size)
-  return Saved(step=0, progress={}, score=None), program.init(vectors)
+  # The first epoch's time includes that of the word vectors.
+  seconds = time.perf_counter() - started
+  return Saved(step=0, progress={"seconds": seconds}, score=None), program.init(vectors)
 
 
 def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:
@@ -173,7 +177,9 @@ class _Trainer:
     if jax.process_index() == 0:
       report.write(self._config, history)
     report.show(self._config, history, console)
-    return FitResult(run_dir=self._config.run_dir, history=history, compile_seconds=compile_seconds)
+    return FitResult(
+      run_dir=self._config.run_dir, history=history, compile_seconds=compile_seconds, late_signal=self._stop.signal
+    )
 
   def _compile(self) -> float:
     """Compile both programs ahead, so that no time of training or evaluation includes it; return the seconds."""

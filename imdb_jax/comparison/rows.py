@@ -1,0 +1,141 @@
+"""The rows of a comparison. Each model is trained once, and its result is kept in the comparison's folder.
+
+settings.json       digests of the reviews
+ROW-seedN.json      a result, see `imdb_jax.comparison.results`
+ROW-seedN/          the run of a recurrent model
+comparison.md, .json, accuracy_by_time.png, learning_curves.png, disagreements.md
+lock                held by a running comparison
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from imdb_jax import devices
+from imdb_jax.comparison import linear, results, table
+from imdb_jax.comparison.results import Result
+from imdb_jax.config import PRESETS, Config
+from imdb_jax.data import sources, tokens
+from imdb_jax.data.reviews import Reviews
+from imdb_jax.errors import ImdbJaxError, PlatformError, UsageError, first_line
+from imdb_jax.prediction import Classifier
+from imdb_jax.processes import Interrupted
+from imdb_jax.store import files, run_directory
+from imdb_jax.task import Sentiment
+from imdb_jax.training.console import Console
+from imdb_jax.training.loop import fit
+
+# Rows that do not depend on a seed.
+LINEAR: dict[str, Callable[[Reviews, Reviews], Result]] = {
+  "majority": linear.majority,
+  "tfidf": functools.partial(linear.ngrams, is_nb_svm=False),
+  "nb-svm": functools.partial(linear.ngrams, is_nb_svm=True),
+}
+# Preset, and the settings that differ from it.
+RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+  "lstm": ("article", {}),
+  "bi-lstm": ("article", {"model": {"directions": 2}}),
+  "fast": ("fast", {}),
+}
+ROWS = (*LINEAR, *RECURRENT)
+
+
+def compare(base: Config, rows: Sequence[str] = ROWS, *, quick: bool = False) -> None:
+  """Compute the missing results of some rows; write and print the table of all results in the folder.
+
+  Args:
+    base: folder, reviews and platform of the comparison; `training.num_seeds` is the number of models per row.
+    rows: names from `ROWS`.
+    quick: use small models and short reviews, for a demonstration.
+
+  Raises:
+    UsageError: a row is unknown, or the folder holds something else or is in use.
+    DataError: the reviews are missing or damaged.
+    ImdbJaxError: a row has failed; the table names it.
+    Interrupted: a signal arrived; the run in progress has been saved.
+  """
+  if unknown := [row for row in rows if row not in ROWS]:
+    raise UsageError(f"--rows {unknown[0]:.80}: unknown. There are {', '.join(ROWS)}.")
+  devices.keep_freed_memory(base.runtime)
+  console, run_dir = Console(), base.run_dir
+  console.line("Reading the reviews")
+  source = sources.find(base.data, base.runtime.archive, base.runtime.cache_dir)
+  splits = tokens.split(base.data, source.load(console.line))
+  train, validation = splits["train"], splits.get("validation", splits["test"])
+  settings = {"quick": quick, "train": train.digest, "validation": validation.digest}
+  found = run_directory.names(run_dir) - {"lock", "settings.json.new"}
+  if found and ("settings.json" not in found or run_directory.read_json(run_dir / "settings.json") != settings):
+    raise UsageError(
+      f"--run-dir {run_dir}: holds something else, or a comparison on other reviews or with another --quick; "
+      "nothing was touched. Name another folder."
+    )
+  done: dict[str, list[Result]] = {}
+  failures: dict[str, ImdbJaxError] = {}
+  with run_directory.locked(run_dir):
+    files.write_json(run_dir / "settings.json", settings)
+    for row in ROWS:
+      try:
+        for seed in range(1 if row in LINEAR else base.training.num_seeds):
+          path = run_dir / f"{row}-seed{seed}.json"
+          config = _configure(base, row, seed, quick) if row in RECURRENT else None
+          model = config.to_dict() if config else row
+          result = results.read(path, len(validation), console.line)
+          if result and result.model != model:
+            result = None
+          if result is None and row in rows:
+            console.line(f"\n{path.stem}")
+            result = _train(config) if config else LINEAR[row](train, validation)
+            accelerator = jax.devices()[0].device_kind if config and jax.default_backend() != "cpu" else None
+            result = dataclasses.replace(result, model=model, computed_on=results.describe_machine(accelerator))
+            files.write(path, json.dumps(vars(result)) + "\n")
+          if result:
+            done.setdefault(row, []).append(result)
+      except (ImdbJaxError, MemoryError) as error:
+        is_ours = isinstance(error, ImdbJaxError)
+        failures[row] = error if is_ours else PlatformError(f"Not enough memory: {first_line(error)}.")
+        console.line(f"{row} failed: {failures[row]}")
+    table.write(base, done, failures, validation, console)
+  for row, error in failures.items():
+    raise type(error)(f"{len(failures)} of {len(rows)} rows failed; {row}: {error}")
+
+
+def _configure(base: Config, row: str, number: int, quick: bool) -> Config:
+  """Return the settings of a recurrent model. An ensemble takes several seeds."""
+  (name, overrides), sample = RECURRENT[row], PRESETS["sample"]
+  # The preset "sample" is the article's, smaller and with a higher rate.
+  config = sample if quick and name == "article" else PRESETS[name]
+  changed = {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in overrides.items()}
+  config = dataclasses.replace(config, **changed)
+  data, training = (sample if quick else config).data, config.training
+  return dataclasses.replace(
+    config,
+    data=dataclasses.replace(data, source=base.data.source, validation=base.data.validation),
+    training=dataclasses.replace(training, seed=number * training.num_seeds),
+    runtime=dataclasses.replace(base.runtime, run_dir=base.run_dir / f"{row}-seed{number}"),
+  )
+
+
+def _train(config: Config) -> Result:
+  """Train or resume a run, and predict with its last step. Its best step may have been chosen on these reviews."""
+  fitted = fit(config)
+  classifier = Classifier.load(config.run_dir, step="latest", runtime=config.runtime)
+  if fitted.late_signal:
+    raise Interrupted(fitted.late_signal, classifier.step)
+  source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir)
+  split = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir).validation
+  # This compiles.
+  classifier.logits(tokens.TokenSplit(**{name: array[:1] for name, array in vars(split).items()}))
+  started = time.perf_counter()
+  logits = classifier.logits(split)
+  return Result(
+    predict_seconds=time.perf_counter() - started,
+    logits=Sentiment().ensemble(logits)[:, 0].tolist(),
+    num_parameters=classifier.num_parameters,
+    train_seconds=sum(line["seconds"] for line in fitted.history),
+    val_accuracy=[line["val_accuracy"] for line in fitted.history],
+  )

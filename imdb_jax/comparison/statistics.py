@@ -1,0 +1,50 @@
+"""Figures of a row: means over its models, and the paired difference to another row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from imdb_jax.comparison.results import Result
+from imdb_jax.task import Sentiment, calibration_error
+
+_NUM_RESAMPLES = 2000
+
+
+def correctness(results: Sequence[Result], labels: np.ndarray) -> np.ndarray:
+  """Return for each review the share of the models that are right, f64[n]."""
+  return np.mean([(np.array(result.logits) > 0) == (labels == 1) for result in results], axis=0)
+
+
+def bootstrap_interval(differences: np.ndarray) -> list[float]:
+  """Return a 95% interval of the mean of f64[n], from resamples of the reviews (percentile bootstrap, fixed seed)."""
+  rng, size = np.random.default_rng(0), len(differences)
+  means = [differences[rng.integers(size, size=size)].mean() for _ in range(_NUM_RESAMPLES)]
+  return np.quantile(means, (0.025, 0.975)).tolist()
+
+
+def summarise(name: str, results: Sequence[Result], labels: np.ndarray, reference: Sequence[Result]) -> dict[str, Any]:
+  """Return a row of the table: means over one model or more, and the sample standard deviation of their accuracies.
+
+  None is what is not defined: a spread of one model, a difference without reference, loss and calibration error without
+  probabilities, and speed if there is nothing to compute.
+  """
+  logits = [np.array(result.logits) for result in results]
+  metrics = Sentiment().evaluate(np.stack(logits)[:, :, None], labels).seeds
+  accuracies = [each.accuracy for each in metrics]
+  differences = correctness(results, labels) - correctness(reference, labels) if reference else None
+  has_probabilities = results[0].has_probabilities
+  seconds = float(np.mean([result.predict_seconds for result in results]))
+  return {
+    "name": name,
+    "accuracies": accuracies,
+    "accuracy": float(np.mean(accuracies)),
+    "accuracy_std": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
+    "difference": None if differences is None else float(differences.mean()),
+    "interval": None if differences is None else bootstrap_interval(differences),
+    "train_seconds": float(np.mean([result.train_seconds for result in results])),
+    "loss": float(np.mean([each.loss for each in metrics])) if has_probabilities else None,
+    "calibration_error": float(np.mean([calibration_error(x, labels) for x in logits])) if has_probabilities else None,
+    "num_parameters": results[0].num_parameters,
+    "reviews_per_second": len(labels) / seconds if seconds else None,
+  }

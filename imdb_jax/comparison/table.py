@@ -1,0 +1,139 @@
+"""The table of a comparison, for a terminal, as Markdown and as JSON, with its figures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from imdb_jax import plots
+from imdb_jax.comparison import statistics
+from imdb_jax.comparison.results import Result
+from imdb_jax.config import Config
+from imdb_jax.data.reviews import POSITIVE, Reviews
+from imdb_jax.errors import printable
+from imdb_jax.store import files
+from imdb_jax.training.console import Console
+
+# The row that the others are compared with.
+REFERENCE = "lstm"
+_NUM_DISAGREEMENTS = 20
+
+Row = dict[str, Any]
+
+
+def _number(value: float) -> str:
+  """Format a number with three digits, or more in front of the decimal point."""
+  _, size, unit = next(each for each in ((1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, "")) if value >= each[0])
+  scaled = value / size
+  return (f"{scaled:.3g}" if scaled < 999.5 else f"{scaled:.0f}") + unit
+
+
+# Heading, field of a row that is None if the cell is empty, and form of the cell. From the most important to the least:
+# a narrow terminal shows the first ones.
+_COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+  ("Model", "name", lambda row: row["name"]),
+  ("n", "accuracies", lambda row: str(len(row["accuracies"]))),
+  ("Accuracy", "accuracy", lambda row: f"{100 * row['accuracy']:.2f}"),
+  ("±", "accuracy_std", lambda row: f"{100 * row['accuracy_std']:.2f}"),
+  (f"vs {REFERENCE}", "difference", lambda row: _difference(100 * row["difference"], *row["interval"])),
+  ("Train", "train_seconds", lambda row: _number(row["train_seconds"])),
+  ("Loss", "loss", lambda row: f"{row['loss']:.3f}"),
+  ("ECE", "calibration_error", lambda row: f"{100 * row['calibration_error']:.1f}"),
+  ("Params", "num_parameters", lambda row: _number(row["num_parameters"])),
+  ("Rev/s", "reviews_per_second", lambda row: _number(row["reviews_per_second"])),
+)
+
+
+def _difference(points: float, low: float, high: float) -> str:
+  return f"{points:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+  shown = [["-" if row[field] is None else form(row) for _, field, form in _COLUMNS] for row in rows]
+  return [[heading for heading, _, _ in _COLUMNS], *shown]
+
+
+def lines(rows: Sequence[Row], failures: Mapping[str, Any], width: int | None = None) -> list[str]:
+  """Return the table as lines of at most `width` characters, except those of failures."""
+  cells = _cells(rows)
+  sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  ends = np.cumsum(sizes) + 2 * np.arange(len(sizes))
+  # At least name and accuracy.
+  num_shown = max(int(np.sum(ends <= (width or ends[-1]))), 3)
+  padded = ([first.ljust(sizes[0]), *map(str.rjust, others, sizes[1:])] for first, *others in cells)
+  found = ["  ".join(row[:num_shown]) for row in padded]
+  found += [f"{name.ljust(sizes[0])}  failed: {printable(str(error))}" for name, error in failures.items()]
+  hidden = ", ".join(cells[0][num_shown:])
+  return [*found, f"Too narrow for {hidden}: see comparison.md"] if hidden else found
+
+
+def markdown(rows: Sequence[Row], failures: Mapping[str, Any]) -> str:
+  """Return the table as Markdown."""
+  heading, *others = _cells(rows)
+  failed = [
+    [name, "", "failed: " + printable(str(error)).replace("|", "\\|"), *[""] * (len(_COLUMNS) - 3)]
+    for name, error in failures.items()
+  ]
+  rule = ["---", *["---:"] * (len(_COLUMNS) - 1)]
+  return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *others, *failed))
+
+
+def write(
+  config: Config,
+  results: Mapping[str, Sequence[Result]],
+  failures: Mapping[str, Exception],
+  reviews: Reviews,
+  console: Console,
+) -> None:
+  """Print the table of the rows' results and failures, and write it and its figures into the comparison's folder."""
+  run_dir = config.run_dir
+  rows = [statistics.summarise(row, each, reviews.labels, results.get(REFERENCE, ())) for row, each in results.items()]
+  machines = sorted({printable(result.computed_on) for each in results.values() for result in each})
+  split = {"test": "test reviews", "split": "reviews held out of training"}[config.data.validation]
+  notes = [
+    f"{len(reviews):,} {split} of {config.data.source}, after the last epoch. Accuracy in %: mean and standard "
+    "deviation over n models, each with its own seed.",
+    f"vs {REFERENCE}: difference of accuracy in points, and its 95% interval (paired bootstrap over the reviews). "
+    "ECE: expected calibration error in %, 15 bins. An SVM has no probabilities.",
+    "Train: seconds, with features or word vectors, without compilation. "
+    "Rev/s: reviews per second from encoded reviews to logits.",
+    *(f"Computed on {machine}." for machine in machines),
+  ]
+  console.line()
+  for line in (*lines(rows, failures, console.width), "", *notes):
+    console.line(line)
+  summary = {"source": config.data.source, "split": config.data.validation, "num_reviews": len(reviews), "rows": rows}
+  summary |= {"failures": {row: str(error) for row, error in failures.items()}, "computed_on": machines}
+  files.write_json(run_dir / "comparison.json", summary | {"reference": REFERENCE})
+  parts = ["# Comparison of models", markdown(rows, failures), *notes]
+  points = [(row["name"], row["train_seconds"], row["accuracies"]) for row in rows if row["train_seconds"] > 0]
+  if points:
+    plots.plot_accuracy_by_time(points, run_dir / "accuracy_by_time.png")
+    parts.append("![Accuracy against training time](accuracy_by_time.png)")
+  curves = {row: [result.val_accuracy for result in each] for row, each in results.items() if each[0].val_accuracy}
+  if curves:
+    plots.plot_learning_curves(curves, run_dir / "learning_curves.png")
+    parts.append("![Accuracy by epoch](learning_curves.png)")
+  files.write(run_dir / "comparison.md", "\n\n".join(parts) + "\n")
+  if results:
+    files.write(run_dir / "disagreements.md", disagreements(results, reviews))
+  console.line(f"\nWritten to {run_dir}: comparison.md and .json, disagreements.md, figures")
+
+
+def disagreements(results: Mapping[str, Sequence[Result]], reviews: Reviews) -> str:
+  """Return as Markdown the reviews on which the rows disagree most: whose probabilities vary most over the rows."""
+  probabilities = [special.expit([result.logits for result in each]).mean(axis=0) for each in results.values()]
+  is_right = {row: statistics.correctness(each, reviews.labels) > 0.5 for row, each in results.items()}
+  parts = [
+    "# Where the models disagree",
+    "The reviews for which the probabilities of the models vary most. A row with several seeds is right if most of its "
+    "models are. Reviews are numbered in the order of their SHA-256, from 0.",
+  ]
+  for index in np.argsort(-np.std(probabilities, axis=0), kind="stable")[:_NUM_DISAGREEMENTS]:
+    right, wrong = (", ".join(row for row in results if is_right[row][index] == wanted) for wanted in (True, False))
+    label = "positive" if reviews.labels[index] == POSITIVE else "negative"
+    parts.append(f"## Review {index}: {label}\n\nRight: {right or 'none'}. Wrong: {wrong or 'none'}.")
+    # An indented text is shown as it is, whatever marks it holds.
+    parts.append(f"    {printable(reviews.texts[index][:200])}")
+  return "\n\n".join(parts) + "\n"
