@@ -164,6 +164,8 @@ def _parser(prog: str, command: Callable[..., None], *, restores: bool) -> argum
     parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
     parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
+    no_calibration = "Ignore the temperature that a run with --validation split fits to the held-out reviews."
+    parser.add_argument("--no-calibration", dest="calibrate", action="store_false", help=no_calibration)
   return parser
 
 
@@ -179,7 +181,7 @@ def _load(given: Any, **runtime: Any):
   from imdb_jax.prediction import Classifier
 
   devices.keep_freed_memory(settings)
-  return Classifier.load(given.run_dir, step=given.step, runtime=settings)
+  return Classifier.load(given.run_dir, step=given.step, runtime=settings, calibrate=given.calibrate)
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
@@ -202,7 +204,8 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   run_directory.check(given.run_dir, data_digest=data.digest)
   evaluation = vars(classifier.evaluate(getattr(data, given.split)))
   seeds = [{"seed": seed} | vars(m) for seed, m in zip(config.training.seeds, evaluation["seeds"], strict=True)]
-  result = {"run_dir": str(given.run_dir), "step": classifier.step, "split": given.split} | evaluation
+  result = {"run_dir": str(given.run_dir), "step": classifier.step, "temperature": classifier.temperature}
+  result |= {"split": given.split} | evaluation
   if given.json:
     print(json.dumps(result | {"seeds": seeds}))
     return

@@ -51,6 +51,7 @@ def evaluate(
   split: TokenSplit,
   batch_size: int,
   on_progress: Callable[[int], None] = lambda num_reviews: None,
-) -> Evaluation:
-  """Return the metrics over a split; see `predict`."""
-  return program.task.evaluate(predict(program, params, split, batch_size, on_progress), split.labels)
+) -> tuple[Evaluation, np.ndarray]:
+  """Return the metrics over a split and the logits; see `predict`."""
+  logits = predict(program, params, split, batch_size, on_progress)
+  return program.task.evaluate(logits, split.labels), logits

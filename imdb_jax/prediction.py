@@ -13,6 +13,7 @@ from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import RuntimeConfig
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.errors import CheckpointError
 from imdb_jax.program import Program
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints
@@ -29,10 +30,11 @@ class Classifier:
     config: settings of the run.
     vocabulary: the words that the model knows.
     step: the restored step.
+    temperature: by which logits are divided; 1 if the run has held out no reviews to calibrate it.
   """
 
-  def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int):
-    self.config, self.vocabulary, self.step = program.config, vocabulary, step
+  def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int, temperature: float = 1.0):
+    self.config, self.vocabulary, self.step, self.temperature = program.config, vocabulary, step, temperature
     self._program, self._params = program, params
 
   @classmethod
@@ -42,6 +44,7 @@ class Classifier:
     *,
     step: int | Literal["best", "latest"] = "best",
     runtime: RuntimeConfig | None = None,
+    calibrate: bool = True,
   ) -> "Classifier":
     """Restore a run, whatever devices it was trained on.
 
@@ -49,6 +52,7 @@ class Classifier:
       run_dir: the run directory.
       step: which checkpoint; best is the one with the highest validation accuracy.
       runtime: where to compute.
+      calibrate: use the temperature that was fitted to the held-out reviews, if the run has held out some.
 
     Raises:
       UsageError: the folder is not a run directory, or its files are damaged.
@@ -64,7 +68,10 @@ class Classifier:
     program = Program(config, devices.start(runtime, runtime.evaluation_batch_size))
     with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
       saved, state = checkpoints.restore(step)
-    return cls(program, vocabulary, state.params, saved.step)
+    temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
+    if type(temperature) is not float or not 0 < temperature < 100:
+      raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
+    return cls(program, vocabulary, state.params, saved.step, temperature)
 
   @property
   def num_parameters(self) -> int:
@@ -95,7 +102,7 @@ class Classifier:
     split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(len(texts), np.int32))
     with processes.computing():
       logits = evaluation.predict(self._program, self._params, split, self._batch_size(len(texts)))
-    return self._program.task.probabilities(logits)
+    return self._program.task.probabilities(logits, self.temperature)
 
   def logits(self, split: TokenSplit) -> np.ndarray:
     """Return the logits of encoded reviews, f32[seeds, n, 1]."""
@@ -104,4 +111,4 @@ class Classifier:
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""
-    return self._program.task.evaluate(self.logits(split), split.labels)
+    return self._program.task.evaluate(self.logits(split), split.labels, self.temperature)

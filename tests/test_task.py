@@ -9,6 +9,7 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from imdb_jax.task import Evaluation, Metrics, Sentiment
 
@@ -131,3 +132,26 @@ def test_an_ensemble_of_one_has_the_metrics_of_its_seed():
   result = TASK.evaluate(logits, labels)
   assert result == Evaluation(**{**vars(result.seeds[0]), "loss": result.loss}, seeds=result.seeds)
   assert result.loss == pytest.approx(result.seeds[0].loss, rel=1e-14)
+
+
+def test_calibration_finds_the_temperature_that_was_hidden():
+  """Labels are drawn with the probabilities of logits; the model is given three times these logits."""
+  rng = np.random.default_rng(0)
+  honest = rng.normal(0, 2, 20_000)
+  labels = (rng.random(20_000) < special.expit(honest)).astype(np.int32)
+  logits = (3 * honest).astype(np.float32)[None, :, None]
+  temperature = TASK.calibrate(logits, labels)
+  assert temperature == pytest.approx(3, rel=0.05)
+  before, after = (TASK.evaluate(logits, labels, each) for each in (1.0, temperature))
+  assert after.loss < before.loss
+  assert after.calibration_error < 0.01 < 0.05 < before.calibration_error
+  assert after.accuracy == before.accuracy
+  np.testing.assert_allclose(
+    TASK.probabilities(logits, temperature), special.expit(logits[0, :, 0] / temperature), 1e-5
+  )
+
+
+@pytest.mark.parametrize("labels", [[1, 1], [0, 0], [1, 0]])
+def test_calibration_of_perfect_or_useless_answers_is_bounded(labels):
+  logits = np.array([[[4.0], [3.0]]], np.float32)
+  assert 0.05 <= TASK.calibrate(logits, np.array(labels, np.int32)) <= 20

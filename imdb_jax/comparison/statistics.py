@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from imdb_jax.comparison.results import Result
-from imdb_jax.task import Sentiment, calibration_error
+from imdb_jax.task import Sentiment
 
 _NUM_RESAMPLES = 2000
 
@@ -44,7 +44,7 @@ def summarise(name: str, results: Sequence[Result], labels: np.ndarray, referenc
     "interval": None if differences is None else bootstrap_interval(differences),
     "train_seconds": float(np.mean([result.train_seconds for result in results])),
     "loss": float(np.mean([each.loss for each in metrics])) if has_probabilities else None,
-    "calibration_error": float(np.mean([calibration_error(x, labels) for x in logits])) if has_probabilities else None,
+    "calibration_error": float(np.mean([each.calibration_error for each in metrics])) if has_probabilities else None,
     "num_parameters": results[0].num_parameters,
     "reviews_per_second": len(labels) / seconds if seconds else None,
   }

@@ -251,13 +251,16 @@ class _Trainer:
       if next(num_batches) % poll_every == 0 and (number := self._poll()[0]):
         self._save_within_epoch(number, seconds)
 
-    batch_size = self._config.runtime.evaluation_batch_size
-    result = evaluation.evaluate(self._program, self._state.params, self._data.validation, batch_size, on_progress)
+    task, split, batch_size = self._program.task, self._data.validation, self._config.runtime.evaluation_batch_size
+    result, logits = evaluation.evaluate(self._program, self._state.params, split, batch_size, on_progress)
     evaluation_seconds = time.perf_counter() - started
     line = self._recorder.record_epoch(self._step, result, seconds=seconds, evaluation_seconds=evaluation_seconds)
     console.end_epoch()
     console.line(report.epoch_line(line, self._config.training.epochs))
-    self._save({}, score=getattr(result, self._program.task.monitor))
+    # Not on the test reviews, which are for reporting.
+    is_held_out = self._config.data.validation == "split"
+    progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out else {}
+    self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:
     """Save what continuing within the epoch needs; after a signal, raise Interrupted."""

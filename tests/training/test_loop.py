@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 from reliability.sandbox import checkpoints_of, newest_state
+from scipy import special
 from training.tiny import change, lines, tiny
 
 import imdb_jax
 from imdb_jax import evaluation
 from imdb_jax.config import PRESETS
-from imdb_jax.data import sample, tokens, word_vectors
+from imdb_jax.data import sample, sources, tokens, word_vectors
 from imdb_jax.errors import CheckpointError, DivergenceError
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program
@@ -143,6 +144,29 @@ def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_pat
   assert losses("third", 1) != first
 
 
+@pytest.mark.parametrize("validation", ["split", "test"])
+def test_a_run_is_calibrated_on_held_out_reviews_and_never_on_the_test_reviews(tmp_path, validation):
+  config = change(tiny(tmp_path, num_seeds=2), "data", validation=validation)
+  imdb_jax.fit(config)
+  classifier = imdb_jax.Classifier.load(tmp_path)
+  if validation == "test":
+    assert classifier.temperature == 1
+    return
+  source = sources.find(config.data, None, config.runtime.cache_dir)
+  held_out = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir).validation
+  logits, labels, temperature = classifier.logits(held_out), held_out.labels, classifier.temperature
+  others = [Sentiment().evaluate(logits, labels, factor * temperature).loss for factor in (0.9, 1.1)]
+  assert classifier.evaluate(held_out).loss < min(others)
+  uncalibrated = imdb_jax.Classifier.load(tmp_path, calibrate=False)
+  assert uncalibrated.temperature == 1
+  raw = special.logit(uncalibrated.predict(["A masterpiece."]).astype(np.float64))
+  np.testing.assert_allclose(classifier.predict(["A masterpiece."]), special.expit(raw / temperature), rtol=1e-5)
+  manifest = tmp_path / "manifests" / f"{classifier.step}.json"
+  manifest.write_text(manifest.read_text().replace(f'"temperature": {temperature}', '"temperature": "warm"'))
+  with pytest.raises(CheckpointError, match="invalid temperature"):
+    imdb_jax.Classifier.load(tmp_path)
+
+
 def test_with_held_out_reviews_the_report_says_so(tmp_path):
   imdb_jax.fit(change(tiny(tmp_path), "data", validation="split"))
   assert "held out of training" in (tmp_path / "report.md").read_text()
@@ -164,9 +188,9 @@ def test_the_best_epoch_is_that_of_the_ensemble_and_is_what_the_classifier_resto
 
   def chosen(*arguments):
     of_ensemble, of_seeds = next(accuracies)
-    result = evaluate(*arguments)
+    result, logits = evaluate(*arguments)
     seeds = [dataclasses.replace(seed, accuracy=of_seeds) for seed in result.seeds]
-    return dataclasses.replace(result, accuracy=of_ensemble, seeds=seeds)
+    return dataclasses.replace(result, accuracy=of_ensemble, seeds=seeds), logits
 
   monkeypatch.setattr(evaluation, "evaluate", chosen)
   result = imdb_jax.fit(tiny(tmp_path, epochs=4, num_seeds=2))
