@@ -14,7 +14,7 @@ from typing import Any, Literal
 import platformdirs
 
 from imdb_jax.errors import UsageError
-from imdb_jax.validation import Settings, setting
+from imdb_jax.validation import Settings, flag, setting
 
 # Version of the JSON form and of the run directory. Version 1, of imdb_jax 0.1, had no number.
 FORMAT = 3
@@ -47,24 +47,31 @@ class DataConfig(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings):
-  """Embedding, LSTM, pooling and head. The defaults are those of the article."""
+  """Embedding, recurrent layer, pooling and head. The defaults are those of the article."""
 
   embedding_size: int = setting(128, "Size of the word vectors.", ge=1, le=65_536)
-  hidden_size: int = setting(128, "Number of LSTM units.", ge=1, le=65_536)
-  input_dropout_rate: float = setting(0.2, "Dropout rate of the LSTM's inputs.", ge=0, lt=1)
-  recurrent_dropout_rate: float = setting(0.2, "Dropout rate of the LSTM's hidden state.", ge=0, lt=1)
+  cell: Literal["lstm", "gru", "rnn"] = setting("lstm", "Recurrent cell; gru and simple rnn run on scan (slow).")
+  hidden_size: int = setting(128, "Number of recurrent units.", ge=1, le=65_536)
+  input_dropout_rate: float = setting(0.2, "Dropout rate of the recurrent layer's inputs.", ge=0, lt=1)
+  recurrent_dropout_rate: float = setting(0.2, "Dropout rate of the hidden state.", ge=0, lt=1)
   dropout_masks: Literal["shared", "per_gate"] = setting(
     "shared", "One mask for all gates, or one each (Keras 1 and 3; slow)."
   )
   gate_activation: Literal["sigmoid", "hard_sigmoid"] = setting("sigmoid", "hard_sigmoid is Keras 1's (slow).")
   mask_padding: bool = setting(False, "Skip padding, which the article's model processes like a word.")
-  directions: int = setting(1, "Read the review forwards (1), or by a second LSTM backwards as well (2).", ge=1, le=2)
+  directions: int = setting(1, "Read the review forwards (1), or by a second layer backwards as well (2).", ge=1, le=2)
   pooling: Literal["last", "mean", "max", "mean_max"] = setting(
     "last", "Use the last hidden state, the mean, the maximum, or mean and maximum."
   )
   embedding: Literal["random", "svd"] = setting(
     "random", "Start the word vectors at random, or from which words the training reviews use together (seconds)."
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name, value in (("gate_activation", "hard_sigmoid"), ("dropout_masks", "per_gate")):
+      if self.cell != "lstm" and getattr(self, name) == value:
+        raise UsageError(f"{flag(name)} {value}: requires --cell lstm, not {self.cell}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The network: embedding, LSTM over time, pooling, head."""
+"""The network: embedding, recurrence over time, pooling, head."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,14 @@ from flax import linen as nn
 
 from imdb_jax import lstm
 from imdb_jax.config import ModelConfig
-from imdb_jax.lstm.shared import known_lengths, real_positions
+from imdb_jax.lstm import scan
+from imdb_jax.lstm.shared import Masks, Weights, known_lengths, real_positions
 
 DropoutMasks = tuple[jax.Array | None, jax.Array | None]
 NO_DROPOUT: DropoutMasks = (None, None)
 
 
-def _bias_init(key: jax.Array, shape: tuple[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def _lstm_bias_init(key: jax.Array, shape: tuple[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
   """Return zeros, but ones for the forget gate (Keras's `unit_forget_bias`; Jozefowicz et al. 2015)."""
   del key
   hidden_size = shape[0] // 4
@@ -50,12 +51,12 @@ def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> 
   )
 
 
-class LSTM(nn.Module):
-  """LSTM layer with Keras's initializers.
+class RecurrentLayer(nn.Module):
+  """LSTM, GRU or simple RNN with Keras's initializers.
 
   Attributes:
-    config: sizes and semantics.
-    implementation: name of an implementation, see `imdb_jax.lstm`.
+    config: cell, sizes and semantics.
+    implementation: name of an implementation of the LSTM, see `imdb_jax.lstm`; the other cells run on `scan`.
     reverse: whether to read the last position first.
   """
 
@@ -66,17 +67,22 @@ class LSTM(nn.Module):
   @nn.compact
   def __call__(self, inputs: jax.Array, lengths: jax.Array | None, dropout_masks: DropoutMasks) -> jax.Array:
     """Return hidden states f32[b, t, h] of inputs f32[b, t, e]."""
-    hidden_size = self.config.hidden_size
-    input_mask, recurrent_mask = (
-      mask if mask is None or mask.ndim == 2 else jnp.moveaxis(mask, 1, 0) for mask in dropout_masks
+    cell, hidden_size = self.config.cell, self.config.hidden_size
+    columns = {"lstm": 4, "gru": 3, "rnn": 1}[cell] * hidden_size
+    bias_init = _lstm_bias_init if cell == "lstm" else nn.initializers.zeros
+    weights = Weights(
+      self.param("kernel", nn.initializers.glorot_uniform(), (inputs.shape[-1], columns)),
+      self.param("recurrent_kernel", nn.initializers.orthogonal(), (hidden_size, columns)),
+      self.param("bias", bias_init, (2, columns) if cell == "gru" else (columns,)),
     )
+    masks = Masks(*(mask if mask is None or mask.ndim == 2 else jnp.moveaxis(mask, 1, 0) for mask in dropout_masks))
+    if cell != "lstm":
+      return {"gru": scan.gru, "rnn": scan.rnn}[cell](inputs, weights, masks, lengths, reverse=self.reverse)
     return lstm.lstm(
       inputs,
-      self.param("kernel", nn.initializers.glorot_uniform(), (inputs.shape[-1], 4 * hidden_size)),
-      self.param("recurrent_kernel", nn.initializers.orthogonal(), (hidden_size, 4 * hidden_size)),
-      self.param("bias", _bias_init, (4 * hidden_size,)),
-      input_dropout_mask=input_mask,
-      recurrent_dropout_mask=recurrent_mask,
+      *weights,
+      input_dropout_mask=masks.inputs,
+      recurrent_dropout_mask=masks.recurrent,
       lengths=lengths,
       gate_activation=self.config.gate_activation,
       reverse=self.reverse,
@@ -101,9 +107,10 @@ class TextClassifier(nn.Module):
 
   def setup(self):
     self.embedding = nn.Embed(self.vocabulary_size, self.config.embedding_size, embedding_init=_embedding_init)
-    self.lstm = LSTM(self.config, self.implementation)
-    if self.config.directions == 2:
-      self.backward_lstm = LSTM(self.config, self.implementation, reverse=True)
+    # The attributes name the parameters: lstm and backward_lstm, gru and backward_gru, rnn and backward_rnn.
+    self._layer_names = (self.config.cell, f"backward_{self.config.cell}")[: self.config.directions]
+    for direction, name in enumerate(self._layer_names):
+      setattr(self, name, RecurrentLayer(self.config, self.implementation, reverse=direction == 1))
     self.dense = nn.Dense(self.head_size, kernel_init=nn.initializers.glorot_uniform())
 
   def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
@@ -128,8 +135,8 @@ class TextClassifier(nn.Module):
     masked_lengths = lengths if self.config.mask_padding else None
     input_mask, recurrent_masks = dropout_masks
     pooled = []
-    for direction, layer in enumerate([self.lstm] if self.config.directions == 1 else [self.lstm, self.backward_lstm]):
-      h = self.config.hidden_size
+    for direction, name in enumerate(self._layer_names):
+      layer, h = getattr(self, name), self.config.hidden_size
       mask = None if recurrent_masks is None else recurrent_masks[..., direction * h : (direction + 1) * h]
       hidden = layer(inputs, masked_lengths, (input_mask, mask))
       pooled += [_pool(hidden, masked_lengths, pooling, layer.reverse) for pooling in self.config.pooling.split("_")]

@@ -265,6 +265,7 @@ def _choose(config: Config, device: Any) -> lstm.Choice:
   """Return the implementation of the recurrence that the settings ask for on a device."""
   call = lstm.Call(
     hidden_size=config.model.hidden_size,
+    cell=config.model.cell,
     recurrent_dropout=config.model.recurrent_dropout_rate > 0,
     per_gate_masks=config.model.dropout_masks == "per_gate",
     gate_activation=config.model.gate_activation,

@@ -172,7 +172,7 @@ def test_the_defaults_shown_are_those_of_the_preset(capsys):
   with pytest.raises(SystemExit):
     parse("--preset", "fast", "--help")
   text = " ".join(capsys.readouterr().out.split())
-  assert "--hidden-size N Number of LSTM units. [64]" in text
+  assert "--hidden-size N Number of recurrent units. [64]" in text
 
 
 def test_the_help_has_three_examples_that_parse(monkeypatch, capsys):

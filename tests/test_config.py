@@ -103,6 +103,7 @@ def test_the_article_is_what_keras_ran():
   )
   assert article.model == ModelConfig(
     embedding_size=128,
+    cell="lstm",
     hidden_size=128,
     input_dropout_rate=0.2,
     recurrent_dropout_rate=0.2,
@@ -242,6 +243,7 @@ OTHER_VALUES = {
   },
   "model": {
     "embedding_size": 5,
+    "cell": "gru",
     "hidden_size": 5,
     "input_dropout_rate": 0.5,
     "recurrent_dropout_rate": 0.5,
@@ -282,6 +284,14 @@ def test_every_setting_counts_as_a_difference():
     for name, value in values.items():
       other = Config.from_dict(Config().to_dict() | {section: saved[section] | {name: value}})
       assert differing_fields(Config(), other) == [f"{section}.{name}: {saved[section][name]} -> {value}"]
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+@pytest.mark.parametrize("setting", ["--gate-activation hard_sigmoid", "--dropout-masks per_gate"])
+def test_settings_of_the_lstm_are_refused_with_another_cell(cell, setting):
+  name, value = setting.removeprefix("--").replace("-", "_").split()
+  with pytest.raises(UsageError, match=rf"^{setting}: requires --cell lstm, not {cell}\.$"):
+    ModelConfig(cell=cell, **{name: value})
 
 
 def test_the_run_directory_is_that_of_the_preset_unless_named():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lstm import reference
+from lstm import cell_reference, reference
 
 from imdb_jax.config import ModelConfig
 from imdb_jax.model import TextClassifier, draw_dropout_masks
@@ -56,14 +56,16 @@ def logits_of(config: ModelConfig, params: dict, tokens, lengths, masks=(None, N
 def float64_logits(config: ModelConfig, params: dict, tokens, lengths, masks) -> np.ndarray:
   input_mask, recurrent_mask = (mask if mask is None or mask.ndim == 2 else np.moveaxis(mask, 1, 0) for mask in masks)
   h, parts = config.hidden_size, []
-  for direction, layer in enumerate(["lstm", "backward_lstm"][: config.directions]):
-    hidden = reference.lstm(
+  layer_of = functools.partial(reference.lstm, gate_activation=config.gate_activation)
+  if config.cell != "lstm":
+    layer_of = functools.partial(cell_reference.hidden, config.cell)
+  for direction, layer in enumerate([config.cell, f"backward_{config.cell}"][: config.directions]):
+    hidden = layer_of(
       params["embedding"]["embedding"].astype(np.float64)[tokens],
       **params[layer],
       input_dropout_mask=input_mask,
       recurrent_dropout_mask=None if recurrent_mask is None else recurrent_mask[..., direction * h :][..., :h],
       lengths=lengths if config.mask_padding else None,
-      gate_activation=config.gate_activation,
       reverse=direction == 1,
     )
     last = 0 if direction else -1
@@ -97,6 +99,20 @@ def test_the_article_model_has_643_713_parameters_under_fixed_names():
     "dense/bias": (1,),
   }
   assert sum(leaf.size for leaf in jax.tree.leaves(article_params())) == 643_713
+
+
+@pytest.mark.parametrize(("cell", "columns", "biases"), [("gru", 96, (2,)), ("rnn", 32, ())])
+def test_other_cells_have_parameters_of_their_own_that_start_as_in_keras(cell, columns, biases):
+  params = init(ModelConfig(cell=cell, directions=2, embedding_size=24, hidden_size=32), VOCABULARY_SIZE)
+  assert params.keys() == {"embedding", cell, f"backward_{cell}", "dense"}
+  for layer in (params[cell], params[f"backward_{cell}"]):
+    assert layer["kernel"].shape == (24, columns)
+    assert_uniform(layer["kernel"], np.sqrt(6 / (24 + columns)), rtol=0.1)
+    recurrent_kernel = layer["recurrent_kernel"].astype(np.float64)
+    assert recurrent_kernel.shape == (32, columns)
+    np.testing.assert_allclose(recurrent_kernel @ recurrent_kernel.T, np.eye(32), atol=1e-5)
+    np.testing.assert_array_equal(layer["bias"], np.zeros((*biases, columns)))
+  assert (params[cell]["kernel"] != params[f"backward_{cell}"]["kernel"]).all(), "directions share their weights"
 
 
 def assert_uniform(values: np.ndarray, bound: float, rtol: float) -> None:
@@ -160,9 +176,29 @@ def test_logits_agree_with_float64(directions, pooling, mask_padding, dropout_ma
     dropout_masks=dropout_masks or "shared",
     gate_activation=gate_activation,
   )
+  assert_logits_agree_with_float64(config, has_masks=dropout_masks is not None)
+
+
+@pytest.mark.parametrize(
+  ("cell", "directions", "pooling", "mask_padding", "has_masks"),
+  [
+    ("gru", 1, "last", False, True),
+    ("gru", 2, "mean_max", True, True),
+    ("gru", 2, "last", True, False),
+    ("rnn", 1, "last", True, True),
+    ("rnn", 2, "mean", False, False),
+    ("rnn", 2, "max", True, True),
+  ],
+)
+def test_logits_of_other_cells_agree_with_float64(cell, directions, pooling, mask_padding, has_masks):
+  config = ModelConfig(**SMALL, cell=cell, directions=directions, pooling=pooling, mask_padding=mask_padding)
+  assert_logits_agree_with_float64(config, has_masks)
+
+
+def assert_logits_agree_with_float64(config: ModelConfig, has_masks: bool) -> None:
   params, tokens = random_params(config), make_tokens(LENGTHS, 7)
   masks = (None, None)
-  if dropout_masks is not None:
+  if has_masks:
     masks = jax.device_get(draw_dropout_masks(jax.random.key(2), config, len(LENGTHS)))
   expected = float64_logits(config, params, tokens, LENGTHS, masks)
   np.testing.assert_allclose(logits_of(config, params, tokens, LENGTHS, masks), expected, rtol=2e-5, atol=2e-5)

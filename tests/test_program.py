@@ -26,7 +26,7 @@ from programs import (
 )
 
 from imdb_jax import lstm, program
-from imdb_jax.config import OptimizerConfig, RuntimeConfig, TrainingConfig
+from imdb_jax.config import ModelConfig, OptimizerConfig, RuntimeConfig, TrainingConfig
 from imdb_jax.errors import UsageError
 from imdb_jax.model import TextClassifier
 from imdb_jax.program import Program
@@ -237,6 +237,19 @@ def test_parameters_that_the_last_update_overflows_are_noticed(non_finite):
 def test_a_named_implementation_that_cannot_compute_the_model_is_refused():
   with pytest.raises(UsageError, match=r"^--implementation cudnn: cuDNN has no recurrent dropout\.$"):
     Program(dataclasses.replace(config_of(), runtime=RuntimeConfig(implementation="cudnn")), programs.mesh_of(1))
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_other_cells_run_on_scan_and_a_named_fast_implementation_is_refused(cell):
+  config = config_of(ModelConfig(cell=cell))
+  choice = Program(config, programs.mesh_of(1)).choice
+  assert choice == ("scan", f"chunked: its cell is an LSTM; only scan computes {cell}")
+  for name in ("mosaic_gpu", "cudnn", "chunked"):
+    named = dataclasses.replace(config, runtime=RuntimeConfig(implementation=name))
+    with pytest.raises(
+      UsageError, match=rf"^--implementation {name}: its cell is an LSTM; only scan computes {cell}\.$"
+    ):
+      Program(named, programs.mesh_of(1))
 
 
 def test_a_named_kernel_is_refused_under_another_precision():

@@ -55,6 +55,7 @@ def test_a_wrong_type_is_named_in_a_file_and_from_python(name, value):
   ("section", "name", "value", "allowed"),
   [
     (DataConfig, "validation", "dev", "one of test, split"),
+    (ModelConfig, "cell", "GRU", "one of lstm, gru, rnn"),
     (ModelConfig, "pooling", "avg", "one of last, mean, max, mean_max"),
     (ModelConfig, "dropout_masks", "share", "one of shared, per_gate"),
     (ModelConfig, "mask_padding", "no", "True or False"),

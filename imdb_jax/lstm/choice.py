@@ -15,6 +15,7 @@ import numpy as np
 from imdb_jax.lstm import chunked, cudnn, scan
 from imdb_jax.lstm.shared import Masks, Weights
 
+Cell = Literal["lstm", "gru", "rnn"]
 GateActivation = Literal["sigmoid", "hard_sigmoid"]
 Precision = Literal["auto", "float32", "tensorfloat32", "bfloat16"]
 
@@ -40,6 +41,7 @@ class Call:
   """Properties of a call that decide which implementations can compute it."""
 
   hidden_size: int
+  cell: Cell = "lstm"
   recurrent_dropout: bool = True
   per_gate_masks: bool = False  # Each gate has its own dropout masks.
   gate_activation: GateActivation = "sigmoid"
@@ -76,6 +78,8 @@ def unsupported(name: str, call: Call, device: Any = None) -> str | None:
     return f"must be one of {', '.join(IMPLEMENTATIONS)}"
   if name == "scan":
     return None
+  if call.cell != "lstm":
+    return f"its cell is an LSTM; only scan computes {call.cell}"
   if call.per_gate_masks:
     return "its gates share one dropout mask; only scan computes one mask per gate"
   if call.gate_activation != "sigmoid":

@@ -1,4 +1,4 @@
-"""The readable reference: `nn.scan` over a cell. Kept plain, never optimised."""
+"""The readable reference: `nn.scan` over a cell: LSTM, GRU or simple RNN. Kept plain, never optimised."""
 
 from typing import Any
 
@@ -61,8 +61,36 @@ class LSTMCell(nn.Module):
     return (c, h), h
 
 
+class GRUCell(nn.Module):
+  """One position of a GRU as in cuDNN and Keras (`reset_after=True`), with the gates in the order z, r, g.
+
+  z, r = sigmoid(x W + b_x + h U + b_h)    g = tanh(x W + b_x + r (h U + b_h))    h' = z h + (1 - z) g
+  """
+
+  def __call__(self, carry, x, weights: Weights, masks: Masks):
+    """Return the new carry and h, from the carry (h,), f32[b, h], and x f32[b, e]."""
+    (h,) = carry
+    from_x = _project(x, masks.inputs, weights.kernel) + weights.bias[None, 0]
+    from_h = _project(h, masks.recurrent, weights.recurrent_kernel) + weights.bias[None, 1]
+    (z_x, r_x, g_x), (z_h, r_h, g_h) = jnp.split(from_x, 3, axis=1), jnp.split(from_h, 3, axis=1)
+    z, r = nn.sigmoid(z_x + z_h), nn.sigmoid(r_x + r_h)
+    h = z * h + (1 - z) * jnp.tanh(g_x + r * g_h)
+    return (h,), h
+
+
+class RNNCell(nn.Module):
+  """One position of a simple RNN: h' = tanh(x W + h U + b)."""
+
+  def __call__(self, carry, x, weights: Weights, masks: Masks):
+    """Return the new carry and h, from the carry (h,), f32[b, h], and x f32[b, e]."""
+    (h,) = carry
+    z = _project(x, masks.inputs, weights.kernel) + _project(h, masks.recurrent, weights.recurrent_kernel)
+    h = jnp.tanh(z + weights.bias[None, :])
+    return (h,), h
+
+
 def _project(x: jax.Array, mask: jax.Array | None, weights: jax.Array) -> jax.Array:
-  """Return masked x [b, n] times weights [n, 4h]; a mask [4, b, n] has one mask for the columns of each gate."""
+  """Return masked x [b, n] times weights [n, m]; a mask [4, b, n] has one mask for each quarter of the columns."""
   if mask is None or mask.ndim == 2:
     return (x if mask is None else x * mask) @ weights
   columns = jnp.split(weights, 4, axis=1)
@@ -73,10 +101,25 @@ def lstm(
   inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, gate_activation: str, reverse: bool
 ) -> jax.Array:
   """Compute `imdb_jax.lstm.lstm` with every setting."""
+  # No parent: otherwise the cell would become a part of the module that calls this function.
+  cell = LSTMCell(gate_activation, parent=None)
+  return _run(cell, 2, inputs, weights, masks, lengths, reverse)
+
+
+def gru(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, reverse: bool) -> jax.Array:
+  """Compute a GRU; as `imdb_jax.lstm.lstm`, but kernels have 3h columns, and the bias is f32[2, 3h]: of x and of h."""
+  return _run(GRUCell(parent=None), 1, inputs, weights, masks, lengths, reverse)
+
+
+def rnn(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, reverse: bool) -> jax.Array:
+  """Compute a simple RNN; as `imdb_jax.lstm.lstm`, but kernels have h columns, and the bias is f32[h]."""
+  return _run(RNNCell(parent=None), 1, inputs, weights, masks, lengths, reverse)
+
+
+def _run(cell, num_states: int, inputs, weights: Weights, masks: Masks, lengths, reverse: bool) -> jax.Array:
   zeros = jnp.zeros((inputs.shape[0], weights.recurrent_kernel.shape[0]), inputs.dtype)
 
   def run(cell: nn.Module) -> jax.Array:
-    return scan(cell, (zeros, zeros), inputs, lengths, weights, masks, reverse=reverse)
+    return scan(cell, (zeros,) * num_states, inputs, lengths, weights, masks, reverse=reverse)
 
-  # No parent: otherwise the cell would become a part of the module that calls this function.
-  return nn.apply(run, LSTMCell(gate_activation, parent=None))({})
+  return nn.apply(run, cell)({})

@@ -10,7 +10,7 @@ CLOSED = (-1e4, 0.0, 0.0, -1e4)
 
 
 class Weights(NamedTuple):
-  """Parameters, with the gates in the order i, f, g, o."""
+  """Parameters of an LSTM, with the gates in the order i, f, g, o. `scan` describes those of other cells."""
 
   kernel: jax.Array  # f32[e, 4h]
   recurrent_kernel: jax.Array  # f32[h, 4h]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pytest
-from lstm import reference
+from lstm import cell_reference, reference
 
 from imdb_jax.lstm import lstm
 
@@ -52,6 +52,7 @@ class Case:
   with_lengths: bool = False
   reverse: bool = False
   gate_activation: str = "sigmoid"
+  cell: str = "lstm"
 
   def __str__(self) -> str:
     padding = "lengths" if self.with_lengths else "whole"
@@ -64,7 +65,7 @@ class Case:
 
   @property
   def settings(self) -> dict[str, Any]:
-    return {"gate_activation": self.gate_activation, "reverse": self.reverse}
+    return {"reverse": self.reverse} | ({"gate_activation": self.gate_activation} if self.cell == "lstm" else {})
 
 
 def cases(
@@ -96,6 +97,7 @@ def arguments(case: Case, model: int = 0) -> tuple[dict[str, np.ndarray], dict[s
   Every model has its own arguments, and longer reviews than the next model.
   """
   shape = case.sizes
+  columns = {"lstm": 4, "gru": 3, "rnn": 1}[case.cell] * shape.h
   rng = np.random.default_rng(7 + model)
 
   def draw(*size: int, scale: float = 1.0) -> np.ndarray:
@@ -104,9 +106,9 @@ def arguments(case: Case, model: int = 0) -> tuple[dict[str, np.ndarray], dict[s
   arrays = {
     "inputs": draw(shape.b, shape.t, shape.e),
     # The hidden state is below 1, so U is larger: mistakes in its terms must show. Some hard sigmoids saturate.
-    "kernel": draw(shape.e, 4 * shape.h, scale=1 / np.sqrt(shape.e)),
-    "recurrent_kernel": draw(shape.h, 4 * shape.h, scale=2 / np.sqrt(shape.h)),
-    "bias": draw(4 * shape.h),
+    "kernel": draw(shape.e, columns, scale=1 / np.sqrt(shape.e)),
+    "recurrent_kernel": draw(shape.h, columns, scale=2 / np.sqrt(shape.h)),
+    "bias": draw(2, columns) if case.cell == "gru" else draw(columns),
   }
   extras: dict[str, np.ndarray | None] = dict.fromkeys(("input_dropout_mask", "recurrent_dropout_mask", "lengths"))
   if case.masks != "none":
@@ -130,8 +132,11 @@ def arguments(case: Case, model: int = 0) -> tuple[dict[str, np.ndarray], dict[s
 def expected(case: Case, model: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Return hidden and all gradients in float64."""
   arrays, extras, cotangent = arguments(case, model)
-  hidden = reference.lstm(**arrays, **extras, **case.settings)
-  return hidden, reference.gradients(**arrays, cotangent=cotangent, **extras, **case.settings)
+  settings = arrays | extras | case.settings
+  if case.cell == "lstm":
+    return reference.lstm(**settings), reference.gradients(**settings, cotangent=cotangent)
+  hidden = cell_reference.hidden(case.cell, **settings)
+  return hidden, cell_reference.gradients(case.cell, **settings, cotangent=cotangent)
 
 
 def tolerance(case: Case, expected: np.ndarray) -> float:
@@ -159,7 +164,7 @@ def check(
   """Compare a jitted `call` and its gradients with float64.
 
   Args:
-    call: takes the arguments of `imdb_jax.lstm.lstm` except the implementation.
+    call: takes the arguments of `imdb_jax.lstm.lstm` except the implementation, and gate_activation for LSTMs only.
     case: what to call it with.
     precision: precision of the recurrent products.
     num_models: compute so many models under `jax.vmap`.

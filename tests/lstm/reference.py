@@ -37,7 +37,7 @@ def _review_masks(mask: np.ndarray | None, row: int, size: int) -> np.ndarray:
   return np.stack([(mask[row] if mask.ndim == 2 else mask[gate, row]) for gate in GATES]).astype(np.float64)
 
 
-def _positions(t: int, length: int, reverse: bool) -> list[int]:
+def positions_of(t: int, length: int, reverse: bool) -> list[int]:
   real = list(range(t - length, t))
   return real[::-1] if reverse else real
 
@@ -62,7 +62,7 @@ def _run(inputs, kernel, recurrent_kernel, bias, masks, gate_activation, positio
     c, h = new_c, new_h
 
 
-def _float64(*arrays):
+def to_float64(*arrays):
   return [array if np.iscomplexobj(array) else np.asarray(array, np.float64) for array in arrays]
 
 
@@ -79,12 +79,12 @@ def lstm(
   reverse=False,
 ) -> np.ndarray:
   """Return hidden f64[b, t, h]; arguments as for `imdb_jax.lstm.lstm`. Complex arguments give a complex result."""
-  inputs, kernel, recurrent_kernel, bias = _float64(inputs, kernel, recurrent_kernel, bias)
+  inputs, kernel, recurrent_kernel, bias = to_float64(inputs, kernel, recurrent_kernel, bias)
   (b, t, e), h_size = inputs.shape, recurrent_kernel.shape[0]
   hidden = np.zeros((b, t, h_size), np.result_type(inputs, kernel, recurrent_kernel, bias))
   for row in range(b):
     masks = _review_masks(input_dropout_mask, row, e), _review_masks(recurrent_dropout_mask, row, h_size)
-    positions = _positions(t, t if lengths is None else int(lengths[row]), reverse)
+    positions = positions_of(t, t if lengths is None else int(lengths[row]), reverse)
     for position, *_, h in _run(inputs[row], kernel, recurrent_kernel, bias, masks, gate_activation, positions):
       hidden[row, position] = h
   return hidden
@@ -104,13 +104,13 @@ def gradients(
   reverse=False,
 ) -> dict[str, np.ndarray]:
   """Return the gradients f64 of sum(hidden * cotangent) for each array, by backpropagation through time."""
-  inputs, kernel, recurrent_kernel, bias, cotangent = _float64(inputs, kernel, recurrent_kernel, bias, cotangent)
+  inputs, kernel, recurrent_kernel, bias, cotangent = to_float64(inputs, kernel, recurrent_kernel, bias, cotangent)
   (b, t, e), h_size = inputs.shape, recurrent_kernel.shape[0]
   d_inputs, d_kernel = np.zeros_like(inputs), np.zeros_like(kernel)
   d_recurrent, d_bias = np.zeros_like(recurrent_kernel), np.zeros_like(bias)
   for row in range(b):
     x_masks, h_masks = _review_masks(input_dropout_mask, row, e), _review_masks(recurrent_dropout_mask, row, h_size)
-    positions = _positions(t, t if lengths is None else int(lengths[row]), reverse)
+    positions = positions_of(t, t if lengths is None else int(lengths[row]), reverse)
     masks = (x_masks, h_masks)
     tape = list(_run(inputs[row], kernel, recurrent_kernel, bias, masks, gate_activation, positions))
     dc, dh = np.zeros(h_size), np.zeros(h_size)

@@ -48,6 +48,10 @@ CPU, A100, H100 = Device("cpu", "cpu"), Device("gpu", "A100", "8.0"), Device("gp
     ("chunked", Call(3, per_gate_masks=True), CPU, "only scan computes one mask per gate"),
     ("chunked", Call(3, gate_activation="hard_sigmoid"), CPU, "only scan computes hard_sigmoid"),
     ("scan", Call(3, per_gate_masks=True, gate_activation="hard_sigmoid"), CPU, None),
+    ("mosaic_gpu", Call(64, cell="gru"), H100, "its cell is an LSTM; only scan computes gru"),
+    ("cudnn", Call(96, cell="gru", recurrent_dropout=False), A100, "only scan computes gru"),
+    ("chunked", Call(3, cell="rnn"), CPU, "only scan computes rnn"),
+    ("scan", Call(3, cell="rnn"), CPU, None),
   ],
   ids=str,
 )
@@ -66,6 +70,7 @@ def test_unsupported_call_is_explained(name, call, device, reason):
     (Call(128), CPU, ("chunked", "JAX computes on cpu")),
     (Call(128, per_gate_masks=True), H100, ("scan", "one mask per gate")),
     (Call(128, gate_activation="hard_sigmoid"), H100, ("scan", "hard_sigmoid")),
+    (Call(128, cell="gru"), H100, ("scan", "only scan computes gru")),
   ],
   ids=str,
 )

@@ -70,6 +70,16 @@ def test_a_signal_at_any_step(whole, step, tmp_path):
   assert_same_end(whole, config)
 
 
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_other_cells_resume_within_an_epoch(cell, tmp_path):
+  undisturbed, config = (change(tiny(tmp_path / name), "model", cell=cell) for name in ("undisturbed", "stopped"))
+  imdb_jax.fit(undisturbed)
+  with signal_before(Recorder, "record_steps", signal.SIGINT, at_call=2):
+    assert train_until_stopped(config).step == 2
+  imdb_jax.fit(config)
+  assert_same_end(undisturbed, config)
+
+
 def test_a_signal_between_two_epochs(whole, tmp_path):
   config = tiny(tmp_path / "run")
   with signal_before(Recorder, "record_epoch", signal.SIGTERM):
