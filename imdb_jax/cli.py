@@ -333,7 +333,7 @@ def _compare(prog: str, args: Sequence[str]) -> None:
 
   with _clear_errors(), _interruptible():
     try:
-      rows.compare(config, given.rows.split(",") if given.rows else rows.ROWS, quick=given.quick)
+      rows.compare(config, rows.ROWS if given.rows is None else given.rows.split(","), quick=given.quick)
     except (processes.Interrupted, KeyboardInterrupt) as stop:
       number = getattr(stop, "signal", signal.SIGINT)
       _exit(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")

@@ -1,8 +1,10 @@
-"""Figures of a run."""
+"""Figures of runs."""
 
+import itertools
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,19 @@ def test_a_run_in_its_first_epoch(tmp_path):
   assert not (tmp_path / "history.png").exists()
 
 
-def axes_of(history: list[dict], title: str = "run") -> list[Axes]:
-  """Plot a history without drawing it, and return the axes of accuracy and loss."""
+def axes_drawn_by(plot: Callable[..., None], *arguments) -> list[Axes]:
+  """Plot without writing a file, and return the axes."""
   figures = []
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    plots.plot_history(history, title, Path(folder) / "history.png")
+    plot(*arguments, Path(folder) / "figure.png")
   figures[0].draw_without_rendering()
   return figures[0].axes
+
+
+def axes_of(history: list[dict], title: str = "run") -> list[Axes]:
+  """Return the axes of accuracy and loss of a run."""
+  return axes_drawn_by(plots.plot_history, history, title)
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 10, 100])
@@ -141,3 +148,64 @@ def test_a_link_is_not_followed(tmp_path):
   with pytest.raises(UsageError, match=r"history\.png: is a link"):
     plots.plot_history([ONE], "run", tmp_path / "history.png")
   assert not (tmp_path / "elsewhere").exists()
+
+
+def test_models_are_points_of_their_training_time_and_accuracy():
+  (axes,) = axes_drawn_by(plots.plot_accuracy_by_time, [("slow", 700.0, [0.8, 0.9, 0.85]), ("quick", 7.0, [0.91])])
+  assert axes.get_xscale() == "log"
+  points = [
+    line.get_xydata().tolist() for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xydata())
+  ]
+  assert [700, pytest.approx(85)] in [point[0] for point in points]
+  assert [7, pytest.approx(91)] in [point[0] for point in points]
+  # Only several seeds have a standard deviation: 0.05.
+  (bar,) = [segment.tolist() for each in axes.collections for segment in each.get_segments()]
+  assert bar == [[700, pytest.approx(80)], [700, pytest.approx(90)]]
+  assert [label.get_text() for label in axes.texts] == ["slow", "quick"]
+
+
+CROWD = [(f"model {number}", 10.0 + number / 4, [0.9 + number / 2000, 0.9 - number / 4000]) for number in range(8)]
+IMDB = [
+  ("tfidf", 8.0, [0.9151]),
+  ("nb-svm", 12.0, [0.9155]),
+  ("fast", 12.5, [0.905, 0.907]),
+  ("gru", 500.0, [0.87, 0.88]),
+]
+IMDB += [("lstm", 520.0, [0.872, 0.878]), ("bi-lstm", 1100.0, [0.874, 0.876]), ("strong", 240.0, [0.925, 0.927])]
+
+
+@pytest.mark.parametrize(
+  "points", [CROWD, IMDB, [("one", 1.0, [0.5])], [("a" * 40, 1.0, [0.5]), ("b" * 40, 2.0, [0.5])]]
+)
+def test_names_are_close_to_their_points_and_overlap_nothing(points):
+  (axes,) = axes_drawn_by(plots.plot_accuracy_by_time, points)
+  boxes = [label.get_window_extent() for label in axes.texts]
+  places = [axes.transData.transform((seconds, 100 * sum(each) / len(each))) for _, seconds, each in points]
+  for one, other in itertools.combinations(boxes, 2):
+    assert not one.overlaps(other)
+  for box, (x, y) in zip(boxes, places, strict=True):
+    assert not any(box.contains(*place) for place in places)
+    assert all(axes.bbox.contains(*corner) for corner in box.corners())
+    # Pixels, of which an inch has a hundred.
+    assert math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0)) < 110
+
+
+def test_learning_curves_have_the_mean_and_the_range_of_the_seeds():
+  curves = {"lstm": [[0.5, 0.7, 0.8], [0.7, 0.9, 0.8]], "fast": [[0.9]]}
+  lstm, fast = axes_drawn_by(plots.plot_learning_curves, curves)
+  assert [lstm.get_title(), fast.get_title()] == ["lstm", "fast"]
+  assert lstm.lines[-1].get_xydata().tolist() == [
+    [1, pytest.approx(60)],
+    [2, pytest.approx(80)],
+    [3, pytest.approx(80)],
+  ]
+  assert fast.lines[-1].get_xydata().tolist() == [[1, 90]]
+  heights = lstm.collections[0].get_paths()[0].vertices[:, 1]
+  assert (heights.min(), heights.max()) == pytest.approx((50, 90))
+  assert lstm.get_ylim() == fast.get_ylim()
+
+
+@pytest.mark.parametrize("num_models", [1, 4, 5, 9])
+def test_each_model_has_its_own_curves(num_models):
+  axes = axes_drawn_by(plots.plot_learning_curves, {f"model {number}": [[0.5, 0.6]] for number in range(num_models)})
+  assert [each.get_title() for each in axes] == [f"model {number}" for number in range(num_models)]

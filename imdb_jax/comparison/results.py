@@ -1,7 +1,6 @@
 """What is kept of each trained model, so that no row of a comparison is computed twice."""
 
 import dataclasses
-import math
 import platform
 import re
 from collections.abc import Callable
@@ -14,6 +13,18 @@ from imdb_jax.validation import Settings, setting
 
 # Of a file, for each review, and for all else.
 _LOGIT_BYTES, _OTHER_BYTES = 32, 2**20
+# Above all float32 values.
+_MAX_LOGIT = 1e39
+
+
+def describe_machine(device: str = "cpu") -> str:
+  """Return processor, cores, another device if there is one, and the versions of Python and packages."""
+  info = Path("/proc/cpuinfo")
+  found = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
+  processor = found[1] if found else platform.processor() or platform.machine()
+  shown = [processor, f"{devices.num_cores()} cores", *([device] if device != "cpu" else [])]
+  versions = run_directory.versions()
+  return ", ".join(shown + [f"{name} {versions[name]}" for name in ("python", "imdb_jax", "jax", "numpy")])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,33 +40,29 @@ class Result(Settings):
   )
   predict_seconds: float = setting(0.0, "Time from encoded reviews to logits.", ge=0, le=1e10)
   val_accuracy: list = setting(list, "Validation accuracy after each epoch, if there are epochs.")
-  computed_on: str = setting("", "Machine and versions.")
+  computed_on: str = setting(describe_machine, "Machine and versions.")
 
 
-def read(path: Path, num_reviews: int, report: Callable[[str], None]) -> Result | None:
-  """Return the result in a file; None if it is absent, and also if it is damaged or a link, which is reported."""
+def read(path: Path, model: dict | str, num_reviews: int, report: Callable[[str], None]) -> Result | None:
+  """Return a model's result; None if the file is absent or another model's, or damaged, which is reported."""
   try:
     value = files.read_json(path, _OTHER_BYTES + _LOGIT_BYTES * num_reviews)
     if not isinstance(value, dict) or value.keys() != {field.name for field in dataclasses.fields(Result)}:
       raise ValueError("not a JSON object with the fields of a result")
     result = Result(**value)
-    if len(result.logits) != num_reviews or not all(type(x) is float and math.isfinite(x) for x in result.logits):
-      raise ValueError(f"logits must be {num_reviews:,} finite numbers")
-    if not all(type(x) is float and 0 <= x <= 1 for x in result.val_accuracy):
-      raise ValueError("val_accuracy must be numbers from 0 to 1")
+    if result.model != model:
+      return None
+    num_epochs = model["training"]["epochs"] if isinstance(model, dict) else 0
+    for name, size, least, most in (
+      ("logits", num_reviews, -_MAX_LOGIT, _MAX_LOGIT),
+      ("val_accuracy", num_epochs, 0, 1),
+    ):
+      numbers = value[name]
+      if len(numbers) != size or not all(type(x) is float and least <= x <= most for x in numbers):
+        raise ValueError(f"{name} must be {size:,} numbers from {least} to {most}")
     return result
   except FileNotFoundError:
     return None
   except (OSError, ValueError, UsageError) as error:
-    report(f"{path} is damaged ({first_line(error)}); it is computed again")
+    report(f"{path}: damaged and not used: {first_line(error)}")
     return None
-
-
-def describe_machine(accelerator: str | None) -> str:
-  """Return processor, cores, accelerator, and the versions of Python and packages."""
-  info = Path("/proc/cpuinfo")
-  found = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
-  processor = found[1] if found else platform.processor() or platform.machine()
-  shown = [processor, f"{devices.num_cores()} cores", *([accelerator] if accelerator else [])]
-  versions = run_directory.versions()
-  return ", ".join(shown + [f"{name} {versions[name]}" for name in ("python", "imdb_jax", "jax", "numpy")])

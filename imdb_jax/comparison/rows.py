@@ -84,20 +84,19 @@ def compare(base: Config, rows: Sequence[str] = ROWS, *, quick: bool = False) ->
           path = run_dir / f"{row}-seed{seed}.json"
           config = _configure(base, row, seed, quick) if row in RECURRENT else None
           model = config.to_dict() if config else row
-          result = results.read(path, len(validation), console.line)
-          if result and result.model != model:
-            result = None
+          result = results.read(path, model, len(validation), console.line)
           if result is None and row in rows:
             console.line(f"\n{path.stem}")
             result = _train(config) if config else LINEAR[row](train, validation)
-            accelerator = jax.devices()[0].device_kind if config and jax.default_backend() != "cpu" else None
-            result = dataclasses.replace(result, model=model, computed_on=results.describe_machine(accelerator))
+            result = dataclasses.replace(result, model=model)
             files.write(path, json.dumps(vars(result)) + "\n")
           if result:
             done.setdefault(row, []).append(result)
-      except (ImdbJaxError, MemoryError) as error:
-        is_ours = isinstance(error, ImdbJaxError)
-        failures[row] = error if is_ours else PlatformError(f"Not enough memory: {first_line(error)}.")
+      except ImdbJaxError as error:
+        failures[row] = error
+      except MemoryError as error:
+        failures[row] = PlatformError(f"Not enough memory: {first_line(error)}.")
+      if row in failures:
         console.line(f"{row} failed: {failures[row]}")
     table.write(base, done, failures, validation, console)
   for row, error in failures.items():
@@ -138,4 +137,5 @@ def _train(config: Config) -> Result:
     num_parameters=classifier.num_parameters,
     train_seconds=sum(line["seconds"] for line in fitted.history),
     val_accuracy=[line["val_accuracy"] for line in fitted.history],
+    computed_on=results.describe_machine(jax.devices()[0].device_kind),
   )

@@ -1,0 +1,88 @@
+"""The command `compare`: flags, exit codes and signals."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from running import Call, assert_one_clear_line
+
+from imdb_jax.comparison import rows
+from imdb_jax.data import sample
+
+TINY = {"model": {"embedding_size": 4, "hidden_size": 4}, "training": {"epochs": 1, "batch_size": 20}}
+FLAGS = ("--data", "sample", "--platform", "cpu", "--rows", "majority,lstm")
+
+
+@pytest.fixture(autouse=True)
+def few_reviews(monkeypatch):
+  reviews = {name: each.take(range(40)) for name, each in sample.load().items()}
+  monkeypatch.setattr(sample, "load", lambda: reviews)
+  monkeypatch.setitem(rows.RECURRENT, "lstm", ("sample", TINY))
+
+
+def test_a_comparison_prints_its_table_and_repeats_it_at_once(call: Call, tmp_path):
+  code, first, stderr = call("compare", *FLAGS, "--run-dir", tmp_path)
+  assert (code, stderr) == (0, "")
+  assert "Epoch 1/1" in first
+  code, second, stderr = call("compare", *FLAGS, "--run-dir", tmp_path)
+  assert (code, stderr) == (0, "")
+  assert "Epoch" not in second
+  table = first[first.index("Model") :]
+  assert second.endswith(table)
+  assert [line.split()[0] for line in table.splitlines()[:3]] == ["Model", "majority", "lstm"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, KeyboardInterrupt, signal.SIGTERM])
+def test_a_signal_stops_it_with_the_command_that_resumes(stop, call: Call, tmp_path, monkeypatch):
+  fit = rows.fit
+
+  def stopped(config):
+    # During the import or a linear row, Ctrl-C is an exception; during training, a signal.
+    if stop is KeyboardInterrupt:
+      raise KeyboardInterrupt
+    monkeypatch.setattr("imdb_jax.training.report.show_header", lambda *_: os.kill(os.getpid(), stop))
+    return fit(config)
+
+  monkeypatch.setattr(rows, "fit", stopped)
+  code, _, stderr = call("compare", *FLAGS, "--run-dir", tmp_path)
+  assert code == (143 if stop == signal.SIGTERM else 130)
+  assert f"Saved in {tmp_path}. Resume with:\n  python scripts/compare.py --data sample" in stderr
+  monkeypatch.undo()
+  assert (tmp_path / "majority-seed0.json").exists()
+
+
+def test_a_failed_row_gives_its_exit_code_after_the_others(call: Call, tmp_path, monkeypatch):
+  monkeypatch.setitem(rows.RECURRENT, "lstm", ("sample", {**TINY, "optimizer": {"learning_rate": 1e38}}))
+  result = call("compare", *FLAGS, "--run-dir", tmp_path)
+  assert_one_clear_line(result, 5, "1 of 2 rows failed; lstm: Step", "is not finite")
+  assert [row["name"] for row in json.loads((tmp_path / "comparison.json").read_text())["rows"]] == ["majority"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (("--rows", "majority,ltsm"), ("--rows ltsm: unknown", "lstm")),
+    (("--rows", ""), ("--rows : unknown",)),
+    (("--num-seeds", "0"), ("--num-seeds 0: must be",)),
+    (("--num-seeds", "x"), ("--num-seeds: invalid int value",)),
+    (("--validation", "train"), ("--validation 'train': must be one of test, split",)),
+    (("--data", "imbd"), ("--data 'imbd': must be one of imdb, sample",)),
+    (("--quick", "--archive", "x"), ("--archive x: requires --data imdb",)),
+    (("--qiuck",), ("--qiuck: unknown", "--quick")),
+  ],
+)
+def test_wrong_flags_are_refused_in_one_line(flags, words, call: Call, tmp_path):
+  assert_one_clear_line(call("compare", *flags, "--run-dir", tmp_path / "run"), 2, *words)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_table_fits_the_terminal(columns, call: Call, tmp_path, monkeypatch):
+  for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": str(columns)}.items():
+    monkeypatch.setenv(name, value)
+  code, stdout, _ = call("compare", *FLAGS[:4], "--rows", "majority", "--run-dir", Path(tmp_path))
+  assert code == 0
+  assert max(map(len, stdout.splitlines())) <= columns
+  assert ("Rev/s" in stdout.splitlines()[2]) == (columns >= 80)

@@ -1,0 +1,98 @@
+"""The table on terminals of any width, as Markdown and as JSON, and the reviews on which models disagree."""
+
+import re
+
+import numpy as np
+import pytest
+
+from imdb_jax.comparison import table
+from imdb_jax.comparison.results import Result
+from imdb_jax.data.reviews import Reviews
+from imdb_jax.errors import DivergenceError
+
+LSTM = {
+  "name": "lstm",
+  "accuracies": [0.8712, 0.8752, 0.8732],
+  "accuracy": 0.8732,
+  "accuracy_std": 0.002,
+  "difference": 0.0,
+  "interval": [0.0, 0.0],
+  "train_seconds": 1234.5,
+  "loss": 0.3119,
+  "calibration_error": 0.0181,
+  "num_parameters": 643_585,
+  "reviews_per_second": 812.3,
+}
+SVM = {
+  "name": "pretrained",
+  "accuracies": [0.9181],
+  "accuracy": 0.9181,
+  "accuracy_std": None,
+  "difference": 0.0449,
+  "interval": [-0.0412, 0.0486],
+  "train_seconds": 24.56,
+  "loss": None,
+  "calibration_error": None,
+  "num_parameters": 1_408_814,
+  "reviews_per_second": None,
+}
+ROWS = [LSTM, SVM]
+
+
+def test_a_pipe_gets_the_whole_table():
+  heading, lstm, svm = table.lines(ROWS, {})
+  assert " ".join(heading.split()) == "Model n Accuracy ± vs lstm Train Loss ECE Params Rev/s"
+  assert " ".join(lstm.split()) == "lstm 3 87.32 0.20 +0.0 [0.0, 0.0] 1234 0.312 1.8 644k 812"
+  assert " ".join(svm.split()) == "pretrained 1 91.81 - +4.5 [-4.1, 4.9] 24.6 - - 1.41M -"
+  assert len({len(heading), len(lstm), len(svm)}) == 1
+
+
+@pytest.mark.parametrize(("width", "last"), [(20, "Accuracy"), (60, "Train"), (80, "Rev/s"), (100, "Rev/s")])
+def test_a_narrow_terminal_shows_the_most_important_columns(width, last):
+  shown = table.lines(ROWS, {}, width)
+  assert shown[0].split()[-1] == last
+  assert max(map(len, shown[:3])) <= max(width, 21)
+  assert shown[3:] == ([] if last == "Rev/s" else [shown[-1]])
+  if shown[3:]:
+    assert re.fullmatch(r"Too narrow for .*Rev/s: see comparison\.md", shown[3])
+
+
+def test_a_failure_is_one_line_of_the_table():
+  failures = {"fast": DivergenceError("Step 3 is\nnot finite | inf")}
+  assert table.lines(ROWS, failures)[-1] == "fast        failed: Step 3 is not finite | inf"
+  *_, row = table.markdown(ROWS, failures).splitlines()
+  assert row.startswith(r"| fast |  | failed: Step 3 is not finite \| inf |")
+  assert table.lines([], failures)[-1].startswith("fast")
+
+
+def test_all_lines_of_the_markdown_table_have_the_same_columns():
+  lines = table.markdown(ROWS, {"fast": ValueError("no")}).splitlines()
+  assert {line.count("|") for line in lines} == {11}
+  assert "| lstm | 3 | 87.32 | 0.20 |" in lines[2]
+
+
+@pytest.mark.parametrize(
+  ("value", "shown"),
+  [
+    *((0, "0"), (1, "1"), (0.1236, "0.124"), (12.345, "12.3"), (999.7, "1000"), (9999, "9999")),
+    *((12_345, "12.3k"), (999_999, "1000k"), (1_408_814, "1.41M")),
+  ],
+)
+def test_numbers_have_three_digits(value, shown):
+  assert table._number(value) == shown
+
+
+def test_reviews_on_which_models_disagree_come_first():
+  texts = tuple(f"text {number}" for number in range(40))
+  reviews = Reviews(texts=(*texts, "# a <b>\x1b[31m | " + "long " * 100), labels=np.array([0, 1] * 20 + [1], np.int32))
+  logits = np.zeros((2, 41))
+  logits[:, 40], logits[:, 7] = (3, -3), (-2, 2)
+  first, second = ([Result(logits=row.tolist())] for row in logits)
+  written = table.disagreements({"first": first, "second": second}, reviews)
+  _, *parts = written.split("## Review ")
+  assert len(parts) == 20
+  assert parts[0].startswith("40: positive\n\nRight: first. Wrong: second.\n\n    # a <b> [31m | long ")
+  assert parts[1].startswith("7: positive\n\nRight: second. Wrong: first.\n\n    text 7\n")
+  assert parts[2].startswith("0: negative\n\nRight: first, second. Wrong: none.")
+  assert "\x1b" not in written
+  assert max(map(len, parts[0].splitlines())) == 204
