@@ -134,6 +134,31 @@ def test_an_ensemble_of_one_has_the_metrics_of_its_seed():
   assert result.loss == pytest.approx(result.seeds[0].loss, rel=1e-14)
 
 
+def test_the_calibration_error_of_equal_confidences_is_their_distance_to_the_accuracy():
+  # 90% sure of both classes, and right in 8 of 10 cases.
+  logits = np.log(9) * np.array([1, 1, 1, 1, 1, -1, -1, -1, -1, -1])
+  labels = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 1])
+  assert evaluate(logits, labels).calibration_error == pytest.approx(0.1, abs=1e-12)
+  for labels, error in (([1, 0], 0), ([0, 1], 1)):
+    assert evaluate(np.array([40.0, -800.0]), np.array(labels)).calibration_error == pytest.approx(error, abs=1e-12)
+  assert evaluate(np.zeros(4), np.array([0, 1, 0, 1])).calibration_error == 0
+
+
+def test_the_calibration_error_is_the_mean_over_15_bins():
+  rng = np.random.default_rng(7)
+  logits, labels = 2 * rng.standard_normal(500), rng.integers(2, size=500)
+  expected = 0.0
+  for number in range(15):
+    inside = []
+    for probability, label in zip(special.expit(logits), labels, strict=True):
+      confidence = max(probability, 1 - probability)
+      if number / 15 < confidence <= (number + 1) / 15:
+        inside.append(((probability > 0.5) == (label == 1), confidence))
+    if inside:
+      expected += abs(np.mean([right for right, _ in inside]) - np.mean([sure for _, sure in inside])) * len(inside)
+  assert evaluate(logits, labels).calibration_error == pytest.approx(expected / 500, abs=1e-12)
+
+
 def test_calibration_finds_the_temperature_that_was_hidden():
   """Labels are drawn with the probabilities of logits; the model is given three times these logits."""
   rng = np.random.default_rng(0)

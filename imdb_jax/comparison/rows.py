@@ -38,6 +38,8 @@ LINEAR: dict[str, Callable[[Reviews, Reviews], Result]] = {
 }
 # Preset, and the settings that differ from it.
 RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+  "rnn": ("article", {"model": {"cell": "rnn"}}),
+  "gru": ("article", {"model": {"cell": "gru"}}),
   "lstm": ("article", {}),
   "bi-lstm": ("article", {"model": {"directions": 2}}),
   "fast": ("fast", {}),

@@ -1,4 +1,4 @@
-"""Calibration, paired differences and their intervals, against closed forms and scipy."""
+"""Paired differences and their intervals, against closed forms and scipy."""
 
 import numpy as np
 import pytest
@@ -6,35 +6,8 @@ from scipy import special, stats
 
 from imdb_jax.comparison import statistics
 from imdb_jax.comparison.results import Result
-from imdb_jax.task import calibration_error
 
 RNG = np.random.default_rng(7)
-
-
-def test_the_calibration_error_of_equal_confidences_is_their_distance_to_the_accuracy():
-  # 90% sure of both classes, and right in 8 of 10 cases.
-  logits = np.log(9) * np.array([1, 1, 1, 1, 1, -1, -1, -1, -1, -1])
-  labels = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 1])
-  assert calibration_error(logits, labels) == pytest.approx(0.1, abs=1e-12)
-  assert calibration_error(np.array([40.0, -800.0]), np.array([1, 0])) == pytest.approx(0, abs=1e-12)
-  assert calibration_error(np.array([40.0, -800.0]), np.array([0, 1])) == pytest.approx(1, abs=1e-12)
-  assert calibration_error(np.zeros(4), np.array([0, 1, 0, 1])) == 0
-
-
-@pytest.mark.parametrize("num_bins", [1, 10, 15])
-def test_the_calibration_error_is_the_mean_over_the_bins_of_guo_et_al(num_bins):
-  logits, labels = 2 * RNG.standard_normal(500), RNG.integers(2, size=500)
-  probabilities = special.expit(logits)
-  expected = 0.0
-  for number in range(num_bins):
-    inside = []
-    for probability, label in zip(probabilities, labels, strict=True):
-      confidence = max(probability, 1 - probability)
-      if number / num_bins < confidence <= (number + 1) / num_bins:
-        inside.append(((probability > 0.5) == (label == 1), confidence))
-    if inside:
-      expected += abs(np.mean([right for right, _ in inside]) - np.mean([sure for _, sure in inside])) * len(inside)
-  assert calibration_error(logits, labels, num_bins) == pytest.approx(expected / 500, abs=1e-12)
 
 
 def test_the_interval_is_that_of_scipy_and_of_the_normal_distribution():
