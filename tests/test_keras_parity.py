@@ -17,19 +17,19 @@ import pytest
 
 from imdb_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.program import Program
+from imdb_jax.program import Program, TrainState
 
 VOCABULARY_SIZE, LENGTH, BATCH_SIZE, NUM_STEPS = 30, 9, 8, 3
 CONFIG = ModelConfig(embedding_size=6, hidden_size=7, input_dropout_rate=0, recurrent_dropout_rate=0)
-# In the order of Keras's get_weights.
-WEIGHTS = (
-  ("embedding", "embedding"),
-  ("lstm", "kernel"),
-  ("lstm", "recurrent_kernel"),
-  ("lstm", "bias"),
-  ("dense", "kernel"),
-  ("dense", "bias"),
-)
+CELLS = ("lstm", "gru", "rnn")
+# The cell, and whether padding is masked.
+MODELS = [("lstm", False), *((cell, True) for cell in CELLS)]
+
+
+def names_of(cell: str) -> list[tuple[str, str]]:
+  """Return the names of the weights in the order of Keras's get_weights."""
+  recurrent = [(cell, name) for name in ("kernel", "recurrent_kernel", "bias")]
+  return [("embedding", "embedding"), *recurrent, ("dense", "kernel"), ("dense", "bias")]
 
 
 def keras_side(source: Path, target: Path) -> None:
@@ -39,28 +39,30 @@ def keras_side(source: Path, target: Path) -> None:
   keras.utils.set_random_seed(0)
   given = np.load(source)
   results = {}
+  cells = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
 
-  def build(vocabulary_size, embedding_size, hidden_size, length, mask_zero):
+  def build(cell, vocabulary_size, embedding_size, hidden_size, length, mask_zero):
     layers = [
       keras.layers.Embedding(vocabulary_size, embedding_size, mask_zero=mask_zero),
-      keras.layers.LSTM(hidden_size),
+      cells[cell](hidden_size),
       keras.layers.Dense(1, activation="sigmoid"),
     ]
     model = keras.Sequential(layers)
     model.build((None, length))
     return model
 
-  for mask_zero in (False, True):
-    model = build(VOCABULARY_SIZE, CONFIG.embedding_size, CONFIG.hidden_size, LENGTH, mask_zero)
-    model.set_weights([given[f"initial_{i}"] for i in range(len(WEIGHTS))])
+  for cell, mask_zero in MODELS:
+    model = build(cell, VOCABULARY_SIZE, CONFIG.embedding_size, CONFIG.hidden_size, LENGTH, mask_zero)
+    model.set_weights([given[f"{cell}_{i}"] for i in range(len(names_of(cell)))])
     model.compile(optimizer=keras.optimizers.Adam(), loss="binary_crossentropy")
-    results[f"{mask_zero}_probabilities"] = model.predict_on_batch(given["tokens"][0])[:, 0]
+    results[f"{cell}_{mask_zero}_probabilities"] = model.predict_on_batch(given["tokens"][0])[:, 0]
     for i, (tokens, labels) in enumerate(zip(given["tokens"], given["labels"], strict=True)):
-      results[f"{mask_zero}_loss_{i}"] = model.train_on_batch(tokens, labels[:, None])
+      results[f"{cell}_{mask_zero}_loss_{i}"] = model.train_on_batch(tokens, labels[:, None])
       for j, weight in enumerate(model.get_weights()):
-        results[f"{mask_zero}_weight_{i}_{j}"] = weight
-  for j, weight in enumerate(build(4000, 128, 128, 400, False).get_weights()):
-    results[f"article_{j}"] = weight
+        results[f"{cell}_{mask_zero}_weight_{i}_{j}"] = weight
+  for cell in CELLS:
+    for j, weight in enumerate(build(cell, 4000, 128, 128, 400, False).get_weights()):
+      results[f"article_{cell}_{j}"] = weight
   np.savez(target, **results)
 
 
@@ -80,18 +82,27 @@ def make_split() -> TokenSplit:
 
 
 @functools.cache
-def program_of(mask_padding: bool) -> Program:
+def program_of(cell: str, mask_padding: bool) -> Program:
   config = Config(
     data=DataConfig(vocabulary_size=VOCABULARY_SIZE, sequence_length=LENGTH),
-    model=dataclasses.replace(CONFIG, mask_padding=mask_padding),
+    model=dataclasses.replace(CONFIG, cell=cell, mask_padding=mask_padding),
     training=TrainingConfig(seed=3, batch_size=BATCH_SIZE),
   )
   return Program(config, programs.mesh_of(1))
 
 
-def weights_of(params: dict) -> list[np.ndarray]:
+def initial_state(program: Program) -> TrainState:
+  """Return the state before the first step, but with biases of which each matters."""
+  state, cell = program.init(), program.config.model.cell
+  bias = state.params[cell]["bias"]
+  bias = bias + np.random.default_rng(1).uniform(-0.5, 0.5, bias.shape).astype(np.float32)
+  params = state.params | {cell: state.params[cell] | {"bias": bias}}
+  return programs.put(program, dataclasses.replace(state, params=params))
+
+
+def weights_of(cell: str, params: dict) -> list[np.ndarray]:
   """Return the weights of the only seed, in the order of Keras."""
-  return [np.array(params[layer][name])[0] for layer, name in WEIGHTS]
+  return [np.array(params[layer][name])[0] for layer, name in names_of(cell)]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +111,10 @@ def keras_results(tmp_path_factory) -> dict[str, np.ndarray]:
     pytest.skip("keras is not installed")
   folder, split = tmp_path_factory.mktemp("keras"), make_split()
   source, target = folder / "source.npz", folder / "target.npz"
-  arrays = {f"initial_{i}": weight for i, weight in enumerate(weights_of(program_of(False).init().params))}
+  arrays = {}
+  for cell in CELLS:
+    weights = weights_of(cell, initial_state(program_of(cell, True)).params)
+    arrays |= {f"{cell}_{i}": weight for i, weight in enumerate(weights)}
   arrays["tokens"] = split.tokens.reshape(NUM_STEPS, BATCH_SIZE, LENGTH)
   arrays["labels"] = split.labels.astype(np.float32).reshape(NUM_STEPS, BATCH_SIZE)
   np.savez(source, **arrays)
@@ -116,40 +130,43 @@ def keras_results(tmp_path_factory) -> dict[str, np.ndarray]:
     return dict(results)
 
 
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_probabilities_are_those_of_keras(keras_results, mask_padding):
-  program, split = program_of(mask_padding), make_split()
-  logits = program.predict(program.init().params, split.tokens[:BATCH_SIZE], split.lengths[:BATCH_SIZE])
+@pytest.mark.parametrize(("cell", "mask_padding"), MODELS)
+def test_probabilities_are_those_of_keras(keras_results, cell, mask_padding):
+  program, split = program_of(cell, mask_padding), make_split()
+  logits = program.predict(initial_state(program).params, split.tokens[:BATCH_SIZE], split.lengths[:BATCH_SIZE])
   logits = np.asarray(logits, np.float64)[0, :, 0]
-  probabilities = keras_results[f"{mask_padding}_probabilities"].astype(np.float64)
+  probabilities = keras_results[f"{cell}_{mask_padding}_probabilities"].astype(np.float64)
   # The logits are about 0.01. Rounding errors of a probability near one half are 4 times as large in its logit.
   np.testing.assert_allclose(1 / (1 + np.exp(-logits)), probabilities, atol=2e-7)
   np.testing.assert_allclose(logits, np.log(probabilities / (1 - probabilities)), atol=1e-6)
   assert np.ptp(logits) > 1e-3
 
 
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_losses_and_updates_are_those_of_keras(keras_results, mask_padding):
+@pytest.mark.parametrize(("cell", "mask_padding"), MODELS)
+def test_losses_and_updates_are_those_of_keras(keras_results, cell, mask_padding):
   """Adam moves a weight by up to 1e-3 per step; the tolerance is a thousandth of that."""
-  program, state = program_of(mask_padding), program_of(mask_padding).init()
+  program = program_of(cell, mask_padding)
+  state = initial_state(program)
   reviews = program.put_split(make_split())
   for i in range(NUM_STEPS):
     rows = np.arange(i * BATCH_SIZE, (i + 1) * BATCH_SIZE, dtype=np.int32)[None, None, :]
-    before = weights_of(state.params)
+    before = weights_of(cell, state.params)
     state, sums = program.train_steps(state, reviews, *program.put_rows(rows))
     loss = float(sums["loss"][0, 0] / sums["weight"][0, 0])
-    np.testing.assert_allclose(loss, keras_results[f"{mask_padding}_loss_{i}"], rtol=1e-6)
-    for j, (name, weight) in enumerate(zip(WEIGHTS, weights_of(state.params), strict=True)):
-      expected = keras_results[f"{mask_padding}_weight_{i}_{j}"]
+    np.testing.assert_allclose(loss, keras_results[f"{cell}_{mask_padding}_loss_{i}"], rtol=1e-6)
+    for j, (name, weight) in enumerate(zip(names_of(cell), weights_of(cell, state.params), strict=True)):
+      expected = keras_results[f"{cell}_{mask_padding}_weight_{i}_{j}"]
       np.testing.assert_allclose(weight, expected, rtol=0, atol=(i + 1) * 1e-6, err_msg=f"{name} after step {i + 1}")
       assert np.abs(weight - before[j]).max() > 1e-4, f"{name} did not move"
 
 
-def test_initial_weights_have_the_distribution_of_those_of_keras(keras_results):
+@pytest.mark.parametrize("cell", CELLS)
+def test_initial_weights_have_the_distribution_of_those_of_keras(keras_results, cell):
   """The draws differ, but not their spread and mean, as far as so many draws tell."""
-  ours = weights_of(Program(Config(training=TrainingConfig(seed=3)), programs.mesh_of(1)).init().params)
-  for j, (name, weight) in enumerate(zip(WEIGHTS, ours, strict=True)):
-    theirs = keras_results[f"article_{j}"]
+  config = Config(model=ModelConfig(cell=cell), training=TrainingConfig(seed=3))
+  ours = weights_of(cell, Program(config, programs.mesh_of(1)).init().params)
+  for j, (name, weight) in enumerate(zip(names_of(cell), ours, strict=True)):
+    theirs = keras_results[f"article_{cell}_{j}"]
     assert weight.shape == theirs.shape
     np.testing.assert_allclose(weight.std(), theirs.std(), rtol=max(0.01, 2 / np.sqrt(weight.size)), err_msg=str(name))
     np.testing.assert_allclose(weight.mean(), theirs.mean(), atol=8 * theirs.std() / np.sqrt(weight.size) + 1e-9)
