@@ -1,6 +1,5 @@
 """Figures of runs. They need no display."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE = 60
 # Where to write the name of a point, from the best place to the worst.
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (-1, -1), (1, -1))
+# Distance to the middle of another point from which a name cannot be taken for that point's.
+_ENOUGH_PIXELS = 60
 _TRAIN_COLOR, _VALIDATION_COLOR = "#1f77b4", "#d62728"
 
 
@@ -52,33 +53,56 @@ def plot_accuracy_by_time(points: Sequence[tuple[str, float, Sequence[float]]], 
     points: name, seconds above 0, and the accuracy of each seed.
     output: file to write, as for `plot_history`.
   """
+  from matplotlib.ticker import LogFormatter
+  from matplotlib.transforms import Bbox
+
   figure = _figure(8, 5)
   axes = figure.subplots()
-  for number, (_, seconds, accuracies) in enumerate(points):
-    bar = 100 * np.std(accuracies, ddof=1) if len(accuracies) > 1 else None
-    axes.errorbar(seconds, 100 * np.mean(accuracies), bar, fmt="o", capsize=4, color=f"C{number}")
+  means = [100 * np.mean(accuracies) for _, _, accuracies in points]
+  spreads = [100 * np.std(accuracies, ddof=1) if len(accuracies) > 1 else 0 for _, _, accuracies in points]
+  for number, (_, seconds, _) in enumerate(points):
+    axes.errorbar(seconds, means[number], spreads[number] or None, fmt="o", capsize=4, color=f"C{number}")
   axes.set(xscale="log", xlabel="seconds to train", ylabel="accuracy (%)", title="Accuracy and training time")
-  axes.margins(x=0.12, y=0.15)
+  axes.margins(x=0.15, y=0.15)
   axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+  axes.xaxis.set_minor_formatter(LogFormatter())
   axes.grid(alpha=0.3)
+  # Names are placed by pixels, which the layout decides.
   figure.draw_without_rendering()
-  taken = [bars.get_tightbbox().padded(3) for bars in axes.collections]
-  for number, (name, seconds, accuracies) in enumerate(points):
-    _label(axes, name, (seconds, 100 * np.mean(accuracies)), f"C{number}", taken)
+  boxes = []
+  for (_, seconds, _), mean, spread in zip(points, means, spreads, strict=True):
+    boxes.append(Bbox(axes.transData.transform([(seconds, mean - spread), (seconds, mean + spread)])).padded(7))
+  for number, (name, seconds, _) in enumerate(points):
+    label = axes.annotate(name, (seconds, means[number]), (0, 0), textcoords="offset points", color=f"C{number}")
+    boxes.append(_place(label, boxes, [box for i, box in enumerate(boxes[: len(points)]) if i != number]))
   _save(figure, output)
 
 
-def _label(axes: Any, name: str, point: tuple[float, Any], color: str, taken: list[Any]) -> None:
-  """Write a name as close to its point as possible, within the axes and outside the boxes that are taken."""
-  label = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", color=color, va="center")
-  for distance, (x, y) in itertools.product(range(10, 70, 6), _DIRECTIONS):
-    label.xyann = (distance * x, distance * y)
-    label.set_horizontalalignment({-1: "right", 0: "center", 1: "left"}[x])
-    box = label.get_window_extent()
-    is_inside = all(axes.bbox.contains(*corner) for corner in box.corners())
-    if is_inside and not any(map(box.overlaps, taken)):
-      break
-  taken.append(label.get_window_extent())
+def _place(label: Any, taken: Sequence[Any], others: Sequence[Any]) -> Any:
+  """Move a label close to its point, within the axes and outside the boxes that are taken; return the label's box.
+
+  Of equally close places, it takes the first that is not near another point, whose box is in `others`.
+  """
+
+  def move(distance: int, direction: tuple[int, int]) -> Any:
+    label.set(ha=("center", "left", "right")[direction[0]], va="center")
+    label.xyann = tuple(distance * each for each in direction)
+    return label.get_window_extent().padded(2)
+
+  def room(box: Any) -> float:
+    middle = np.mean(box.corners(), axis=0)
+    return min((math.dist(middle, np.mean(other.corners(), axis=0)) for other in others), default=_ENOUGH_PIXELS)
+
+  for distance in range(10, 70, 6):
+    boxes = {direction: move(distance, direction) for direction in _DIRECTIONS}
+    free = [
+      direction
+      for direction, box in boxes.items()
+      if all(label.axes.bbox.contains(*corner) for corner in box.corners()) and not any(map(box.overlaps, taken))
+    ]
+    if free:
+      return move(distance, max(free, key=lambda direction: min(room(boxes[direction]), _ENOUGH_PIXELS)))
+  return label.get_window_extent()
 
 
 def plot_learning_curves(curves: Mapping[str, Sequence[Sequence[float]]], output: Path) -> None:

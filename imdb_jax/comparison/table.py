@@ -34,7 +34,7 @@ def _number(value: float) -> str:
 _COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
   ("Model", "name", lambda row: row["name"]),
   ("n", "accuracies", lambda row: str(len(row["accuracies"]))),
-  ("Accuracy", "accuracy", lambda row: f"{100 * row['accuracy']:.2f}"),
+  ("Acc. %", "accuracy", lambda row: f"{100 * row['accuracy']:.2f}"),
   ("±", "accuracy_std", lambda row: f"{100 * row['accuracy_std']:.2f}"),
   (f"vs {REFERENCE}", "difference", lambda row: _difference(100 * row["difference"], *row["interval"])),
   ("Train", "train_seconds", lambda row: _number(row["train_seconds"])),
@@ -92,8 +92,8 @@ def write(
   machines = sorted({printable(result.computed_on) for each in results.values() for result in each})
   split = {"test": "test reviews", "split": "reviews held out of training"}[config.data.validation]
   notes = [
-    f"{len(reviews):,} {split} of {config.data.source}, after the last epoch. Accuracy in %: mean and standard "
-    "deviation over n models, each with its own seed.",
+    f"{len(reviews):,} {split} of {config.data.source}, after the last epoch. Acc. %: mean accuracy and its "
+    "standard deviation over n models, each with its own seed.",
     f"vs {REFERENCE}: difference of accuracy in points, and its 95% interval (paired bootstrap over the reviews). "
     "ECE: expected calibration error in %, 15 bins. An SVM has no probabilities.",
     "Train: seconds, with features or word vectors, without compilation. "

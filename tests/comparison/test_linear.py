@@ -1,7 +1,5 @@
 """The linear models, against scikit-learn's own pipelines and closed forms."""
 
-import re
-
 import numpy as np
 import pytest
 from comparison.few import few_reviews
@@ -12,13 +10,14 @@ from sklearn.svm import LinearSVC
 
 from imdb_jax.comparison import linear
 from imdb_jax.data.reviews import canonical
+from imdb_jax.data.tokenizer import split_words
 
 TRAIN, TEST = few_reviews()["train"], few_reviews()["test"]
 
 
 def plain(texts: tuple[str, ...]) -> list[str]:
-  """Return the words of texts of the sample, without tags."""
-  return [re.sub(r"[^a-z' ]", " ", re.sub(r"<[^>]+>", " ", text).lower()) for text in texts]
+  """Return texts as words with a space between them."""
+  return [" ".join(split_words(text, strip_html=True)) for text in texts]
 
 
 def test_the_majority_has_the_log_odds_of_the_training_labels():

@@ -14,19 +14,21 @@ import pytest
 from comparison.few import RECURRENT, TINY, base, few_reviews
 
 from imdb_jax import Classifier
-from imdb_jax.comparison import rows
+from imdb_jax.comparison import rows, table
 from imdb_jax.config import Config
 from imdb_jax.data import sample, sources, tokens
-from imdb_jax.errors import DivergenceError, PlatformError, UsageError
+from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.training import report
+
+MOST = ["majority", "tfidf", "nb-svm", "lstm", "fast"]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory) -> Path:
-  """A comparison of all rows with two seeds, which nobody changes."""
+  """A comparison of most rows with two seeds, which nobody changes."""
   run_dir = tmp_path_factory.mktemp("comparisons") / "all"
-  rows.compare(base(run_dir, num_seeds=2))
+  rows.compare(base(run_dir, num_seeds=2), MOST)
   return run_dir
 
 
@@ -57,13 +59,13 @@ def table_of(run_dir: Path) -> dict[str, dict]:
 
 def test_every_row_is_computed_for_every_seed(finished):
   table = table_of(finished)
-  assert list(table) == list(rows.ROWS)
+  assert list(table) == MOST
   assert {name: len(row["accuracies"]) for name, row in table.items()} == {
     **dict.fromkeys(rows.LINEAR, 1),
-    **dict.fromkeys(rows.RECURRENT, 2),
+    **dict.fromkeys(("lstm", "fast"), 2),
   }
-  labels = few_reviews()["test"].labels
-  assert table["majority"]["accuracy"] == np.mean(labels == 0)
+  train, test = few_reviews()["train"], few_reviews()["test"]
+  assert table["majority"]["accuracy"] == np.mean(test.labels == (train.labels.mean() > 0.5))
   assert table["lstm"]["difference"] == 0
   for name, row in table.items():
     expected = row["accuracy"] - table["lstm"]["accuracy"]
@@ -71,7 +73,7 @@ def test_every_row_is_computed_for_every_seed(finished):
 
 
 def test_a_recurrent_row_is_the_last_step_of_its_runs(finished):
-  seeds = {"lstm": [[0], [1]], "bi-lstm": [[0], [1]], "fast": [[0, 1], [2, 3]]}
+  seeds = {"lstm": [[0], [1]], "fast": [[0, 1], [2, 3]]}
   for name, row in table_of(finished).items():
     for number, expected in enumerate(seeds.get(name, [])):
       run_dir = finished / f"{name}-seed{number}"
@@ -101,7 +103,7 @@ def test_the_written_table_states_reviews_machine_and_versions(finished):
 def test_a_finished_comparison_computes_nothing(copied, computed):
   before = {path.name: path.stat().st_mtime_ns for path in copied.glob("*-seed*")}
   table = (copied / "comparison.json").read_text()
-  rows.compare(base(copied, num_seeds=2))
+  rows.compare(base(copied, num_seeds=2), MOST)
   assert computed == []
   assert {path.name: path.stat().st_mtime_ns for path in copied.glob("*-seed*")} == before
   assert (copied / "comparison.json").read_text() == table
@@ -115,12 +117,12 @@ def test_only_missing_results_are_computed_and_all_are_shown(copied, computed):
   assert computed == ["fast-seed1"]
   assert {name: len(row["accuracies"]) for name, row in table_of(copied).items()} == {
     **dict.fromkeys(("majority", "nb-svm", "lstm"), 1),
-    **dict.fromkeys(("bi-lstm", "fast"), 2),
+    "fast": 2,
   }
   computed.clear()
-  rows.compare(base(copied))
+  rows.compare(base(copied), MOST)
   assert computed == ["tfidf"]
-  assert [len(row["accuracies"]) for row in table_of(copied).values()] == [1] * 6
+  assert [len(row["accuracies"]) for row in table_of(copied).values()] == [1] * 5
 
 
 def test_a_row_that_was_interrupted_continues(finished, tmp_path, computed, monkeypatch):
@@ -153,7 +155,7 @@ def test_a_signal_during_the_last_epoch_stops_before_the_next_row(tmp_path, comp
 
   monkeypatch.setattr(report, "write", write_then_stop)
   with pytest.raises(Interrupted) as stop:
-    rows.compare(base(tmp_path / "run"), ["lstm", "bi-lstm"])
+    rows.compare(base(tmp_path / "run"), ["lstm", "fast"])
   assert stop.value.signal == signal.SIGTERM
   assert computed == ["lstm-seed0"]
 
@@ -167,12 +169,12 @@ def test_a_row_that_fails_leaves_the_others_and_its_reason_in_the_table(tmp_path
   monkeypatch.setitem(rows.LINEAR, "tfidf", too_large)
   # The first failure gives the exit code.
   with pytest.raises(PlatformError, match="2 of 4 rows failed; tfidf: Not enough memory: Unable to allocate 9 TiB"):
-    rows.compare(base(tmp_path), ["majority", "tfidf", "lstm", "bi-lstm"])
+    rows.compare(base(tmp_path), ["majority", "tfidf", "lstm", "fast"])
   lines = capsys.readouterr().out.splitlines()
   (failed,) = [line for line in lines if line.startswith("lstm  ")]
   assert "failed: Step " in failed
   assert "is not finite" in failed
-  assert list(table_of(tmp_path)) == ["majority", "bi-lstm"]
+  assert list(table_of(tmp_path)) == ["majority", "fast"]
   assert json.loads((tmp_path / "comparison.json").read_text())["failures"].keys() == {"tfidf", "lstm"}
 
 
@@ -218,11 +220,13 @@ LOGITS = [0.5] * 60
     ),
   ],
 )
-def test_a_damaged_result_is_computed_again(damage, copied, computed, capsys):
+def test_a_damaged_result_is_computed_again(damage, copied, computed, capsys, monkeypatch):
+  # The figures take most of the time.
+  monkeypatch.setattr(table, "write", lambda *_: None)
   path = copied / "nb-svm-seed0.json"
   before = json.loads(path.read_text())
   damage(path)
-  rows.compare(base(copied, num_seeds=2))
+  rows.compare(base(copied, num_seeds=2), MOST)
   assert computed == ["nb-svm"]
   assert f"{path}: damaged and not used: " in capsys.readouterr().out
   assert json.loads(path.read_text())["logits"] == before["logits"]
@@ -233,7 +237,7 @@ def test_links_in_the_folder_are_refused(copied):
   (copied / "nb-svm-seed0.json").symlink_to(outside)
   before = outside.read_text()
   with pytest.raises(UsageError, match=r"holds links or devices \(nb-svm-seed0\.json\)"):
-    rows.compare(base(copied, num_seeds=2))
+    rows.compare(base(copied, num_seeds=2), MOST)
   assert outside.read_text() == before
 
 
@@ -243,7 +247,7 @@ def test_a_result_of_other_settings_is_neither_used_nor_overwritten(copied, monk
   with pytest.raises(
     UsageError, match=r"lstm: --run-dir .*: holds a run with other settings \(optimizer.learning_rate"
   ):
-    rows.compare(base(copied, num_seeds=2))
+    rows.compare(base(copied, num_seeds=2), MOST)
   assert (copied / "lstm-seed0.json").read_bytes() == before
   table = table_of(copied)
   assert "lstm" not in table
@@ -267,7 +271,7 @@ def test_a_folder_of_something_else_is_refused_and_untouched(finished, tmp_path,
 
 def test_a_second_comparison_in_the_same_folder_is_refused(copied):
   with filelock.FileLock(copied / "lock"), pytest.raises(UsageError, match="another trainer is using it"):
-    rows.compare(base(copied, num_seeds=2))
+    rows.compare(base(copied, num_seeds=2), MOST)
 
 
 def test_an_unknown_row_is_refused_before_anything_is_read(tmp_path, monkeypatch):
@@ -281,10 +285,10 @@ def test_an_unknown_row_is_refused_before_anything_is_read(tmp_path, monkeypatch
 
 def test_held_out_reviews_are_predicted_on_request(tmp_path):
   rows.compare(base(tmp_path, validation="split"), ["majority", "tfidf", "lstm"])
-  _, held = tokens.hold_out(few_reviews()["train"], 0.1)
+  rest, held = tokens.hold_out(few_reviews()["train"], 0.1)
   summary = json.loads((tmp_path / "comparison.json").read_text())
   assert summary["num_reviews"] == len(held)
-  assert summary["rows"][1]["accuracies"] != table_of(tmp_path)["majority"]["accuracies"]
+  assert summary["rows"][0]["accuracy"] == np.mean(held.labels == (rest.labels.mean() > 0.5))
   assert f"{len(held)} reviews held out of training" in (tmp_path / "comparison.md").read_text()
 
 
@@ -294,10 +298,3 @@ def test_a_quick_comparison_uses_the_small_preset(tmp_path, monkeypatch):
   assert (config.preset, config.data.sequence_length, config.model.hidden_size) == ("sample", 64, 4)
   config = rows._configure(base(tmp_path), "lstm", 3, False)
   assert (config.preset, config.data.sequence_length, config.training.seed) == ("article", 400, 3)
-
-
-def test_a_diverging_row_raises_its_own_error(tmp_path, monkeypatch):
-  monkeypatch.setitem(rows.RECURRENT, "lstm", ("sample", {**TINY, "optimizer": {"learning_rate": 1e38}}))
-  with pytest.raises(DivergenceError, match="1 of 1 rows failed; lstm: Step"):
-    rows.compare(base(tmp_path), ["lstm"])
-  assert "failed: Step" in (tmp_path / "comparison.md").read_text()

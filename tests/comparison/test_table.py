@@ -41,13 +41,13 @@ ROWS = [LSTM, SVM]
 
 def test_a_pipe_gets_the_whole_table():
   heading, lstm, svm = table.lines(ROWS, {})
-  assert " ".join(heading.split()) == "Model n Accuracy ± vs lstm Train Loss ECE Params Rev/s"
+  assert " ".join(heading.split()) == "Model n Acc. % ± vs lstm Train Loss ECE Params Rev/s"
   assert " ".join(lstm.split()) == "lstm 3 87.32 0.20 +0.0 [0.0, 0.0] 1234 0.312 1.8 644k 812"
   assert " ".join(svm.split()) == "pretrained 1 91.81 - +4.5 [-4.1, 4.9] 24.6 - - 1.41M -"
   assert len({len(heading), len(lstm), len(svm)}) == 1
 
 
-@pytest.mark.parametrize(("width", "last"), [(20, "Accuracy"), (60, "Train"), (80, "Rev/s"), (100, "Rev/s")])
+@pytest.mark.parametrize(("width", "last"), [(20, "%"), (40, "±"), (60, "Loss"), (80, "Rev/s"), (100, "Rev/s")])
 def test_a_narrow_terminal_shows_the_most_important_columns(width, last):
   shown = table.lines(ROWS, {}, width)
   assert shown[0].split()[-1] == last
