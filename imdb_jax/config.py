@@ -63,8 +63,11 @@ class ModelConfig(Settings):
   pooling: Literal["last", "mean", "max", "mean_max"] = setting(
     "last", "Use the last hidden state, the mean, the maximum, or mean and maximum."
   )
-  embedding: Literal["random", "svd"] = setting(
-    "random", "Start the word vectors at random, or from which words the training reviews use together (seconds)."
+  embedding: Literal["random", "svd", "file"] = setting(
+    "random", "Start the word vectors at random, from which words occur close together (seconds), or from a file."
+  )
+  ngrams: int = setting(
+    0, "Average the logit with a linear model's, of the review's phrases of up to N words (0: do not).", ge=0, le=3
   )
 
   def __post_init__(self):
@@ -126,6 +129,7 @@ class RuntimeConfig(Settings):
   run_dir: Path | None = setting(None, "Run directory (default: runs/PRESET). The same command again resumes the run.")
   archive: Path | None = setting(None, "Local aclImdb archive or folder; otherwise the reviews are downloaded.")
   cache_dir: Path = setting(default_cache_dir, "Cache folder for reviews.")
+  word_vectors: Path | None = setting(None, "Word vectors for --embedding file, as text of word2vec, GloVe or fastText.")
   num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=1024)
   implementation: Literal["auto", "mosaic_gpu", "cudnn", "chunked", "scan"] = setting(
     "auto", "Implementation of the LSTM; auto uses the fastest that works."
@@ -171,6 +175,8 @@ class Config(Settings):
       raise UsageError(f"--preset {self.preset!r:.80}: must be a plain name of letters, digits, _ and -.")
     if self.runtime.archive is not None and self.data.source != "imdb":
       raise UsageError(f"--archive {self.runtime.archive}: requires --data imdb, not {self.data.source}.")
+    if self.runtime.word_vectors is not None and self.model.embedding != "file":
+      raise UsageError(f"--word-vectors {self.runtime.word_vectors}: requires --embedding file.")
 
   @property
   def run_dir(self) -> Path:

@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from imdb_jax import lstm
 from imdb_jax.config import ModelConfig
+from imdb_jax.data import ngrams
 from imdb_jax.lstm import scan
 from imdb_jax.lstm.shared import Masks, Weights, known_lengths, real_positions
 
@@ -90,6 +91,25 @@ class RecurrentLayer(nn.Module):
     )
 
 
+class NGrams(nn.Module):
+  """The linear model of `data.ngrams`, which fits the parameters before the first step; training keeps them.
+
+  Attributes:
+    n: number of words of the longest n-grams.
+  """
+
+  n: int
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Return logits f32[b, 1] of tokens int[b, t]."""
+    keys = self.param("keys", nn.initializers.zeros, (ngrams.SIZE,), jnp.uint32)
+    weights = self.param("weights", nn.initializers.zeros, (ngrams.SIZE,))
+    bias = self.param("bias", nn.initializers.zeros, ())
+    place, is_listed = ngrams.find(keys, ngrams.keys_of(tokens, self.n))
+    return jnp.sum(jnp.where(is_listed, weights[place], 0), axis=1, keepdims=True) + bias
+
+
 class TextClassifier(nn.Module):
   """The article's model and its variants: `embed`, then `encode`, then `head`.
 
@@ -112,9 +132,13 @@ class TextClassifier(nn.Module):
     for direction, name in enumerate(self._layer_names):
       setattr(self, name, RecurrentLayer(self.config, self.implementation, reverse=direction == 1))
     self.dense = nn.Dense(self.head_size, kernel_init=nn.initializers.glorot_uniform())
+    self.ngrams = NGrams(self.config.ngrams)
 
   def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
-    """Return the logits of a batch.
+    """Return the logits of the network alone, which training improves.
+
+    It must not learn beside the linear model of n-grams, whose logits are nearly perfect on the reviews that it was
+    fitted to and would leave no error to learn from.
 
     Args:
       tokens: int[b, t], padded at the front.
@@ -125,6 +149,14 @@ class TextClassifier(nn.Module):
       f32[b, head_size].
     """
     return self.head(self.encode(self.embed(tokens), lengths, dropout_masks))
+
+  def predict(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Return the logits f32[b, head_size] of a batch: with `ngrams`, the mean of the network's and the linear model's.
+
+    The arguments are those of a call.
+    """
+    logits = self(tokens, lengths)
+    return (logits + self.ngrams(tokens)) / 2 if self.config.ngrams else logits
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Return word vectors f32[b, t, e] of tokens int[b, t]."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from imdb_jax import devices, lstm
@@ -35,8 +36,8 @@ class TrainState:
 
   Attributes:
     step: i32[seeds], steps done.
-    params: parameters of the model, a tree of dicts of f32[seeds, ...].
-    opt_state: state of the optimizer.
+    params: parameters of the model, a tree of dicts of f32[seeds, ...], and u32 for the keys of n-grams.
+    opt_state: state of the optimizer, for the parameters that steps change.
     key: u32[seeds, 2], the raw PRNG key from which the dropout masks of all steps follow.
   """
 
@@ -119,18 +120,19 @@ class Program:
     recurrent = lstm.recurrent_precision(self.choice.name, self.config.training.matmul_precision)
     return others if recurrent == others else f"{others}, recurrence {recurrent}"
 
-  def init(self, word_vectors: np.ndarray | None = None) -> TrainState:
+  def init(self, fitted: Any = None) -> TrainState:
     """Return the state before the first step, on every device.
 
     Args:
-      word_vectors: f32[vocabulary_size, e], the embedding of every seed; None to draw it at random.
+      fitted: parameters of one layer or several, by layer, from which every seed starts; others are drawn at random.
     """
     state = self._init(np.array(self.config.training.seeds, np.uint32))
-    if word_vectors is not None:
-      table = np.broadcast_to(word_vectors, (self.config.training.num_seeds, *word_vectors.shape))
-      embedding = {"embedding": devices.put(table, devices.replicated(self.mesh))}
-      state = dataclasses.replace(state, params=state.params | {"embedding": embedding})
-    return state
+    num_seeds = self.config.training.num_seeds
+    if jax.process_count() > 1:
+      # Other machines may round differently.
+      fitted = multihost_utils.broadcast_one_to_all(fitted or {})
+    params = jax.tree.map(lambda array: np.broadcast_to(array, (num_seeds, *array.shape)), fitted or {})
+    return dataclasses.replace(state, params=state.params | devices.put(params, devices.replicated(self.mesh)))
 
   def abstract_state(self) -> TrainState:
     """Return shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
@@ -173,11 +175,11 @@ class Program:
     def init(seed: jax.Array) -> TrainState:
       params_key, dropout_key = jax.random.split(jax.random.key(seed))
       tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
-      params = self.model.init(params_key, tokens, lengths)["params"]
+      params = self.model.init(params_key, tokens, lengths, method="predict")["params"]
       return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=self._optimizer.init(params),
+        opt_state=self._optimizer.init(_trained(params)),
         key=jax.random.key_data(dropout_key),
       )
 
@@ -223,23 +225,24 @@ class Program:
     # Drawn for the global batch, so that the result does not depend on the number of devices.
     dropout_masks = draw_dropout_masks(key, self.config.model, examples["labels"].shape[0])
     gradients = self._sharded(self._gradients, (_REPLICATED, _ROWS, _ROWS), _REPLICATED)
-    grads, sums = gradients(state.params, examples, dropout_masks)
+    params = before = _trained(state.params)
+    grads, sums = gradients(params, examples, dropout_masks)
     grads = jax.tree.map(lambda grad: grad / sums["weight"], grads)
     # optax raises a float to an integer power, which strict promotion would refuse.
     updates: Any
     with jax.numpy_dtype_promotion("standard"):
-      updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+      updates, opt_state = self._optimizer.update(grads, state.opt_state, params)
     rate = self.config.optimizer.embedding_rate
     updates = updates | {"embedding": jax.tree.map(lambda update: rate * update, updates["embedding"])}
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(params, updates)
     finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(optax.tree.norm(grads))]
     is_finite = jnp.stack([*finite, *(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))]).all()
     if self.config.optimizer.non_finite == "skip":
       params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (before, state.opt_state)
       )
-    new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
-    return new_state, sums | {"is_finite": is_finite.astype(jnp.float32)}
+    state = TrainState(step=state.step + 1, params=state.params | params, opt_state=opt_state, key=state.key)
+    return state, sums | {"is_finite": is_finite.astype(jnp.float32)}
 
   def _gradients(self, params: Any, examples: Examples, dropout_masks: Any) -> tuple[Any, Sums]:
     """Return the gradients of the summed loss and the sums of a batch, on each device the total over all devices."""
@@ -254,11 +257,16 @@ class Program:
 
   def _predict(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     def logits(params, tokens, lengths):
-      return self.model.apply({"params": params}, tokens, lengths)
+      return self.model.apply({"params": params}, tokens, lengths, method="predict")
 
     sharded = self._sharded(logits, (_REPLICATED, _ROWS, _ROWS), _ROWS)
     with jax.default_matmul_precision(self._matmul_precision):
       return self._over_seeds(lambda params: sharded(params, tokens, lengths))(params)
+
+
+def _trained(params: Any) -> Any:
+  """Return the parameters that steps change: all except those of the n-grams."""
+  return {layer: values for layer, values in params.items() if layer != "ngrams"}
 
 
 def _choose(config: Config, device: Any) -> lstm.Choice:

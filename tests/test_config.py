@@ -253,6 +253,7 @@ OTHER_VALUES = {
     "directions": 2,
     "pooling": "max",
     "embedding": "svd",
+    "ngrams": 2,
   },
   "optimizer": {
     "learning_rate": 0.5,

@@ -141,7 +141,7 @@ def test_the_word_vectors_learn_at_a_rate_of_their_own():
 def test_all_seeds_may_start_from_given_word_vectors():
   program = program_of(2, config_of(training=TrainingConfig(batch_size=BATCH_SIZE, num_seeds=2)))
   vectors = np.arange(VOCABULARY_SIZE * 4, dtype=np.float32).reshape(VOCABULARY_SIZE, 4)
-  given, drawn = jax.device_get((program.init(vectors), program.init()))
+  given, drawn = jax.device_get((program.init({"embedding": {"embedding": vectors}}), program.init()))
   for seed in range(2):
     np.testing.assert_array_equal(given.params["embedding"]["embedding"][seed], vectors)
   for name in ("lstm", "dense"):

@@ -17,7 +17,7 @@ import numpy as np
 
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import Config
-from imdb_jax.data import batches, sources, tokens, word_vectors
+from imdb_jax.data import batches, ngrams, sources, tokens, word_vectors
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
@@ -125,13 +125,29 @@ def _restore(
   """Return the newest checkpoint, or the initial state."""
   if not checkpoints.is_empty():
     return checkpoints.restore_latest()
-  vectors, started = None, time.perf_counter()
-  if program.config.model.embedding == "svd":
+  started = time.perf_counter()
+  fitted = _fitted(program.config, data, console)
+  # The first epoch's time includes this.
+  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(fitted)
+
+
+def _fitted(config: Config, data: tokens.TokenData, console: Console) -> dict[str, Any]:
+  """Return the parameters that are computed before the first step, by layer."""
+  model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
+  if model.embedding == "svd":
     console.line("Computing word vectors")
-    vectors = word_vectors.svd(data.train.tokens, data.vocabulary.size, program.config.model.embedding_size)
-  # The first epoch's time includes that of the word vectors.
-  seconds = time.perf_counter() - started
-  return Saved(step=0, progress={"seconds": seconds}, score=None), program.init(vectors)
+    fitted["embedding"] = {"embedding": word_vectors.svd(train.tokens, data.vocabulary.size, model.embedding_size)}
+  if model.embedding == "file":
+    if path is None:
+      raise UsageError("--embedding file: requires --word-vectors FILE.")
+    console.line(f"Reading word vectors from {path}")
+    vectors = word_vectors.read(path, data.vocabulary.words, data.vocabulary.size, model.embedding_size)
+    fitted["embedding"] = {"embedding": vectors}
+    console.line(f"The file has {np.count_nonzero(vectors.any(axis=1)):,} of {len(data.vocabulary.words):,} words")
+  if model.ngrams:
+    console.line("Fitting the linear model of n-grams")
+    fitted["ngrams"] = ngrams.fit(train.tokens, train.labels, model.ngrams)
+  return fitted
 
 
 def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:

@@ -23,8 +23,8 @@ def huge_moments(monkeypatch):
   """Let runs start with moments of the optimizer that make the first update infinite."""
   init = Program.init
 
-  def patched(program, word_vectors=None):
-    state = init(program, word_vectors)
+  def patched(program, fitted=None):
+    state = init(program, fitted)
     mu = jax.tree.map(lambda leaf: np.full(leaf.shape, 3e37, np.float32), state.params)
     mu = devices.put(mu, devices.replicated(program.mesh))
     return dataclasses.replace(state, opt_state=optax.tree.set(state.opt_state, mu=mu))
