@@ -175,10 +175,10 @@ def test_the_defaults_shown_are_those_of_the_preset(capsys):
   assert "--hidden-size N Number of recurrent units. [64]" in text
 
 
-def test_the_help_has_three_examples_that_parse(monkeypatch, capsys):
+def test_the_help_has_four_examples_that_parse(monkeypatch, capsys):
   lines = help_of("train", monkeypatch, capsys)
   examples = [re.split(" {2,}", line.strip()) for line in lines[lines.index("examples:") + 1 :]]
-  assert len(examples) == 3
+  assert len(examples) == 4
   for command, explanation in examples:
     assert command.startswith("imdb-jax train ")
     assert explanation

@@ -43,6 +43,7 @@ RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "lstm": ("article", {}),
   "bi-lstm": ("article", {"model": {"directions": 2}}),
   "fast": ("fast", {}),
+  "strong": ("strong", {}),
 }
 ROWS = (*LINEAR, *RECURRENT)
 

@@ -17,7 +17,7 @@ import imdb_jax
 from imdb_jax import evaluation
 from imdb_jax.config import PRESETS
 from imdb_jax.data import sample, sources, tokens, word_vectors
-from imdb_jax.errors import CheckpointError, DivergenceError
+from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program
 from imdb_jax.store.checkpoints import Checkpoints
@@ -81,6 +81,23 @@ def test_a_new_run_starts_from_the_word_vectors_of_its_training_reviews(tmp_path
   imdb_jax.fit(config)
   assert "Computing word vectors" not in capsys.readouterr().out
   assert 0 < imdb_jax.Classifier.load(tmp_path).predict(["A dull film."]) < 1
+
+
+def test_a_new_run_starts_from_the_word_vectors_of_a_file(tmp_path, capsys):
+  path = tmp_path / "vectors.txt"
+  path.write_text("film 1 2 3 4\n", encoding="utf-8")
+  config = change(tiny(tmp_path / "run", epochs=1), "model", embedding="file")
+  config = change(config, "optimizer", embedding_rate=0)
+  with pytest.raises(UsageError, match=r"--embedding file: requires --word-vectors FILE"):
+    imdb_jax.fit(config)
+  imdb_jax.fit(change(config, "runtime", word_vectors=path))
+  assert "The file has 1 of" in capsys.readouterr().out
+  data = tokens.encode(config.data, sample.load())
+  (found,) = newest_state(config.run_dir)[1].params["embedding"]["embedding"]
+  np.testing.assert_array_equal(found[1 + data.vocabulary.words.index("film")], [1, 2, 3, 4])
+  assert np.count_nonzero(found.any(axis=1)) == 1
+  # To resume, the run needs no file.
+  imdb_jax.fit(config)
 
 
 def test_metrics_are_means_over_all_reviews_since_the_last_line(tmp_path):
