@@ -313,7 +313,7 @@ def _compare(prog: str, args: Sequence[str]) -> None:
   parser = _parser(prog, _compare, restores=False)
   parser.add_argument("--rows", metavar="A,B,...", help="Models to compute. [all]")
   parser.add_argument("--num-seeds", type=int, default=1, metavar="N", help="Models per row, with different seeds. [1]")
-  parser.add_argument("--quick", action="store_true", help="Small models on the sample: a demonstration.")
+  parser.add_argument("--quick", action="store_true", help="Small models on the sample, in two minutes.")
   parser.add_argument("--data", metavar="{imdb,sample}", help="Reviews to use. [imdb]")
   parser.add_argument("--validation", default="test", metavar="{test,split}", help="Test or held-out reviews. [test]")
   parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder; otherwise it is downloaded.")

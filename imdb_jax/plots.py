@@ -1,5 +1,6 @@
 """Figures of runs. They need no display."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -46,11 +47,11 @@ def plot_history(history: list[dict[str, Any]], title: str, output: Path) -> Non
   _save(figure, output)
 
 
-def plot_accuracy_by_time(points: Sequence[tuple[str, float, Sequence[float]]], output: Path) -> None:
-  """Plot accuracy against training time, one point per model, with the standard deviation of its seeds.
+def plot_accuracy_by_time(points: Sequence[tuple[str, float, float, float]], output: Path) -> None:
+  """Plot accuracy against training time, one point with its name per model.
 
   Args:
-    points: name, seconds above 0, and the accuracy of each seed.
+    points: name, seconds above 0, accuracy, and its standard deviation or 0.
     output: file to write, as for `plot_history`.
   """
   from matplotlib.ticker import LogFormatter
@@ -58,10 +59,8 @@ def plot_accuracy_by_time(points: Sequence[tuple[str, float, Sequence[float]]], 
 
   figure = _figure(8, 5)
   axes = figure.subplots()
-  means = [100 * np.mean(accuracies) for _, _, accuracies in points]
-  spreads = [100 * np.std(accuracies, ddof=1) if len(accuracies) > 1 else 0 for _, _, accuracies in points]
-  for number, (_, seconds, _) in enumerate(points):
-    axes.errorbar(seconds, means[number], spreads[number] or None, fmt="o", capsize=4, color=f"C{number}")
+  for number, (_, seconds, accuracy, spread) in enumerate(points):
+    axes.errorbar(seconds, 100 * accuracy, 100 * spread or None, fmt="o", capsize=4, color=f"C{number}")
   axes.set(xscale="log", xlabel="seconds to train", ylabel="accuracy (%)", title="Accuracy and training time")
   axes.margins(x=0.15, y=0.15)
   axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
@@ -70,43 +69,40 @@ def plot_accuracy_by_time(points: Sequence[tuple[str, float, Sequence[float]]], 
   # Names are placed by pixels, which the layout decides.
   figure.draw_without_rendering()
   boxes = []
-  for (_, seconds, _), mean, spread in zip(points, means, spreads, strict=True):
-    boxes.append(Bbox(axes.transData.transform([(seconds, mean - spread), (seconds, mean + spread)])).padded(7))
-  for number, (name, seconds, _) in enumerate(points):
-    label = axes.annotate(name, (seconds, means[number]), (0, 0), textcoords="offset points", color=f"C{number}")
+  for _, seconds, accuracy, spread in points:
+    ends = axes.transData.transform([(seconds, 100 * (accuracy + sign * spread)) for sign in (-1, 1)])
+    boxes.append(Bbox(ends).padded(7))
+  for number, (name, seconds, accuracy, _) in enumerate(points):
+    label = axes.annotate(name, (seconds, 100 * accuracy), (0, 0), textcoords="offset points", color=f"C{number}")
     boxes.append(_place(label, boxes, [box for i, box in enumerate(boxes[: len(points)]) if i != number]))
   _save(figure, output)
 
 
 def _place(label: Any, taken: Sequence[Any], others: Sequence[Any]) -> Any:
-  """Move a label close to its point, within the axes and outside the boxes that are taken; return the label's box.
+  """Move a label close to its point, and of equally close places away from the boxes of others; return its box.
 
-  Of equally close places, it takes the first that is not near another point, whose box is in `others`.
+  The label stays within the axes and outside the boxes that are taken, if that is possible.
   """
 
-  def move(distance: int, direction: tuple[int, int]) -> Any:
-    label.set(ha=("center", "left", "right")[direction[0]], va="center")
-    label.xyann = tuple(distance * each for each in direction)
+  def move(place: tuple[int, tuple[int, int]]) -> Any:
+    distance, (x, y) = place
+    label.set(ha=("center", "left", "right")[x], va="center")
+    label.xyann = distance * x, distance * y
     return label.get_window_extent().padded(2)
 
-  def room(box: Any) -> float:
-    middle = np.mean(box.corners(), axis=0)
-    return min((math.dist(middle, np.mean(other.corners(), axis=0)) for other in others), default=_ENOUGH_PIXELS)
+  def cost(place: tuple[int, tuple[int, int]]) -> tuple[float, float]:
+    box = move(place)
+    is_inside = all(label.axes.bbox.contains(*corner) for corner in box.corners())
+    if not is_inside or any(map(box.overlaps, taken)):
+      return math.inf, 0
+    middle = box.corners().mean(axis=0)
+    return place[0], -min([_ENOUGH_PIXELS, *(math.dist(middle, other.corners().mean(axis=0)) for other in others)])
 
-  for distance in range(10, 70, 6):
-    boxes = {direction: move(distance, direction) for direction in _DIRECTIONS}
-    free = [
-      direction
-      for direction, box in boxes.items()
-      if all(label.axes.bbox.contains(*corner) for corner in box.corners()) and not any(map(box.overlaps, taken))
-    ]
-    if free:
-      return move(distance, max(free, key=lambda direction: min(room(boxes[direction]), _ENOUGH_PIXELS)))
-  return label.get_window_extent()
+  return move(min(itertools.product(range(10, 70, 6), _DIRECTIONS), key=cost))
 
 
 def plot_learning_curves(curves: Mapping[str, Sequence[Sequence[float]]], output: Path) -> None:
-  """Plot validation accuracy by epoch, the models side by side, with the range of their seeds.
+  """Plot validation accuracy by epoch, the models side by side, with the range of their seeds; the others in gray.
 
   Args:
     curves: by name, the accuracies after each epoch of each seed.
@@ -116,23 +112,21 @@ def plot_learning_curves(curves: Mapping[str, Sequence[Sequence[float]]], output
 
   num_columns = min(len(curves), 4)
   num_rows = math.ceil(len(curves) / num_columns)
-  figure = _figure(max(2.8 * num_columns, 4), 3 * num_rows)
+  figure = _figure(max(2.8 * num_columns, 5), 3 * num_rows)
+  figure.supylabel("validation accuracy (%)", fontsize="medium")
   grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).ravel()
-  means = {name: 100 * np.mean(seeds, axis=0) for name, seeds in curves.items()}
   for axes, (name, seeds) in zip(grid, curves.items(), strict=False):
-    for mean in means.values():
-      axes.plot(range(1, len(mean) + 1), mean, color="0.85")
-    epochs = range(1, len(means[name]) + 1)
-    low, high = 100 * np.min(seeds, axis=0), 100 * np.max(seeds, axis=0)
-    axes.fill_between(epochs, low, high, color=_VALIDATION_COLOR, alpha=0.2, linewidth=0)
-    axes.plot(epochs, means[name], marker="o", markersize=4, color=_VALIDATION_COLOR)
+    for other in curves.values():
+      mean = 100 * np.mean(other, axis=0)
+      axes.plot(range(1, len(mean) + 1), mean, marker=".", color="0.85")
+    mean, epochs = 100 * np.mean(seeds, axis=0), range(1, len(seeds[0]) + 1)
+    axes.vlines(epochs, 100 * np.min(seeds, axis=0), 100 * np.max(seeds, axis=0), color=_VALIDATION_COLOR, alpha=0.4)
+    axes.plot(epochs, mean, marker="o", markersize=4, color=_VALIDATION_COLOR)
     axes.set(title=name, xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
   for axes in grid[len(curves) :]:
     axes.remove()
-  for axes in grid[::num_columns]:
-    axes.set_ylabel("accuracy (%)")
   _save(figure, output)
 
 

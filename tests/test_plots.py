@@ -151,36 +151,27 @@ def test_a_link_is_not_followed(tmp_path):
 
 
 def test_models_are_points_of_their_training_time_and_accuracy():
-  (axes,) = axes_drawn_by(plots.plot_accuracy_by_time, [("slow", 700.0, [0.8, 0.9, 0.85]), ("quick", 7.0, [0.91])])
+  (axes,) = axes_drawn_by(plots.plot_accuracy_by_time, [("slow", 700.0, 0.85, 0.05), ("quick", 7.0, 0.91, 0.0)])
   assert axes.get_xscale() == "log"
-  points = [
-    line.get_xydata().tolist() for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xydata())
-  ]
-  assert [700, pytest.approx(85)] in [point[0] for point in points]
-  assert [7, pytest.approx(91)] in [point[0] for point in points]
-  # Only several seeds have a standard deviation: 0.05.
+  points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+  assert points == [[[700, pytest.approx(85)]], [[7, pytest.approx(91)]]]
   (bar,) = [segment.tolist() for each in axes.collections for segment in each.get_segments()]
   assert bar == [[700, pytest.approx(80)], [700, pytest.approx(90)]]
   assert [label.get_text() for label in axes.texts] == ["slow", "quick"]
 
 
-CROWD = [(f"model {number}", 10.0 + number / 4, [0.9 + number / 2000, 0.9 - number / 4000]) for number in range(8)]
-IMDB = [
-  ("tfidf", 8.0, [0.9151]),
-  ("nb-svm", 12.0, [0.9155]),
-  ("fast", 12.5, [0.905, 0.907]),
-  ("gru", 500.0, [0.87, 0.88]),
-]
-IMDB += [("lstm", 520.0, [0.872, 0.878]), ("bi-lstm", 1100.0, [0.874, 0.876]), ("strong", 240.0, [0.925, 0.927])]
+CROWD = [(f"model {number}", 10.0 + number / 4, 0.9 + number / 8000, number / 2000) for number in range(8)]
+LINEAR = [("tfidf", 8.0, 0.9151, 0.0), ("nb-svm", 12.0, 0.9155, 0.0)]
+RECURRENT = [("fast", 12.5, 0.906, 0.001), ("strong", 240.0, 0.926, 0.001)]
+RECURRENT += [("gru", 500.0, 0.875, 0.007), ("lstm", 520.0, 0.875, 0.004), ("bi-lstm", 1100.0, 0.875, 0.001)]
+LONG = [("a" * 40, 1.0, 0.5, 0.0), ("b" * 40, 2.0, 0.5, 0.0)]
 
 
-@pytest.mark.parametrize(
-  "points", [CROWD, IMDB, [("one", 1.0, [0.5])], [("a" * 40, 1.0, [0.5]), ("b" * 40, 2.0, [0.5])]]
-)
+@pytest.mark.parametrize("points", [CROWD, LINEAR + RECURRENT, [("one", 1.0, 0.5, 0.0)], LONG])
 def test_names_are_close_to_their_points_and_overlap_nothing(points):
   (axes,) = axes_drawn_by(plots.plot_accuracy_by_time, points)
   boxes = [label.get_window_extent() for label in axes.texts]
-  places = [axes.transData.transform((seconds, 100 * sum(each) / len(each))) for _, seconds, each in points]
+  places = [axes.transData.transform((seconds, 100 * accuracy)) for _, seconds, accuracy, _ in points]
   for one, other in itertools.combinations(boxes, 2):
     assert not one.overlaps(other)
   for box, (x, y) in zip(boxes, places, strict=True):
@@ -200,8 +191,12 @@ def test_learning_curves_have_the_mean_and_the_range_of_the_seeds():
     [3, pytest.approx(80)],
   ]
   assert fast.lines[-1].get_xydata().tolist() == [[1, 90]]
-  heights = lstm.collections[0].get_paths()[0].vertices[:, 1]
-  assert (heights.min(), heights.max()) == pytest.approx((50, 90))
+  bars = [segment.tolist() for segment in lstm.collections[0].get_segments()]
+  assert bars == [
+    [[1, pytest.approx(50)], [1, pytest.approx(70)]],
+    [[2, pytest.approx(70)], [2, pytest.approx(90)]],
+    [[3, pytest.approx(80)], [3, pytest.approx(80)]],
+  ]
   assert lstm.get_ylim() == fast.get_ylim()
 
 

@@ -107,14 +107,18 @@ def write(
   summary |= {"failures": {row: str(error) for row, error in failures.items()}, "computed_on": machines}
   files.write_json(run_dir / "comparison.json", summary | {"reference": REFERENCE})
   parts = ["# Comparison of models", markdown(rows, failures), *notes]
-  points = [(row["name"], row["train_seconds"], row["accuracies"]) for row in rows if row["train_seconds"] > 0]
+  points = [
+    (row["name"], row["train_seconds"], row["accuracy"], row["accuracy_std"] or 0)
+    for row in rows
+    if row["train_seconds"] > 0
+  ]
   if points:
     plots.plot_accuracy_by_time(points, run_dir / "accuracy_by_time.png")
     parts.append("![Accuracy against training time](accuracy_by_time.png)")
   curves = {row: [result.val_accuracy for result in each] for row, each in results.items() if each[0].val_accuracy}
   if curves:
     plots.plot_learning_curves(curves, run_dir / "learning_curves.png")
-    parts.append("![Accuracy by epoch](learning_curves.png)")
+    parts.append("![Accuracy by epoch, with the range of the seeds; the other models in gray](learning_curves.png)")
   files.write(run_dir / "comparison.md", "\n\n".join(parts) + "\n")
   if results:
     files.write(run_dir / "disagreements.md", disagreements(results, reviews))
