@@ -46,9 +46,9 @@ def keys_of(tokens: Any, n: int) -> Any:
 
 
 def find(listed: Any, keys: Any) -> tuple[Any, Any]:
-  """Return the place of each key in the ascending list, and whether it is there; 0, which is no n-gram, never is."""
+  """Return the place of each key in the ascending list, and whether it is there. A key of 0 has a weight of 0."""
   place = listed.__array_namespace__().searchsorted(listed, keys, side="right") - 1
-  return place, (listed[place] == keys) & (keys > 0)
+  return place, listed[place] == keys
 
 
 def fit(tokens: np.ndarray, labels: np.ndarray, n: int) -> dict[str, np.ndarray]:
