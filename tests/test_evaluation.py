@@ -52,7 +52,8 @@ SIZES = [(10, 4, 1), (8, 4, 1), (3, 8, 2), (1, 1, 4), (17, 5, 3)]
 @pytest.mark.parametrize(("num_rows", "batch_size", "num_devices"), SIZES)
 def test_every_review_counts_once(num_rows, batch_size, num_devices):
   split, done = make_split(num_rows), []
-  result = evaluate(program_of(num_devices), BIASES, split, batch_size, on_progress=done.append)
+  result, logits = evaluate(program_of(num_devices), BIASES, split, batch_size, on_progress=done.append)
+  np.testing.assert_array_equal(logits, logits_of(split))
   assert result == TASK.evaluate(logits_of(split), split.labels)
   assert result.num_reviews == num_rows
   assert done == sorted(set(done))
@@ -61,7 +62,7 @@ def test_every_review_counts_once(num_rows, batch_size, num_devices):
 
 def test_one_seed_is_an_ensemble_of_one():
   split, biases = make_split(17), BIASES[:1]
-  result = evaluate(program_of(2, num_seeds=1), biases, split, 5)
+  result, _ = evaluate(program_of(2, num_seeds=1), biases, split, 5)
   assert result == TASK.evaluate(logits_of(split, biases), split.labels)
   assert len(result.seeds) == 1
 

@@ -277,7 +277,7 @@ def test_a_second_comparison_in_the_same_folder_is_refused(copied):
 def test_an_unknown_row_is_refused_before_anything_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(sample, "load", lambda: pytest.fail("was read"))
   with pytest.raises(
-    UsageError, match=r"--rows ltsm: unknown\. There are majority, tfidf, nb-svm, lstm, bi-lstm, fast"
+    UsageError, match=r"--rows ltsm: unknown\. There are majority, tfidf, nb-svm, rnn, gru, lstm, bi-lstm, fast, strong"
   ):
     rows.compare(base(tmp_path / "run"), ["majority", "ltsm"])
   assert not (tmp_path / "run").exists()
