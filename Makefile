@@ -37,7 +37,7 @@ test: setup  ## Run the tests, without the slow ones (four minutes)
 test-all: setup  ## Run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-torture: setup  ## Kill, stop, damage and forge runs, hundreds of times (half an hour)
+torture: setup  ## Kill, stop, damage and forge runs, hundreds of times (40 minutes)
 	$(BIN)/python tests/torture.py --markdown runs/torture.md
 
 # Atheris has wheels for few platforms, so it is not in the lock file.
