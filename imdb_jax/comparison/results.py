@@ -1,6 +1,8 @@
 """What is kept of each trained model, so that no row of a comparison is computed twice."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import platform
 import re
 from collections.abc import Callable
@@ -24,7 +26,11 @@ def describe_machine(device: str = "cpu") -> str:
   processor = found[1] if found else platform.processor() or platform.machine()
   shown = [processor, f"{devices.num_cores()} cores", *([device] if device != "cpu" else [])]
   versions = run_directory.versions()
-  return ", ".join(shown + [f"{name} {versions[name]}" for name in ("python", "imdb_jax", "jax", "numpy")])
+  # The package is an extra.
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    versions["scikit-learn"] = importlib.metadata.version("scikit-learn")
+  names = ("python", "imdb_jax", "jax", "numpy", "scikit-learn")
+  return ", ".join(shown + [f"{name} {versions[name]}" for name in names if name in versions])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

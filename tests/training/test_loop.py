@@ -68,13 +68,16 @@ def test_a_batch_is_never_larger_than_the_training_set(tmp_path, monkeypatch):
   assert [line["step"] for line in result.history] == [1, 2]
 
 
-def test_a_new_run_starts_from_the_word_vectors_of_its_training_reviews(tmp_path, capsys):
+def test_a_new_run_starts_from_the_word_vectors_of_its_training_reviews(tmp_path, capsys, monkeypatch):
+  svd = word_vectors.svd
+  monkeypatch.setattr(word_vectors, "svd", lambda *arguments: time.sleep(0.7) or svd(*arguments))
   config = change(tiny(tmp_path, epochs=1), "model", embedding="svd", directions=2, pooling="mean_max")
   config = change(config, "optimizer", embedding_rate=0)
-  imdb_jax.fit(config)
+  (line,) = imdb_jax.fit(config).history
+  assert line["seconds"] >= 0.7
   assert "Computing word vectors" in capsys.readouterr().out
   data = tokens.encode(config.data, sample.load())
-  vectors = word_vectors.svd(data.train.tokens, data.vocabulary.size, 4)
+  vectors = svd(data.train.tokens, data.vocabulary.size, 4)
   found = newest_state(tmp_path)[1].params
   np.testing.assert_array_equal(found["embedding"]["embedding"][0], vectors)
   assert found["backward_lstm"]["kernel"].shape == (1, 4, 16)
