@@ -123,7 +123,10 @@ class TrainingConfig(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeConfig(Settings):
-  """Where and how to compute. None of these settings changes the result, except for rounding."""
+  """Where and how to compute, and where the files are that a run starts from.
+
+  Only the content of these files changes the result; the other settings change its rounding at most.
+  """
 
   platform: Literal["auto", "cpu", "gpu", "tpu"] = setting("auto", "Where to compute; auto is the best found.")
   run_dir: Path | None = setting(None, "Run directory (default: runs/PRESET). The same command again resumes the run.")
