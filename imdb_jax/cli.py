@@ -235,7 +235,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 
 
 def _answer(classifier: Any, texts: list[str], is_json: bool) -> None:
-  for text, probability in zip(texts, classifier.predict(texts), strict=True):
+  for text, probability in zip(texts, classifier.predict_proba(texts)[:, 1], strict=True):
     sentiment = "positive" if probability > 0.5 else "negative"
     known_words = len(classifier.vocabulary.ids(text))
     if is_json:

@@ -11,6 +11,7 @@ import numpy as np
 
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import RuntimeConfig
+from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import CheckpointError
@@ -28,6 +29,7 @@ class Classifier:
 
   Attributes:
     config: settings of the run.
+    classes: names of the classes, in the order of the probabilities.
     vocabulary: the words that the model knows.
     step: the restored step.
     temperature: by which logits are divided; 1 if the run has held out no reviews to calibrate it.
@@ -35,6 +37,7 @@ class Classifier:
 
   def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int, temperature: float = 1.0):
     self.config, self.vocabulary, self.step, self.temperature = program.config, vocabulary, step, temperature
+    self.classes = CLASSES
     self._program, self._params = program, params
 
   @classmethod
@@ -85,10 +88,14 @@ class Classifier:
   def warmup(self) -> None:
     """Compile the programs for all batch sizes, so that no later call of `predict` has to wait for that."""
     for size in {*map(self._batch_size, _SMALL_BATCHES), self.config.runtime.evaluation_batch_size}:
-      self.predict([""] * size)
+      self.predict_proba([""] * size)
 
   def predict(self, texts: Sequence[str]) -> np.ndarray:
-    """Return the probability that each text is positive, f32[n]. A text without a known word gets an answer too.
+    """Return the name of the most probable class of each text, str[n]; raise as `predict_proba` does."""
+    return np.array(self.classes)[self.predict_proba(texts).argmax(axis=1)]
+
+  def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+    """Return the probability of each class, f32[n, classes]. A text without a known word gets an answer too.
 
     Raises:
       TypeError: texts is a single text, or holds something that is not a text.

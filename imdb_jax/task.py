@@ -83,8 +83,9 @@ class Sentiment:
     return special.logsumexp(special.log_expit(x), axis=0) - special.logsumexp(special.log_expit(-x), axis=0)
 
   def probabilities(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Return the probability of a positive review, f32[n], from logits [seeds, n, 1]."""
-    return special.expit(self.ensemble(logits)[:, 0] / temperature).astype(np.float32)
+    """Return the probability of each class, f32[n, 2], from logits [seeds, n, 1]."""
+    x = self.ensemble(logits)[:, 0] / temperature
+    return special.expit(np.stack([-x, x], axis=1)).astype(np.float32)
 
   def calibrate(self, logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature that minimises the loss on reviews that the model was not trained on (Guo et al. 2017).

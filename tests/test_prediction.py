@@ -32,30 +32,37 @@ def classifier() -> Classifier:
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array])
 def test_any_sequence_of_texts_is_accepted(classifier, kind):
-  assert classifier.predict(kind(["a good film", "bad"])).shape == (2,)
+  assert classifier.predict_proba(kind(["a good film", "bad"])).shape == (2, 2)
+
+
+def test_a_text_is_of_its_most_probable_class(classifier):
+  assert classifier.classes == ("negative", "positive")
+  texts = ["a good film", "bad", "film", "good good"]
+  likely = [max(zip(row, classifier.classes, strict=True))[1] for row in classifier.predict_proba(texts)]
+  assert list(classifier.predict(texts)) == likely
 
 
 def test_one_text_is_not_taken_for_its_letters(classifier):
   with pytest.raises(TypeError, match="texts: must be a list of texts, not one text"):
-    classifier.predict("bad film")
+    classifier.predict_proba("bad film")
 
 
 @pytest.mark.parametrize("other", [None, b"bad", 3, ["bad"]])
 def test_an_item_that_is_no_text_is_named(classifier, other):
   with pytest.raises(TypeError, match=rf"texts\[1\]: must be a str, not {type(other).__name__}"):
-    classifier.predict(["good", other])
+    classifier.predict_proba(["good", other])
 
 
 def test_the_probability_of_a_text_does_not_depend_on_the_other_texts(classifier):
   """Nor on the size of the batch; up to rounding, as each size is a program of its own."""
   texts = ["good film", "bad", "", "film film good", "unknown words"] * 20
-  together = classifier.predict(texts)
-  assert (together.shape, together.dtype) == ((100,), np.float32)
-  assert len(set(together[:3])) == 3
-  np.testing.assert_array_equal(together, np.tile(together[:5], 20))
+  together = classifier.predict_proba(texts)
+  assert (together.shape, together.dtype) == ((100, 2), np.float32)
+  assert len(set(together[:3, 0])) == 3
+  np.testing.assert_array_equal(together, np.tile(together[:5], (20, 1)))
   for num_texts in (1, 5, 16):
-    np.testing.assert_allclose(classifier.predict(texts[:num_texts]), together[:num_texts], rtol=1e-6)
-  assert classifier.predict([]).shape == (0,)
+    np.testing.assert_allclose(classifier.predict_proba(texts[:num_texts]), together[:num_texts], rtol=1e-6)
+  assert classifier.predict_proba([]).shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_warmup_compiles_all_that_predict_will_need(num_devices, evaluation_batc
   assert len(found) == num_shapes
   with programs.compilations() as found:
     for num_texts in (0, 1, 2, 8, 9, 15, 16, 17, 40, 41, 100):
-      assert classifier.predict(["good film"] * num_texts).shape == (num_texts,)
+      assert classifier.predict_proba(["good film"] * num_texts).shape == (num_texts, 2)
   assert not found
 
 

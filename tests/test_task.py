@@ -108,7 +108,9 @@ def test_an_ensemble_averages_probabilities(num_seeds, scale):
   assert (found.shape, found.dtype) == ((40, 1), np.float64)
   np.testing.assert_allclose(found[:, 0], exact_ensemble(logits), rtol=1e-14, atol=1e-15)
   expected = np.mean(1 / (1 + np.exp(-logits.clip(-700, 700).astype(np.float64))), axis=0)
-  np.testing.assert_allclose(TASK.probabilities(logits[:, :, None]), expected, rtol=1e-6, atol=1e-38)
+  found = TASK.probabilities(logits[:, :, None])
+  np.testing.assert_allclose(found, np.stack([1 - expected, expected], axis=1), rtol=1e-6, atol=1e-15)
+  np.testing.assert_allclose(found[:, 1], expected, rtol=1e-6, atol=1e-38)
 
 
 def test_one_certain_model_does_not_outvote_two():
@@ -172,7 +174,7 @@ def test_calibration_finds_the_temperature_that_was_hidden():
   assert after.calibration_error < 0.01 < 0.05 < before.calibration_error
   assert after.accuracy == before.accuracy
   np.testing.assert_allclose(
-    TASK.probabilities(logits, temperature), special.expit(logits[0, :, 0] / temperature), 1e-5
+    TASK.probabilities(logits, temperature)[:, 1], special.expit(logits[0, :, 0] / temperature), 1e-5
   )
 
 

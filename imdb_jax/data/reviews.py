@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 NEGATIVE, POSITIVE, UNLABELLED = 0, 1, -1
+# Names of the labels 0 and 1.
+CLASSES = ("negative", "positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def test_a_run_fits_its_training_reviews_and_predicts_as_it_was_evaluated(traine
   texts = sample.load()["test"].texts[:32]
   is_positive = data.validation.labels[:32] == 1
   found = classifier.predict(texts)
-  assert float(np.mean((found > 0.5) == is_positive)) == last["val_accuracy"]
+  assert float(np.mean((found == "positive") == is_positive)) == last["val_accuracy"]
 
 
 def test_a_stopped_run_continues_with_the_same_bits_and_does_not_fit_again(trained, tmp_path, monkeypatch, capsys):

@@ -37,7 +37,7 @@ def test_the_sample_is_learnt(tmp_path):
   assert result.history[-1]["val_accuracy"] > 0.95
   classifier = imdb_jax.Classifier.load(result.run_dir)
   reviews = sample.load()["test"]
-  is_right = (classifier.predict(reviews.texts) > 0.5) == (reviews.labels == 1)
+  is_right = classifier.predict(reviews.texts) == np.array(["negative", "positive"])[reviews.labels]
   assert np.mean(is_right) == max(line["val_accuracy"] for line in result.history)
 
 
@@ -83,7 +83,7 @@ def test_a_new_run_starts_from_the_word_vectors_of_its_training_reviews(tmp_path
   assert found["backward_lstm"]["kernel"].shape == (1, 4, 16)
   imdb_jax.fit(config)
   assert "Computing word vectors" not in capsys.readouterr().out
-  assert 0 < imdb_jax.Classifier.load(tmp_path).predict(["A dull film."]) < 1
+  assert imdb_jax.Classifier.load(tmp_path).predict_proba(["A dull film."]).sum() == pytest.approx(1)
 
 
 def test_a_new_run_starts_from_the_word_vectors_of_a_file(tmp_path, capsys):
@@ -179,8 +179,8 @@ def test_a_run_is_calibrated_on_held_out_reviews_and_never_on_the_test_reviews(t
   assert classifier.evaluate(held_out).loss < min(others)
   uncalibrated = imdb_jax.Classifier.load(tmp_path, calibrate=False)
   assert uncalibrated.temperature == 1
-  raw = special.logit(uncalibrated.predict(["A masterpiece."]).astype(np.float64))
-  np.testing.assert_allclose(classifier.predict(["A masterpiece."]), special.expit(raw / temperature), rtol=1e-5)
+  raw, scaled = (each.predict_proba(["A masterpiece."])[0, 1] for each in (uncalibrated, classifier))
+  np.testing.assert_allclose(scaled, special.expit(special.logit(np.float64(raw)) / temperature), rtol=1e-5)
   manifest = tmp_path / "manifests" / f"{classifier.step}.json"
   manifest.write_text(manifest.read_text().replace(f'"temperature": {temperature}', '"temperature": "warm"'))
   with pytest.raises(CheckpointError, match="invalid temperature"):

@@ -87,9 +87,9 @@ def test_the_run_predicts_and_is_evaluated_as_one_ensemble(together, alone, monk
     return imdb_jax.Classifier.load(config.run_dir, step="latest")
 
   texts = sample.load()["test"].texts[:64]
-  expected = np.mean([load(config).predict(texts) for config in alone], axis=0)
-  np.testing.assert_allclose(load(together).predict(texts), expected, atol=1e-5)
-  assert load(together).predict([]).shape == (0,)
+  expected = np.mean([load(config).predict_proba(texts) for config in alone], axis=0, dtype=np.float64)
+  np.testing.assert_allclose(load(together).predict_proba(texts), expected, atol=1e-5)
+  assert load(together).predict_proba([]).shape == (0, 2)
 
   runtime = together.runtime
   source = sources.find(together.data, runtime.archive, runtime.cache_dir)
@@ -97,8 +97,8 @@ def test_the_run_predicts_and_is_evaluated_as_one_ensemble(together, alone, monk
   monkeypatch.setattr(sys, "argv", ["imdb-jax", "evaluate", str(together.run_dir), "--json", "--step", "latest"])
   cli.main()
   result = json.loads(capsys.readouterr().out)
-  assert result["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, expected.astype(np.float64)), rel=1e-5)
-  assert result["accuracy"] == np.mean((expected > 0.5) == labels)
+  assert result["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, expected[:, 1]), rel=1e-5)
+  assert result["accuracy"] == np.mean((expected[:, 1] > 0.5) == labels)
   last = epochs_of(together)[-1]
   mean = np.mean([each["val_accuracy"] for each in last["seeds"]])
   assert result["accuracy"] != pytest.approx(mean), "else the check proves nothing"
