@@ -1,6 +1,5 @@
 """Figures of runs. They need no display."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,6 @@ from imdb_jax.errors import UsageError, printable
 
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE = 60
-# Where to write the name of a point, from the best place to the worst.
-_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (-1, -1), (1, -1))
-# Distance to the middle of another point from which a name cannot be taken for that point's.
-_ENOUGH_PIXELS = 60
 _TRAIN_COLOR, _VALIDATION_COLOR = "#1f77b4", "#d62728"
 
 
@@ -48,57 +43,26 @@ def plot_history(history: list[dict[str, Any]], title: str, output: Path) -> Non
 
 
 def plot_accuracy_by_time(points: Sequence[tuple[str, float, float, float]], output: Path) -> None:
-  """Plot accuracy against training time, one point with its name per model.
+  """Plot accuracy against training time, one point per model; the legend has their names.
 
   Args:
     points: name, seconds above 0, accuracy, and its standard deviation or 0.
     output: file to write, as for `plot_history`.
   """
   from matplotlib.ticker import LogFormatter
-  from matplotlib.transforms import Bbox
 
   figure = _figure(8, 5)
   axes = figure.subplots()
-  for number, (_, seconds, accuracy, spread) in enumerate(points):
-    axes.errorbar(seconds, 100 * accuracy, 100 * spread or None, fmt="o", capsize=4, color=f"C{number}")
+  # The names in the legend have the order of the points, from top to bottom.
+  for name, seconds, accuracy, spread in sorted(points, key=lambda point: -point[2]):
+    axes.errorbar(seconds, 100 * accuracy, 100 * spread or None, fmt="o", capsize=4, label=name)
   axes.set(xscale="log", xlabel="seconds to train", ylabel="accuracy (%)", title="Accuracy and training time")
   axes.margins(x=0.15, y=0.15)
   axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
   axes.xaxis.set_minor_formatter(LogFormatter())
   axes.grid(alpha=0.3)
-  # Names are placed by pixels, which the layout decides.
-  figure.draw_without_rendering()
-  boxes = []
-  for _, seconds, accuracy, spread in points:
-    ends = axes.transData.transform([(seconds, 100 * (accuracy + sign * spread)) for sign in (-1, 1)])
-    boxes.append(Bbox(ends).padded(7))
-  for number, (name, seconds, accuracy, _) in enumerate(points):
-    label = axes.annotate(name, (seconds, 100 * accuracy), (0, 0), textcoords="offset points", color=f"C{number}")
-    boxes.append(_place(label, boxes, [box for i, box in enumerate(boxes[: len(points)]) if i != number]))
+  figure.legend(loc="outside right upper")
   _save(figure, output)
-
-
-def _place(label: Any, taken: Sequence[Any], others: Sequence[Any]) -> Any:
-  """Move a label close to its point, and of equally close places away from the boxes of others; return its box.
-
-  The label stays within the axes and outside the boxes that are taken, if that is possible.
-  """
-
-  def move(place: tuple[int, tuple[int, int]]) -> Any:
-    distance, (x, y) = place
-    label.set(ha=("center", "left", "right")[x], va="center")
-    label.xyann = distance * x, distance * y
-    return label.get_window_extent().padded(2)
-
-  def cost(place: tuple[int, tuple[int, int]]) -> tuple[float, float]:
-    box = move(place)
-    is_inside = all(label.axes.bbox.contains(*corner) for corner in box.corners())
-    if not is_inside or any(map(box.overlaps, taken)):
-      return math.inf, 0
-    middle = box.corners().mean(axis=0)
-    return place[0], -min([_ENOUGH_PIXELS, *(math.dist(middle, other.corners().mean(axis=0)) for other in others)])
-
-  return move(min(itertools.product(range(10, 70, 6), _DIRECTIONS), key=cost))
 
 
 def plot_learning_curves(curves: Mapping[str, Sequence[Sequence[float]]], output: Path) -> None:
