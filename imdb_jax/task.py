@@ -10,6 +10,7 @@ from scipy import optimize, special
 
 # Bins of the calibration error, from 0 to 1. The confidence of the predicted class is never below 0.5.
 _NUM_BINS = 15
+_NUM_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,14 @@ class Metrics:
   """Predictions compared with labels. A ratio with denominator 0 (no positive predicted, say) is 0.
 
   `calibration_error` tells by how much confidence and accuracy differ: the expected calibration error of Guo et al.
-  2017, equation 3, with 15 bins of equal width.
+  2017, equation 3, with 15 bins of equal width. `accuracy_interval` is from `bootstrap_interval`.
   """
 
   num_reviews: int
   loss: float
   calibration_error: float
   accuracy: float
+  accuracy_interval: list[float]
   precision: float
   recall: float
   f1: float
@@ -104,6 +106,14 @@ class Sentiment:
     return Evaluation(**vars(_metrics(self.ensemble(logits)[:, 0] / temperature, labels == 1)), seeds=seeds)
 
 
+def bootstrap_interval(values: np.ndarray) -> list[float]:
+  """Return a 95% interval of the mean of f64[n], from resamples of the reviews (percentile bootstrap, fixed seed)."""
+  # Few values are distinct. How often a resample has each of them is multinomial, which is quick to draw.
+  distinct, counts = np.unique(values, return_counts=True)
+  drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=_NUM_RESAMPLES)
+  return np.quantile(drawn @ distinct / len(values), (0.025, 0.975)).tolist()
+
+
 def _metrics(logits: np.ndarray, is_positive: np.ndarray) -> Metrics:
   tn, fp, fn, tp = np.bincount(2 * is_positive + (logits > 0), minlength=4).tolist()
   return Metrics(
@@ -111,6 +121,7 @@ def _metrics(logits: np.ndarray, is_positive: np.ndarray) -> Metrics:
     loss=float(np.mean(-special.log_expit(np.where(is_positive, logits, -logits)))),
     calibration_error=_calibration_error(logits, is_positive),
     accuracy=_ratio(tp + tn, len(logits)),
+    accuracy_interval=bootstrap_interval((logits > 0) == is_positive),
     precision=_ratio(tp, tp + fp),
     recall=_ratio(tp, tp + fn),
     f1=_ratio(2 * tp, 2 * tp + fp + fn),

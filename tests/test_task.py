@@ -9,9 +9,9 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import special
+from scipy import special, stats
 
-from imdb_jax.task import Evaluation, Metrics, Sentiment
+from imdb_jax.task import Evaluation, Metrics, Sentiment, bootstrap_interval
 
 TASK = Sentiment()
 
@@ -182,3 +182,33 @@ def test_calibration_finds_the_temperature_that_was_hidden():
 def test_calibration_of_perfect_or_useless_answers_is_bounded(labels):
   logits = np.array([[[4.0], [3.0]]], np.float32)
   assert 0.05 <= TASK.calibrate(logits, np.array(labels, np.int32)) <= 20
+
+
+def test_the_interval_is_that_of_scipy_and_of_the_normal_distribution():
+  rng = np.random.default_rng(7)
+  differences = rng.choice([-1.0, 0.0, 1.0], p=(0.05, 0.85, 0.1), size=5000)
+  low, high = bootstrap_interval(differences)
+  other = stats.bootstrap((differences,), np.mean, n_resamples=2000, method="percentile", rng=1).confidence_interval
+  half = 1.96 * differences.std() / np.sqrt(5000)
+  # The ends of 2,000 resamples are within 6% of the half width (three standard errors of such a quantile).
+  assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.07 * half)
+  assert (low, high) == pytest.approx((other.low, other.high), abs=0.12 * half)
+  assert bootstrap_interval(differences) == [low, high]
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says():
+  rng, covered = np.random.default_rng(8), 0
+  for _ in range(100):
+    low, high = bootstrap_interval(rng.choice([-1.0, 0.0, 1.0], p=(0.1, 0.7, 0.2), size=200))
+    covered += low <= 0.1 <= high
+  # 95 are expected; fewer than 87 have a probability below 0.1%.
+  assert covered >= 87
+
+
+def test_the_interval_of_an_accuracy_is_binomial():
+  """A resample has a right answer with the probability of the accuracy, 25,000 times."""
+  logits, labels = np.where(np.arange(25_000) < 2_000, -1.0, 1.0), np.ones(25_000, np.int32)
+  found = evaluate(logits, labels)
+  # Three standard errors of such a quantile of 2,000 draws.
+  assert found.accuracy_interval == pytest.approx(stats.binom.ppf((0.025, 0.975), 25_000, 0.92) / 25_000, abs=3e-4)
+  assert evaluate(np.ones(3), np.ones(3)).accuracy_interval == [1, 1]

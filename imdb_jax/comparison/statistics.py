@@ -6,21 +6,12 @@ from typing import Any
 import numpy as np
 
 from imdb_jax.comparison.results import Result
-from imdb_jax.task import Sentiment
-
-_NUM_RESAMPLES = 2000
+from imdb_jax.task import Sentiment, bootstrap_interval
 
 
 def correctness(results: Sequence[Result], labels: np.ndarray) -> np.ndarray:
   """Return for each review the share of the models that are right, f64[n]."""
   return np.mean([(np.array(result.logits) > 0) == (labels == 1) for result in results], axis=0)
-
-
-def bootstrap_interval(differences: np.ndarray) -> list[float]:
-  """Return a 95% interval of the mean of f64[n], from resamples of the reviews (percentile bootstrap, fixed seed)."""
-  rng, size = np.random.default_rng(0), len(differences)
-  means = [differences[rng.integers(size, size=size)].mean() for _ in range(_NUM_RESAMPLES)]
-  return np.quantile(means, (0.025, 0.975)).tolist()
 
 
 def summarise(name: str, results: Sequence[Result], labels: np.ndarray, reference: Sequence[Result]) -> dict[str, Any]:
