@@ -7,6 +7,7 @@ if TYPE_CHECKING:
   from imdb_jax.config import PRESETS as PRESETS
   from imdb_jax.config import Config as Config
   from imdb_jax.prediction import Classifier as Classifier
+  from imdb_jax.prediction import Ensemble as Ensemble
   from imdb_jax.processes import Interrupted as Interrupted
   from imdb_jax.training.loop import fit as fit
 
@@ -14,10 +15,11 @@ _HOMES = {
   "Config": "imdb_jax.config",
   "PRESETS": "imdb_jax.config",
   "Classifier": "imdb_jax.prediction",
+  "Ensemble": "imdb_jax.prediction",
   "Interrupted": "imdb_jax.processes",
   "fit": "imdb_jax.training.loop",
 }
-__all__ = ["PRESETS", "Classifier", "Config", "Interrupted", "fit"]
+__all__ = ["PRESETS", "Classifier", "Config", "Ensemble", "Interrupted", "fit"]
 
 
 def __getattr__(name: str) -> Any:

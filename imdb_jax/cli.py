@@ -161,6 +161,8 @@ def _parser(prog: str, command: Callable[..., None], *, restores: bool) -> argum
   parser = arguments.Parser(prog=prog, description=command.__doc__)
   if restores:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
+    others: dict[str, Any] = {"dest": "others", "metavar": "RUN_DIR", "type": _path, "action": "append", "default": []}
+    parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
     parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
     parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
@@ -170,7 +172,7 @@ def _parser(prog: str, command: Callable[..., None], *, restores: bool) -> argum
 
 
 def _load(given: Any, **runtime: Any):
-  """Restore the classifier that the arguments of a command name."""
+  """Restore the runs that the arguments of a command name, as an ensemble of one or more."""
   if given.step not in ("best", "latest"):
     if not given.step.isdecimal():
       raise UsageError(f"--step {given.step!r:.80}: must be best, latest or a number.")
@@ -178,10 +180,11 @@ def _load(given: Any, **runtime: Any):
   settings = RuntimeConfig(platform=given.platform, **runtime)
   _require_memory()
   from imdb_jax import devices
-  from imdb_jax.prediction import Classifier
+  from imdb_jax.prediction import Classifier, Ensemble
 
   devices.keep_freed_memory(settings)
-  return Classifier.load(given.run_dir, step=given.step, runtime=settings, calibrate=given.calibrate)
+  loading = {"step": given.step, "runtime": settings, "calibrate": given.calibrate}
+  return Ensemble([Classifier.load(run_dir, **loading) for run_dir in (given.run_dir, *given.others)])
 
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
@@ -191,31 +194,32 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder, if the reviews are not cached.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
-  classifier = _load(given, archive=given.archive, cache_dir=given.cache_dir)
-  config = classifier.config
-  from imdb_jax.data import sources, tokens
-  from imdb_jax.store import run_directory
-
+  ensemble = _load(given, archive=given.archive, cache_dir=given.cache_dir)
+  runs, splits = [], []
   with _interruptible():
-    source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir)
-    data = tokens.load(
-      source, config.data, cache_dir=config.runtime.cache_dir, report=lambda line: print(line, file=sys.stderr)
-    )
-  run_directory.check(given.run_dir, data_digest=data.digest)
-  evaluation = vars(classifier.evaluate(getattr(data, given.split)))
-  seeds = [{"seed": seed} | vars(m) for seed, m in zip(config.training.seeds, evaluation["seeds"], strict=True)]
-  result = {"run_dir": str(given.run_dir), "step": classifier.step, "temperature": classifier.temperature}
-  result |= {"split": given.split} | evaluation
+    for each in ensemble.classifiers:
+      splits.append(each.read_split(given.split, lambda line: print(line, file=sys.stderr)))
+      runs.append({"run_dir": str(each.config.run_dir), "step": each.step, "temperature": each.temperature})
+  result, kind, parts = {}, "runs", runs
+  if given.others:
+    evaluation = ensemble.evaluate(splits)
+  else:
+    (classifier,), (split,) = ensemble.classifiers, splits
+    evaluation = classifier.evaluate(split)
+    result, kind, parts = runs[0], "seeds", [{"seed": seed} for seed in classifier.config.training.seeds]
+  result |= {"split": given.split} | vars(evaluation)
+  parts = [part | vars(metrics) for part, metrics in zip(parts, result.pop("seeds"), strict=True)]
   if given.json:
-    print(json.dumps(result | {"seeds": seeds}))
+    print(json.dumps(result | {kind: parts}))
     return
-  del result["seeds"]
-  if len(seeds) > 1:
-    result |= {f"accuracy, seed {seed['seed']}": seed["accuracy"] for seed in seeds}
+  result["accuracy_interval"] = "{:.4f} to {:.4f} (95%)".format(*result["accuracy_interval"])
+  result = {name.replace("_", " "): value for name, value in result.items()}
+  if len(parts) > 1:
+    result |= {f"accuracy, {part.get('run_dir') or 'seed ' + str(part['seed'])}": part["accuracy"] for part in parts}
   width = max(map(len, result))
   for name, value in result.items():
     shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-    print(f"{name.replace('_', ' '):<{width}} {shown}")
+    print(f"{name:<{width}} {shown}")
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
@@ -226,18 +230,18 @@ def _predict(prog: str, args: Sequence[str]) -> None:
   given = parser.parse_args(args)
   if given.texts and given.file != "-":
     raise UsageError(f"--file {given.file}: cannot be combined with reviews on the command line.")
-  classifier = _load(given)
+  ensemble = _load(given)
   with contextlib.closing(_read_lines(given.file)) as lines:
     for texts in [given.texts] if given.texts else lines:
       for start in range(0, len(texts), _MAX_TEXTS):
-        _answer(classifier, texts[start : start + _MAX_TEXTS], given.json)
+        _answer(ensemble, texts[start : start + _MAX_TEXTS], given.json)
       sys.stdout.flush()
 
 
-def _answer(classifier: Any, texts: list[str], is_json: bool) -> None:
-  for text, probability in zip(texts, classifier.predict_proba(texts)[:, 1], strict=True):
+def _answer(ensemble: Any, texts: list[str], is_json: bool) -> None:
+  for text, probability in zip(texts, ensemble.predict_proba(texts)[:, 1], strict=True):
     sentiment = "positive" if probability > 0.5 else "negative"
-    known_words = len(classifier.vocabulary.ids(text))
+    known_words = max(len(each.vocabulary.ids(text)) for each in ensemble.classifiers)
     if is_json:
       answer = {"probability": float(probability), "sentiment": sentiment, "known_words": known_words, "text": text}
       print(json.dumps(answer))

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import RuntimeConfig
+from imdb_jax.data import sources, tokens
 from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import CheckpointError
+from imdb_jax.errors import CheckpointError, DataError, UsageError
 from imdb_jax.program import Program
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints
@@ -105,11 +106,23 @@ class Classifier:
     for row, text in enumerate(texts):
       if not isinstance(text, str):
         raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
-    tokens, lengths = self.vocabulary.encode(texts, self.config.data.sequence_length)
-    split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(len(texts), np.int32))
+    encoded, lengths = self.vocabulary.encode(texts, self.config.data.sequence_length)
+    split = TokenSplit(tokens=encoded, lengths=lengths, labels=np.zeros(len(texts), np.int32))
     with processes.computing():
       logits = evaluation.predict(self._program, self._params, split, self._batch_size(len(texts)))
     return self._program.task.probabilities(logits, self.temperature)
+
+  def read_split(self, name: str, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
+    """Return the encoded reviews of "train", "validation" or "test". `report` gets a line before slow work.
+
+    Raises:
+      DataError: the reviews are missing or damaged, or not those that the run was trained on.
+    """
+    data, runtime = self.config.data, self.config.runtime
+    source = sources.find(data, runtime.archive, runtime.cache_dir)
+    found = tokens.load(source, data, cache_dir=runtime.cache_dir, report=report)
+    run_directory.check(self.config.run_dir, data_digest=found.digest)
+    return getattr(found, name)
 
   def logits(self, split: TokenSplit) -> np.ndarray:
     """Return the logits of encoded reviews, f32[seeds, n, 1]."""
@@ -119,3 +132,41 @@ class Classifier:
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""
     return self._program.task.evaluate(self.logits(split), split.labels, self.temperature)
+
+
+class Ensemble:
+  """Several classifiers, which answer with the mean of their probabilities. Their settings and vocabularies may differ.
+
+  Attributes:
+    classifiers: the members, at least one.
+    classes: names of the classes, in the order of the probabilities.
+  """
+
+  def __init__(self, classifiers: Sequence[Classifier]):
+    """Raise UsageError if the classes of the members differ."""
+    self.classifiers, self.classes = tuple(classifiers), classifiers[0].classes
+    for each in self.classifiers:
+      if each.classes != self.classes:
+        known, others = ", ".join(self.classes), ", ".join(each.classes)
+        raise UsageError(f"{each.config.run_dir}: its classes are {others}, but those of the first run are {known}.")
+
+  def predict(self, texts: Sequence[str]) -> np.ndarray:
+    """Return the name of the most probable class of each text, str[n]; raise as `predict_proba` does."""
+    return np.array(self.classes)[self.predict_proba(texts).argmax(axis=1)]
+
+  def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+    """Return the mean probability of each class, f32[n, classes]; raise as that of `Classifier` does."""
+    return np.mean([each.predict_proba(texts) for each in self.classifiers], axis=0)
+
+  def evaluate(self, splits: Sequence[TokenSplit]) -> Evaluation:
+    """Return the metrics over reviews that each member's own vocabulary has encoded; `seeds` has those of each member.
+
+    Raises:
+      DataError: the labels of the splits differ, so they are not of the same reviews.
+    """
+    pairs, task = list(zip(self.classifiers, splits, strict=True)), self.classifiers[0]._program.task
+    for each, split in pairs:
+      if not np.array_equal(split.labels, splits[0].labels):
+        raise DataError(f"{each.config.run_dir}: the reviews of this split are not those of the first run.")
+    logits = [task.ensemble(each.logits(split)) / each.temperature for each, split in pairs]
+    return task.evaluate(np.stack(logits), splits[0].labels)

@@ -9,8 +9,9 @@ from programs import config_of
 
 from imdb_jax.config import DataConfig, RuntimeConfig
 from imdb_jax.data.tokenizer import Vocabulary
-from imdb_jax.errors import CheckpointError
-from imdb_jax.prediction import Classifier
+from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.errors import CheckpointError, DataError, UsageError
+from imdb_jax.prediction import Classifier, Ensemble
 from imdb_jax.program import Program
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints
@@ -19,10 +20,11 @@ VOCABULARY = Vocabulary(size=4, strip_html=True, words=("good", "bad", "film"))
 CONFIG = dataclasses.replace(config_of(), data=DataConfig(vocabulary_size=4, sequence_length=3))
 
 
-def make_classifier(num_devices: int = 1, evaluation_batch_size: int = 40) -> Classifier:
+def make_classifier(num_devices: int = 1, evaluation_batch_size: int = 40, seed: int = 0) -> Classifier:
   runtime = RuntimeConfig(evaluation_batch_size=evaluation_batch_size)
-  program = Program(dataclasses.replace(CONFIG, runtime=runtime), programs.mesh_of(num_devices))
-  return Classifier(program, VOCABULARY, programs.put(program, programs.initial_state(CONFIG).params), step=0)
+  config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, seed=seed))
+  program = Program(dataclasses.replace(config, runtime=runtime), programs.mesh_of(num_devices))
+  return Classifier(program, VOCABULARY, programs.put(program, programs.initial_state(config).params), step=0)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,45 @@ def test_checkpoints_are_closed_when_none_can_be_restored(tmp_path, monkeypatch)
   with pytest.raises(CheckpointError, match="none has been saved yet"):
     Classifier.load(tmp_path, runtime=runtime)
   assert len(closed) == 1
+
+
+def members() -> list[Classifier]:
+  """Return two classifiers of the same classes with different vocabularies, parameters and temperatures."""
+  other = Vocabulary(size=4, strip_html=True, words=("film", "good", "awful"))
+  found = [make_classifier(seed=seed) for seed in (0, 1)]
+  found[1].vocabulary, found[0].temperature, found[1].temperature = other, 0.05, 2.0
+  return found
+
+
+def test_an_ensemble_averages_the_probabilities_of_its_members():
+  first, second = members()
+  ensemble, texts = Ensemble([first, second]), ["good film", "bad", "", "awful film"]
+  expected = (first.predict_proba(texts).astype(np.float64) + second.predict_proba(texts)) / 2
+  np.testing.assert_allclose(ensemble.predict_proba(texts), expected, rtol=1e-6)
+  assert list(ensemble.predict(texts)) == [ensemble.classes[row] for row in expected.argmax(axis=1)]
+
+
+def test_an_ensemble_evaluates_each_member_with_its_own_encoding_and_temperature():
+  both, texts, labels = members(), ["good film", "bad", "", "awful film"], np.array([1, 0, 1, 0], np.int32)
+  splits = []
+  for each in both:
+    tokens, lengths = each.vocabulary.encode(texts, 3)
+    splits.append(TokenSplit(tokens=tokens, lengths=lengths, labels=labels))
+  result = Ensemble(both).evaluate(splits)
+  x = np.stack([each.logits(split)[0, :, 0] / each.temperature for each, split in zip(both, splits, strict=True)])
+  p = np.mean(1 / (1 + np.exp(-x.astype(np.float64))), axis=0)
+  assert result.loss == pytest.approx(-np.mean(np.log(np.where(labels == 1, p, 1 - p))), rel=1e-6)
+  assert result.accuracy == np.mean((p > 0.5) == labels)
+  for each, split, metrics in zip(both, splits, result.seeds, strict=True):
+    alone = vars(each.evaluate(split))
+    assert vars(metrics) == {name: alone[name] for name in vars(metrics)}
+  other = dataclasses.replace(splits[1], labels=1 - labels)
+  with pytest.raises(DataError, match="the reviews of this split are not those of the first run"):
+    Ensemble(both).evaluate([splits[0], other])
+
+
+def test_members_with_different_classes_are_refused():
+  first, second = members()
+  second.classes = ("bad", "good")
+  with pytest.raises(UsageError, match="its classes are bad, good, but those of the first run are negative, positive"):
+    Ensemble([first, second])

@@ -28,6 +28,16 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_run(tmp_path_factory) -> Path:
+  """A run on the same reviews with a smaller vocabulary, shorter reviews and another seed, which nobody changes."""
+  run_dir = tmp_path_factory.mktemp("commands") / "other_run"
+  changes = ("--vocabulary-size", "60", "--sequence-length", "16", "--seed", "1")
+  code, _, stderr = run("train", *TINY, *changes, "--run-dir", run_dir)
+  assert (code, stderr) == (0, "")
+  return run_dir
+
+
+@pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
   """Starts scripts sooner than an interpreter, which has to import JAX first."""
   with contextlib.closing(Server()) as server:

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
-from running import assert_one_clear_line, copy_of, history
+from running import TINY, assert_one_clear_line, copy_of, history
+
+from imdb_jax.data import sample
 
 
 def test_evaluation_agrees_with_training(trained, call):
@@ -24,6 +27,47 @@ def test_the_installed_command_shows_the_same_for_people(trained, call):
   assert shown["num reviews"] == "200"
   best = max(line["val_accuracy"] for line in history(trained) if line["kind"] == "epoch")
   assert shown["accuracy"] == f"{best:.4f}"
+  (interval,) = [line for line in stdout.splitlines() if line.startswith("accuracy interval")]
+  _, _, low, _, high, level = interval.split()
+  # 200 reviews: a standard error is 3.5 points at most.
+  assert best - 0.08 < float(low) < best < float(high) < best + 0.08
+  assert level == "(95%)"
+
+
+def test_several_runs_are_evaluated_as_one_ensemble(trained, other_run, call):
+  """Their probabilities come from `predict`, their metrics from NumPy."""
+  reviews = sample.load()["test"].take(range(200))
+  runs, probabilities = (trained, other_run), []
+  for run_dir in runs:
+    code, stdout, _ = call("predict", run_dir, "--json", "--platform", "cpu", *reviews.texts)
+    assert code == 0
+    probabilities.append([json.loads(line)["probability"] for line in stdout.splitlines()])
+  p = np.mean(probabilities, axis=0)
+  code, stdout, _ = call("evaluate", trained, "--with", other_run, "--json", "--platform", "cpu")
+  assert code == 0
+  result = json.loads(stdout)
+  assert result["accuracy"] == np.mean((p > 0.5) == (reviews.labels == 1))
+  assert result["loss"] == pytest.approx(-np.mean(np.log(np.where(reviews.labels == 1, p, 1 - p))), rel=1e-5)
+  low, high = result["accuracy_interval"]
+  assert low < result["accuracy"] < high
+  assert [run["run_dir"] for run in result["runs"]] == list(map(str, runs))
+  for run_dir, member, own in zip(runs, result["runs"], probabilities, strict=True):
+    assert member["accuracy"] == np.mean((np.array(own) > 0.5) == (reviews.labels == 1))
+    _, stdout, _ = call("evaluate", run_dir, "--json", "--platform", "cpu")
+    alone = json.loads(stdout)
+    assert member == {name: alone[name] for name in member}
+  code, stdout, _ = call("evaluate", trained, "--with", other_run, "--platform", "cpu")
+  shown = dict(line.rsplit(maxsplit=1) for line in stdout.splitlines())
+  for name, metrics in {"accuracy": result, **{f"accuracy, {run['run_dir']}": run for run in result["runs"]}}.items():
+    assert shown[name] == f"{metrics['accuracy']:.4f}"
+
+
+def test_runs_on_different_reviews_are_no_ensemble(trained, tmp_path, call):
+  run_dir = tmp_path / "fewer"
+  code, _, stderr = call("train", *TINY, "--limit", "100", "--epochs", "1", "--run-dir", run_dir)
+  assert code == 0, stderr
+  result = call("evaluate", trained, "--with", run_dir, "--platform", "cpu")
+  assert_one_clear_line(result, 3, f"{run_dir}: the reviews of this split are not those of the first run")
 
 
 def test_no_run_and_no_checkpoint(tmp_path, trained, call):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import types
 
+import numpy as np
 import pytest
 from running import assert_one_clear_line, finish, start
 
@@ -43,6 +44,35 @@ def test_texts_may_stand_before_between_and_after_flags(arguments, trained, call
   assert [json.loads(line)["text"] for line in stdout.splitlines()] == ["good", "bad"]
 
 
+def test_several_runs_answer_with_their_mean_probability(trained, other_run, call):
+  larger, smaller = (json.loads((each / "vocab.json").read_text())["words"] for each in (trained, other_run))
+  (rare, *_) = set(larger) - set(smaller)
+  texts = [REVIEW, "a bad film", rare]
+
+  def answers(*arguments):
+    code, stdout, stderr = call("predict", *arguments, "--platform", "cpu", "--json")
+    assert code == 0, stderr
+    return [json.loads(line) for line in stdout.splitlines()]
+
+  single = [answers(run_dir, *texts) for run_dir in (trained, other_run)]
+  both = answers(trained, "--with", other_run, *texts)
+  assert [answer["text"] for answer in both] == texts
+  for answer, *members in zip(both, *single, strict=True):
+    probabilities = [member["probability"] for member in members]
+    assert len(set(probabilities)) == 2
+    assert answer["probability"] == pytest.approx(np.mean(probabilities), rel=1e-6)
+    assert answer["known_words"] == max(member["known_words"] for member in members)
+  assert (single[0][2]["known_words"], single[1][2]["known_words"]) == (1, 0)
+  three = answers(trained, texts[0], "--with", other_run, "--with", other_run)
+  expected = [single[0][0]["probability"], *2 * [single[1][0]["probability"]]]
+  assert three[0]["probability"] == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_a_folder_that_is_no_run_cannot_join(trained, tmp_path, call):
+  result = call("predict", trained, "--with", tmp_path, "good", "--platform", "cpu")
+  assert_one_clear_line(result, 2, f"{tmp_path}: not a run directory")
+
+
 def test_a_pipe_is_answered_line_by_line(trained):
   process = start("predict", trained, "--platform", "cpu", stdin=subprocess.PIPE)
   assert process.stdin is not None
@@ -59,12 +89,13 @@ def test_many_short_reviews_are_encoded_in_parts(tmp_path, monkeypatch, call):
   """One read of a file may return a million empty lines, whose tokens would take a gigabyte."""
   sizes = []
 
-  def predict(texts):
+  def predict_proba(texts):
     sizes.append(len(texts))
-    return [0.0] * len(texts)
+    return np.zeros((len(texts), 2))
 
-  classifier = types.SimpleNamespace(predict=predict, vocabulary=types.SimpleNamespace(ids=str.split))
-  monkeypatch.setattr(cli, "_load", lambda given: classifier)
+  classifier = types.SimpleNamespace(vocabulary=types.SimpleNamespace(ids=str.split))
+  ensemble = types.SimpleNamespace(predict_proba=predict_proba, classifiers=[classifier])
+  monkeypatch.setattr(cli, "_load", lambda given: ensemble)
   (tmp_path / "reviews.txt").write_text("bad\n" * 1_000)
   code, stdout, _ = call("predict", tmp_path, "--file", tmp_path / "reviews.txt")
   assert code == 0
