@@ -38,7 +38,7 @@ class Metrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Metrics):
-  """Metrics of the ensemble, which averages the probabilities of its seeds, and of each seed."""
+  """Metrics of the ensemble, which averages the probabilities of its seeds or runs, and of each of these."""
 
   seeds: list[Metrics]
 

@@ -69,7 +69,7 @@ def compare(base: Config, rows: Sequence[str] = ROWS, *, quick: bool = False) ->
   console.line("Reading the reviews")
   source = sources.find(base.data, base.runtime.archive, base.runtime.cache_dir)
   splits = tokens.split(base.data, source.load(console.line))
-  train, validation = splits["train"], splits.get("validation", splits["test"])
+  train, validation = splits["train"], splits.setdefault("validation", splits["test"])
   settings = {"quick": quick, "train": train.digest, "validation": validation.digest}
   found = run_directory.names(run_dir) - {"lock", "settings.json.new"}
   if found and ("settings.json" not in found or run_directory.read_json(run_dir / "settings.json") != settings):
@@ -101,7 +101,7 @@ def compare(base: Config, rows: Sequence[str] = ROWS, *, quick: bool = False) ->
         failures[row] = PlatformError(f"Not enough memory: {first_line(error)}.")
       if row in failures:
         console.line(f"{row} failed: {failures[row]}")
-    table.write(base, done, failures, validation, console)
+    table.write(base, done, failures, splits, console)
   for row, error in failures.items():
     raise type(error)(f"{len(failures)} of {len(rows)} rows failed; {row}: {error}")
 
@@ -128,8 +128,7 @@ def _train(config: Config) -> Result:
   classifier = Classifier.load(config.run_dir, step="latest", runtime=config.runtime)
   if fitted.late_signal:
     raise Interrupted(fitted.late_signal, classifier.step)
-  source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir)
-  split = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir).validation
+  split = classifier.read_split("validation")
   # This compiles.
   classifier.logits(tokens.TokenSplit(**{name: array[:1] for name, array in vars(split).items()}))
   started = time.perf_counter()

@@ -38,6 +38,11 @@ class Reviews:
       digest.update(f"{label} {len(encoded)}\n".encode() + encoded)
     return digest.hexdigest()
 
+  def occur_in(self, others: "Reviews") -> np.ndarray:
+    """Return which reviews have a text that other reviews have, too, bool[n]."""
+    texts = set(others.texts)
+    return np.array([text in texts for text in self.texts], bool)
+
   def take(self, rows: Iterable[int]) -> "Reviews":
     """Return the reviews at `rows`, in that order."""
     rows = np.asarray(list(rows), np.int64)

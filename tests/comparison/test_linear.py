@@ -37,6 +37,7 @@ def test_tfidf_is_a_pipeline_of_scikit_learn():
   assert result.num_parameters == len(pipeline[0].vocabulary_) + 1
   assert result.has_probabilities
   assert result.train_seconds > 0
+  assert result.predict_seconds > 0
 
 
 def test_nb_svm_scales_binary_ngrams_by_their_log_count_ratios():

@@ -14,9 +14,10 @@ import pytest
 from comparison.few import RECURRENT, TINY, base, few_reviews
 
 from imdb_jax import Classifier
-from imdb_jax.comparison import rows, table
+from imdb_jax.comparison import results, rows, table
 from imdb_jax.config import Config
 from imdb_jax.data import sample, sources, tokens
+from imdb_jax.data.reviews import canonical
 from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.training import report
@@ -208,6 +209,7 @@ LOGITS = [0.5] * 60
       change(more=1),
       change(model=7),
       change(logits=[*LOGITS[:-1], 1e40]),
+      change(logits=[*LOGITS[:-1], -1e40]),
       change(logits=LOGITS[:-1]),
       change(logits=[*LOGITS[:-1], float("nan")]),
     ),
@@ -230,6 +232,13 @@ def test_a_damaged_result_is_computed_again(damage, copied, computed, capsys, mo
   assert computed == ["nb-svm"]
   assert f"{path}: damaged and not used: " in capsys.readouterr().out
   assert json.loads(path.read_text())["logits"] == before["logits"]
+
+
+def test_the_result_of_a_large_split_is_read_again(tmp_path):
+  logits = np.random.default_rng(0).standard_normal(100_000).tolist()
+  result = results.Result(model="majority", logits=logits)
+  (tmp_path / "result.json").write_text(json.dumps(vars(result)))
+  assert results.read(tmp_path / "result.json", "majority", 100_000, pytest.fail) == result
 
 
 def test_links_in_the_folder_are_refused(copied):
@@ -269,6 +278,13 @@ def test_a_folder_of_something_else_is_refused_and_untouched(finished, tmp_path,
     assert sorted(path.name for path in run_dir.iterdir()) == before
 
 
+def test_a_comparison_on_other_training_reviews_is_refused(copied, monkeypatch):
+  splits = few_reviews()
+  monkeypatch.setattr(sample, "load", lambda: {**splits, "train": splits["train"].take(range(59))})
+  with pytest.raises(UsageError, match="a comparison on other reviews"):
+    rows.compare(base(copied, num_seeds=2), MOST)
+
+
 def test_a_second_comparison_in_the_same_folder_is_refused(copied):
   with filelock.FileLock(copied / "lock"), pytest.raises(UsageError, match="another trainer is using it"):
     rows.compare(base(copied, num_seeds=2), MOST)
@@ -290,6 +306,28 @@ def test_held_out_reviews_are_predicted_on_request(tmp_path):
   assert summary["num_reviews"] == len(held)
   assert summary["rows"][0]["accuracy"] == np.mean(held.labels == (rest.labels.mean() > 0.5))
   assert f"{len(held)} reviews held out of training" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("validation", ["test", "split"])
+def test_reviews_that_also_occur_in_training_are_counted(validation, tmp_path, monkeypatch):
+  train, test = few_reviews()["train"], few_reviews()["test"]
+  # Each training review is there twice, once per film; seven of them are test reviews, too.
+  doubled = canonical([*train.texts * 2], [*train.labels] * 2, range(120))
+  copied = canonical([*train.texts[:7], *test.texts[7:]], [*train.labels[:7], *test.labels[7:]])
+  monkeypatch.setattr(sample, "load", lambda: {"train": doubled, "test": copied})
+  rows.compare(base(tmp_path, validation=validation), ["majority"])
+  rest, reviews = (doubled, copied) if validation == "test" else tokens.hold_out(doubled, 0.1)
+  is_new = [text not in rest.texts for text in reviews.texts]
+  num_copies = len(reviews) - sum(is_new)
+  assert num_copies == 7 if validation == "test" else num_copies > 0
+  summary = json.loads((tmp_path / "comparison.json").read_text())
+  assert summary["num_copies"] == num_copies
+  (row,) = summary["rows"]
+  expected = np.mean((reviews.labels == (rest.labels.mean() > 0.5))[is_new]) if any(is_new) else None
+  assert row["accuracy_without_copies"] == expected
+  change = 100 * abs(expected - row["accuracy"]) if any(is_new) else 0
+  note = f"{num_copies} of these reviews are also among the training reviews, word for word. Without them, accuracies"
+  assert f"{note} change by up to {change:.2f} points" in (tmp_path / "comparison.md").read_text()
 
 
 def test_a_quick_comparison_uses_the_small_preset(tmp_path, monkeypatch):
