@@ -96,3 +96,12 @@ def test_reviews_on_which_models_disagree_come_first():
   assert parts[2].startswith("0: negative\n\nRight: first, second. Wrong: none.")
   assert "\x1b" not in written
   assert max(map(len, parts[0].splitlines())) == 204
+
+
+def test_models_of_a_row_disagree_with_others_by_their_mean_probability():
+  reviews = Reviews(texts=("one", "two"), labels=np.array([0, 1], np.int32))
+  seeds = [Result(logits=[6.0, 3.0]), Result(logits=[-6.0, 3.0])]
+  written = table.disagreements({"first": seeds, "second": [Result(logits=[0.0, 0.0])]}, reviews)
+  assert re.findall("## Review ([0-9])", written) == ["1", "0"]
+  # Half of the models are not most of them.
+  assert "## Review 0: negative\n\nRight: second. Wrong: first." in written
