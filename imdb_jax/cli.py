@@ -2,38 +2,33 @@
 
 import contextlib
 import importlib.metadata
-import io
 import json
-import logging
 import os
-import resource
 import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from imdb_jax import arguments
+from imdb_jax import arguments, exits
 from imdb_jax.config import Config, DataConfig, RuntimeConfig, TrainingConfig, default_cache_dir
-from imdb_jax.errors import ImdbJaxError, PlatformError, UsageError, first_line, printable
+from imdb_jax.errors import UsageError, printable
 
 # Texts to encode at once.
 _MAX_TEXTS = 256
 # Bytes to read at once, and the most that a text may have.
 _PIECE_BYTES, _LINE_BYTES = 2**20, 2**23
-# Address space that JAX takes on two cores, with some reserve.
-_MIN_BYTES = 2_000_000_000
 
 
 def main() -> None:
   """Run `imdb-jax COMMAND ...`."""
   if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # As in the scripts: see `_interruptible`.
+    # As in the scripts: see `exits.interruptible`.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-  with _clear_errors():
+  with exits.clear_errors():
     if name == "--version":
       print(f"imdb_jax {importlib.metadata.version('imdb_jax')}")
     elif name in ("-h", "--help"):
@@ -47,99 +42,23 @@ def main() -> None:
 
 def run(name: str) -> None:
   """Run a command from a script of its own, `python scripts/COMMAND.py ...`."""
-  with _clear_errors():
+  with exits.clear_errors():
     _COMMANDS[name](f"python {sys.argv[0]}", sys.argv[1:])
-
-
-class _Warnings(logging.Formatter):
-  """A format for warnings, which may hold names that a stranger has chosen, in one line each."""
-
-  def format(self, record: logging.LogRecord) -> str:
-    return f"warning: {printable(super().format(record))}"
-
-
-def _exit(code: int, message: str) -> NoReturn:
-  try:
-    print(message, file=sys.stderr, flush=True)
-  except OSError:
-    # The terminal has gone. Python would write to it once more at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-  sys.exit(code)
-
-
-def _on_unraisable(failed: Any) -> None:
-  # After a failed save, threads of tensorstore call Orbax, which no longer waits for them.
-  if str(failed.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(failed)
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-  """Report expected errors as one line and an exit code."""
-  handler = logging.StreamHandler()
-  handler.setFormatter(_Warnings())
-  logging.basicConfig(handlers=[handler])
-  sys.unraisablehook = _on_unraisable
-  # Standard output may be closed from the start, as with `>&-`.
-  sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    # Reviews and names may hold characters that its encoding lacks.
-    sys.stdout.reconfigure(errors="replace")
-  try:
-    yield
-    sys.stdout.flush()
-  except ImdbJaxError as error:
-    _exit(error.exit_code, f"error: {printable(str(error))}")
-  except MemoryError as error:
-    _exit(PlatformError.exit_code, f"error: Not enough memory: {first_line(error)}.")
-  except KeyboardInterrupt:
-    _exit(130, "Interrupted; there was nothing to save.")
-  except BrokenPipeError:
-    # The reader has gone, as in `predict.py ... | head`. Python would complain again at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except OSError as error:
-    _exit(1, f"error: {printable(str(error))}")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-  """Turn Ctrl-C into an exception, so that partial downloads and files are removed.
-
-  Outside this context Ctrl-C ends the process at once: during an import of JAX, an exception may get lost or crash.
-  """
-  previous = signal.getsignal(signal.SIGINT)
-  if previous == signal.SIG_DFL:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, previous)
-
-
-def _require_memory() -> None:
-  """Refuse a limit of memory with which JAX would abort or wait forever, while it is imported or later."""
-  limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-  # It is -1 if there is no limit.
-  if 0 <= limit < _MIN_BYTES:
-    raise PlatformError(
-      f"Not enough memory: JAX needs {_MIN_BYTES // 10**6:,} MB of address space, but the limit is "
-      f"{limit // 10**6:,} MB. Raise it (ulimit -v)."
-    )
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
   """Train a sentiment classifier, or resume its training."""
   config = arguments.parse_config(prog, args)
-  _require_memory()
+  exits.require_memory()
   from imdb_jax import processes
   from imdb_jax.training.loop import fit
 
-  with processes.leaving(), _clear_errors(), _interruptible():
+  with processes.leaving(), exits.clear_errors(), exits.interruptible():
     try:
       fit(config)
     except processes.Interrupted as stop:
       again = f"{prog} {shlex.join(args)}"
-      _exit(128 + stop.signal, f"Saved step {stop.step:,} in {config.run_dir}. Resume with:\n  {again}")
+      exits.end(128 + stop.signal, f"Saved step {stop.step:,} in {config.run_dir}. Resume with:\n  {again}")
     import jax
 
     # Only the first process prints.
@@ -178,7 +97,7 @@ def _load(given: Any, **runtime: Any):
       raise UsageError(f"--step {given.step!r:.80}: must be best, latest or a number.")
     given.step = int(given.step)
   settings = RuntimeConfig(platform=given.platform, **runtime)
-  _require_memory()
+  exits.require_memory()
   from imdb_jax import devices
   from imdb_jax.prediction import Classifier, Ensemble
 
@@ -196,7 +115,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   given = parser.parse_args(args)
   ensemble = _load(given, archive=given.archive, cache_dir=given.cache_dir)
   runs, splits = [], []
-  with _interruptible():
+  with exits.interruptible():
     for each in ensemble.classifiers:
       splits.append(each.read_split(given.split, lambda line: print(line, file=sys.stderr)))
       runs.append({"run_dir": str(each.config.run_dir), "step": each.step, "temperature": each.temperature})
@@ -308,7 +227,7 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
     tempfile.TemporaryFile(dir=given.data_dir).close()
   except OSError as error:
     raise UsageError(f"--data-dir {given.data_dir}: cannot be written: {error}.") from error
-  with _interruptible():
+  with exits.interruptible():
     print(tfds_imdb.prepare(given.data_dir, given.archive))
 
 
@@ -331,16 +250,16 @@ def _compare(prog: str, args: Sequence[str]) -> None:
     training=TrainingConfig(num_seeds=given.num_seeds),
     runtime=RuntimeConfig(**places),
   )
-  _require_memory()
+  exits.require_memory()
   from imdb_jax import processes
   from imdb_jax.comparison import rows
 
-  with _clear_errors(), _interruptible():
+  with exits.clear_errors(), exits.interruptible():
     try:
       rows.compare(config, rows.ROWS if given.rows is None else given.rows.split(","), quick=given.quick)
     except (processes.Interrupted, KeyboardInterrupt) as stop:
       number = getattr(stop, "signal", signal.SIGINT)
-      _exit(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")
+      exits.end(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")
 
 
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "plot": _plot, "prepare": _prepare}

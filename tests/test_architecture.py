@@ -26,7 +26,7 @@ LAYERS = (
   (("evaluation",),),
   (("prediction",), ("training",)),
   (("comparison",),),
-  (("arguments", "cli"),),
+  (("arguments", "exits", "cli"),),
 )
 # The layer, the row in it and the place in that row, by name.
 PLACES = {
@@ -51,7 +51,7 @@ ONLY_IN = {
   "argparse": {"arguments"},
 }
 WITHOUT_JAX = {
-  *("errors", "validation", "config", "arguments", "data", "plots"),
+  *("errors", "validation", "config", "arguments", "exits", "data", "plots"),
   *("store.files", "store.manifest", "store.metrics_log", "store.run_directory"),
 }
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from running import ROOT, TINY, assert_one_clear_line, copy_of, run
 
-from imdb_jax import cli
+from imdb_jax import cli, exits
 
 COMMANDS = ("train", "evaluate", "predict", "plot", "prepare", "compare")
 
@@ -31,7 +31,7 @@ def test_help_answers_at_once():
 def test_no_help_imports_jax():
   code = f"""
 import contextlib, sys
-from imdb_jax import cli
+from imdb_jax import cli, exits
 for name in {COMMANDS}:
   sys.argv = [name, "--help"]
   with contextlib.suppress(SystemExit):
@@ -95,7 +95,7 @@ def test_ctrl_c_during_imports_ends_python_without_a_traceback(name, module, tmp
 def test_ctrl_c_during_slow_work_is_reported_in_one_line(capsys):
   previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
-    with pytest.raises(SystemExit) as leaving, cli._clear_errors(), cli._interruptible():
+    with pytest.raises(SystemExit) as leaving, exits.clear_errors(), exits.interruptible():
       # Otherwise the next line would end the tests.
       assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
       os.kill(os.getpid(), signal.SIGINT)
@@ -172,7 +172,7 @@ def test_names_that_a_stranger_chose_cannot_write_lines_or_move_the_cursor(train
 
 
 def test_an_array_that_does_not_fit_into_the_memory_is_reported_in_one_line(capsys):
-  with pytest.raises(SystemExit) as leaving, cli._clear_errors():
+  with pytest.raises(SystemExit) as leaving, exits.clear_errors():
     np.zeros(2**60, np.int8)
   assert_one_clear_line((leaving.value.code, "", capsys.readouterr().err), 6, "Not enough memory: Unable to allocate")
 
