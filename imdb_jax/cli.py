@@ -1,4 +1,4 @@
-"""The commands train, evaluate, predict, plot, prepare and compare: arguments to calls."""
+"""The commands train, evaluate, predict, serve, plot, prepare and compare: arguments to calls."""
 
 import contextlib
 import importlib.metadata
@@ -84,7 +84,6 @@ def _parser(prog: str, command: Callable[..., None], *, restores: bool) -> argum
     parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
     parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
     parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
     no_calibration = "Ignore the temperature that a run with --validation split fits to the held-out reviews."
     parser.add_argument("--no-calibration", dest="calibrate", action="store_false", help=no_calibration)
   return parser
@@ -109,6 +108,7 @@ def _load(given: Any, **runtime: Any):
 def _evaluate(prog: str, args: Sequence[str]) -> None:
   """Evaluate a checkpoint of a run."""
   parser = _parser(prog, _evaluate, restores=True)
+  parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to evaluate.")
   parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder, if the reviews are not cached.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
@@ -144,6 +144,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 def _predict(prog: str, args: Sequence[str]) -> None:
   """Tell whether reviews are positive."""
   parser = _parser(prog, _predict, restores=True)
+  parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("texts", metavar="TEXT", nargs="*", help="Reviews; without any, they are read from --file.")
   parser.add_argument("--file", default="-", help="File with one review per line; - is standard input. [-]")
   given = parser.parse_args(args)
@@ -192,6 +193,21 @@ def _read_lines(name: str) -> Generator[list[str], None, None]:
 
 def _decode(line: bytearray) -> str:
   return line.removesuffix(b"\r").decode("utf-8", errors="replace")
+
+
+def _serve(prog: str, args: Sequence[str]) -> None:
+  """Answer predictions over HTTP, and show a page to type texts into."""
+  parser = _parser(prog, _serve, restores=True)
+  parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. [127.0.0.1]")
+  parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 takes a free one. [8000]")
+  given = parser.parse_args(args)
+  exits.require_memory()
+  try:
+    from imdb_jax.serving import service
+  except ImportError as error:
+    raise UsageError(f"starlette and uvicorn are missing: pip install 'imdb_jax[serve]' ({error}).") from error
+  with service.listen(given.host, given.port) as listener:
+    service.serve(_load(given), given.run_dir.resolve().name, listener)
 
 
 def _plot(prog: str, args: Sequence[str]) -> None:
@@ -262,5 +278,5 @@ def _compare(prog: str, args: Sequence[str]) -> None:
       exits.end(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "plot": _plot, "prepare": _prepare}
-_COMMANDS["compare"] = _compare
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "serve": _serve, "plot": _plot}
+_COMMANDS |= {"prepare": _prepare, "compare": _compare}

@@ -25,7 +25,7 @@ LAYERS = (
   (("program",), ("store",)),
   (("evaluation",),),
   (("prediction",), ("training",)),
-  (("comparison",),),
+  (("comparison",), ("serving",)),
   (("arguments", "exits", "cli"),),
 )
 # The layer, the row in it and the place in that row, by name.
@@ -48,6 +48,8 @@ ONLY_IN = {
   "matplotlib": {"plots"},
   "rich": {"training"},
   "sklearn": {"comparison"},
+  "starlette": {"serving"},
+  "uvicorn": {"serving"},
   "argparse": {"arguments"},
 }
 WITHOUT_JAX = {
@@ -291,7 +293,10 @@ def test_the_package_is_small():
 def test_every_imported_package_is_declared():
   """A package that is only installed along with another one may go away with it."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-  requirements = project["dependencies"] + project["optional-dependencies"]["compare"]
+  requirements = project["dependencies"]
+  requirements += [
+    requirement for name in ("compare", "serve") for requirement in project["optional-dependencies"][name]
+  ]
   declared = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
   packages = {name.split(".")[0] for module in MODULES for name in imported(read(module))}
   packages -= sys.stdlib_module_names | {"imdb_jax"}

@@ -1,0 +1,1 @@
+"""Predictions over HTTP. It needs starlette and uvicorn: `pip install 'imdb_jax[serve]'`."""

@@ -1,0 +1,171 @@
+"""The HTTP service: predictions, health, metrics, and a page to type texts into."""
+
+import asyncio
+import base64
+import collections
+import hashlib
+import json
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from imdb_jax.errors import UsageError, first_line
+from imdb_jax.prediction import Classifier
+
+# Limits of a request, and of requests at once. openapi.json and docs/serving.md name them, too.
+MAX_BODY_BYTES, MAX_TEXTS, MAX_REQUESTS = 2**22, 256, 64
+# Seconds that a client may take to send its request, and that requests in progress may take after a signal.
+_SECONDS_TO_SEND, _SECONDS_TO_STOP = 10, 30
+
+_Answers = list[dict[str, Any]]
+
+
+class Service:
+  """Endpoints around one classifier; `app` is the ASGI application."""
+
+  def __init__(self, classifier: Classifier, name: str):
+    self._classifier, self._turn = classifier, asyncio.Lock()
+    self._waiting: collections.deque[tuple[list[str], asyncio.Future[_Answers]]] = collections.deque()
+    self._in_progress = self._num_texts = self._num_batches = 0
+    self._requests, self._seconds = collections.Counter({200: 0}), 0.0
+    page, openapi = ((Path(__file__).parent / file).read_text("utf-8") for file in ("page.html", "openapi.json"))
+    health = {"status": "ok", "run": name, "step": classifier.step, "classes": classifier.classes}
+    routes = {"/": Response(page, media_type="text/html", headers=_page_headers(page))}
+    routes |= {"/openapi.json": Response(openapi, media_type="application/json"), "/health": JSONResponse(health)}
+    self.app = Starlette(
+      routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()]
+      + [Route("/predict", self._predict, methods=["POST"]), Route("/metrics", self._metrics)],
+      exception_handlers={HTTPException: self._refuse, Exception: self._refuse},
+    )
+
+  async def _predict(self, request: Request) -> Response:
+    if self._in_progress == MAX_REQUESTS:
+      raise HTTPException(503, f"{MAX_REQUESTS} requests are in progress; try again.", {"Retry-After": "1"})
+    started, self._in_progress = time.perf_counter(), self._in_progress + 1
+    try:
+      texts, is_single = _parse(await _read(request))
+      answers = await self._answers(texts)
+    finally:
+      self._in_progress -= 1
+      self._seconds += time.perf_counter() - started
+    self._requests[200] += 1
+    return JSONResponse(answers[0] if is_single else {"answers": answers})
+
+  async def _answers(self, texts: list[str]) -> _Answers:
+    """Return an answer per text. What has arrived during a computation is computed together after it."""
+    answers = asyncio.get_running_loop().create_future()
+    self._waiting.append((texts, answers))
+    async with self._turn:
+      while not answers.done():
+        requests, batch = [], []
+        while self._waiting and (not batch or len(batch) + len(self._waiting[0][0]) <= MAX_TEXTS):
+          requests.append(self._waiting.popleft())
+          batch += requests[-1][0]
+        self._num_texts, self._num_batches = self._num_texts + len(batch), self._num_batches + 1
+        try:
+          computed = iter(await asyncio.to_thread(self._compute, batch))
+        except Exception as error:
+          for _, waiting in requests:
+            waiting.set_exception(error)
+        else:
+          for some, waiting in requests:
+            waiting.set_result([next(computed) for _ in some])
+    return answers.result()
+
+  def _compute(self, texts: list[str]) -> _Answers:
+    answers, classes, ids = [], self._classifier.classes, self._classifier.vocabulary.ids
+    for text, row in zip(texts, self._classifier.predict_proba(texts).tolist(), strict=True):
+      # Without a known word, the probabilities say nothing about the text.
+      name = classes[row.index(max(row))] if (known_words := len(ids(text))) else None
+      probabilities = dict(zip(classes, row, strict=True))
+      answers.append({"class": name, "probabilities": probabilities, "known_words": known_words})
+    return answers
+
+  async def _metrics(self, request: Request) -> Response:
+    del request
+    statuses = {f'{{status="{status}"}}': count for status, count in self._requests.items()}
+    counters = {"requests": statuses, "request_seconds": {"": self._seconds}}
+    counters |= {"texts": {"": self._num_texts}, "batches": {"": self._num_batches}}
+    lines = ["# TYPE imdb_jax_requests_in_progress gauge", f"imdb_jax_requests_in_progress {self._in_progress}"]
+    for name, values in counters.items():
+      lines.append(f"# TYPE imdb_jax_{name}_total counter")
+      lines += [f"imdb_jax_{name}_total{label} {value}" for label, value in values.items()]
+    return Response("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+  async def _refuse(self, request: Request, error: Exception) -> Response:
+    del request
+    if not isinstance(error, HTTPException):
+      # Starlette raises it again, and uvicorn logs it.
+      error = HTTPException(500, "The prediction failed; the log of the service says why.")
+    self._requests[error.status_code] += 1
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+def _page_headers(page: str) -> dict[str, str]:
+  """Return headers that let a page run its own script, talk to this service, and do nothing else."""
+  policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+  policy += "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+  for tag, content in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
+    policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+  return {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+async def _read(request: Request) -> bytes:
+  body, size = bytearray(), 0
+  try:
+    async with asyncio.timeout(_SECONDS_TO_SEND):
+      async for piece in request.stream():
+        size += len(piece)
+        # The rest is read and dropped: closing the connection now would keep the answer from the client.
+        body += piece if size <= MAX_BODY_BYTES else b""
+  except (TimeoutError, ClientDisconnect) as error:
+    raise HTTPException(408, f"The request did not arrive within {_SECONDS_TO_SEND} seconds.") from error
+  if size > MAX_BODY_BYTES:
+    raise HTTPException(413, f"The body has more than {MAX_BODY_BYTES:,} bytes.")
+  return bytes(body)
+
+
+def _parse(body: bytes) -> tuple[list[str], bool]:
+  """Return the texts of a body, and whether it has one text without a list."""
+  try:
+    fields = json.loads(body.decode())
+  except (ValueError, RecursionError) as error:
+    raise HTTPException(400, f"The body is not JSON in UTF-8: {first_line(error)}.") from error
+  if isinstance(fields, dict) and list(fields) in (["text"], ["texts"]):
+    is_single, texts = "text" in fields, fields.get("texts", [fields.get("text")])
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+      if len(texts) > MAX_TEXTS:
+        raise HTTPException(413, f"There are {len(texts):,} texts; a request may have {MAX_TEXTS}.")
+      return texts, is_single
+  raise HTTPException(400, 'The body must be {"text": "..."} or {"texts": ["...", ...]}, with at least one text.')
+
+
+def listen(host: str, port: int) -> socket.socket:
+  """Return a listening socket, for port 0 on a free port; raise UsageError if there is none to be had."""
+  if not 0 <= port < 2**16:
+    raise UsageError(f"--port {port}: must be from 0 to {2**16 - 1}.")
+  try:
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+  except (OSError, UnicodeError) as error:
+    raise UsageError(f"--host {host:.80} --port {port}: {first_line(error)}.") from error
+
+
+def serve(classifier: Classifier, name: str, listener: socket.socket) -> None:
+  """Answer requests until SIGINT or SIGTERM, finish those in progress, and end the process by that signal."""
+  classifier.warmup()
+  settings: dict[str, Any] = {"http": "h11", "ws": "none", "loop": "asyncio", "lifespan": "off"}
+  # Errors are logged through the root logger, requests are not logged.
+  settings |= {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
+  config = uvicorn.Config(Service(classifier, name).app, timeout_graceful_shutdown=_SECONDS_TO_STOP, **settings)
+  host, port = listener.getsockname()[:2]
+  print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
+  uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,161 @@
+"""The page of `serve`, in a real browser; skipped where there is none."""
+
+import contextlib
+import re
+import threading
+import types
+
+import numpy as np
+import pytest
+import uvicorn
+from browser import CHROMEDRIVER, CHROMIUM, Browser
+from serving import serving
+
+from imdb_jax.serving import service as service_lib
+
+INJECTION = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
+
+pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs Chromium and chromedriver")
+
+
+@pytest.fixture(scope="module")
+def browser():
+  with contextlib.closing(Browser()) as browser:
+    yield browser
+
+
+@pytest.fixture(scope="module")
+def service(trained):
+  with serving(trained) as service:
+    yield service
+
+
+class Hostile:
+  """A classifier whose classes are HTML."""
+
+  classes = (INJECTION, "__proto__", *map(str, range(20)))
+  step = 1_234
+  vocabulary = types.SimpleNamespace(ids=str.split)
+
+  def predict_proba(self, texts):
+    if "fail" in texts:
+      raise ValueError("as the test wants")
+    return np.tile(np.float32([0.5, 0.3, *[0.01] * 20]), (len(texts), 1))
+
+  def warmup(self):
+    pass
+
+
+@contextlib.contextmanager
+def hostile_service(port: int = 0):
+  """Run a service with a hostile classifier in a thread, and yield its port."""
+  app = service_lib.Service(Hostile(), INJECTION).app
+  server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", lifespan="off"))
+  listener = service_lib.listen("127.0.0.1", port)
+  thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+  thread.start()
+  try:
+    yield listener.getsockname()[1]
+  finally:
+    server.should_exit = True
+    thread.join()
+
+
+def test_the_answer_follows_while_typing(browser, service):
+  browser.open(service.url)
+  assert browser.text("#class") == ""
+  for text in ("A good film", " and a bad one"):
+    browser.type(text)
+    known_words = service.predict(text=browser.script("return document.querySelector('textarea').value"))["known_words"]
+    browser.wait("#words", f"{known_words} words of the text known to the model")
+  answer = service.predict(text="A good film and a bad one")
+  shown = browser.text("#class")
+  assert shown == f"{answer['class']}, {100 * answer['probabilities'][answer['class']]:.1f}%"
+  # Announced once, after a pause.
+  assert browser.wait("#status", shown).endswith("known to the model")
+  names = browser.script("return [...document.querySelectorAll('li span:first-child')].map(each => each.textContent)")
+  assert names == sorted(answer["probabilities"], key=lambda name: -answer["probabilities"][name])
+  browser.script("document.querySelector('textarea').value = ''")
+  browser.type("zzzz")
+  browser.wait("#words", "no word")
+  assert (browser.text("#class"), browser.text("ul")) == ("No answer", "")
+  assert browser.text("#run").startswith("Run run, step ")
+  assert browser.console() == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_in_both_schemes(browser, service, scheme):
+  browser.open(service.url, width=360, height=740, scheme=scheme)
+  browser.type("A good film " + "without_any_space" * 20)
+  browser.wait("#class", "%")
+  assert browser.script("return document.documentElement.scrollWidth") == 360
+  colors = "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]"
+  text, back = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in browser.script(colors))
+  assert (text < back) == (scheme == "light")
+  assert abs(text - back) > 500
+
+
+def test_the_page_works_with_keys_and_names_its_parts(browser, service):
+  browser.open(service.url)
+  assert browser.active(path="/computedlabel") == "Your text"
+  assert browser.active(path="/computedrole") == "textbox"
+  browser.type("\ue004")
+  assert browser.active(path="/text") == "OpenAPI description"
+  roles = {"#status": "status", "#problem": "alert", "#answer": "region", "#probabilities": "list"}
+  for selector, role in roles.items():
+    found = browser.do("POST", "/element", {"using": "css selector", "value": selector})
+    (element,) = found.values()
+    if selector != "#problem":
+      assert browser.do("GET", f"/element/{element}/computedrole") == role, selector
+    assert browser.script(f"return document.querySelector('{selector}').id") == selector[1:]
+
+
+def test_texts_and_names_are_never_html(browser):
+  with hostile_service() as port:
+    browser.open(f"http://127.0.0.1:{port}/")
+    browser.type(INJECTION)
+    browser.wait("#class", f"{INJECTION}, 50.0%")
+    browser.wait("#run", f"Run {INJECTION}, step 1,234.")
+    assert browser.script("return document.querySelectorAll('main img, main script').length") == 0
+    # The ten most probable of 22 classes.
+    assert (
+      browser.script("return [...document.querySelectorAll('li')].map(each => each.innerText)")[1] == "__proto__\n30.0%"
+    )
+    assert browser.script("return document.querySelectorAll('li').length") == 10
+    # The policy also stops what gets into the page by another way.
+    blocked = "try { document.body.innerHTML = '<p>'; } catch (error) { return error.name; }"
+    assert browser.script(blocked) == "TypeError"
+    assert browser.script("return document.title") == "Try the model"
+
+
+def test_problems_are_shown_and_a_restarted_service_is_found_again(browser):
+  with hostile_service() as port:
+    browser.open(f"http://127.0.0.1:{port}/")
+    browser.type("fail")
+    browser.wait("#problem", "The prediction failed; the log of the service says why.")
+    browser.type("s")
+    browser.wait("#class", "50.0%")
+    assert browser.text("#problem") == ""
+  browser.type("s")
+  browser.wait("#problem", "does not answer")
+  with hostile_service(port):
+    browser.wait("#class", "50.0%")
+    assert browser.text("#problem") == ""
+
+
+@pytest.mark.slow
+def test_long_texts_are_pasted(browser):
+  with hostile_service() as port:
+    browser.open(f"http://127.0.0.1:{port}/")
+    for text, selector, words in (
+      ("'word '.repeat(2e4)", "#words", "20,000 words"),
+      ("'a'.repeat(5e6)", "#problem", "more than 4,194,304 bytes"),
+    ):
+      browser.script(f"document.querySelector('textarea').value = {text}")
+      browser.script("document.querySelector('textarea').dispatchEvent(new Event('input'))")
+      browser.wait(selector, words)
+
+
+def test_the_page_names_no_other_host(service):
+  page = service.ask("GET", "/")[2].decode()
+  assert not re.search(r"https?:|(src|href)=\"//|@import|url\(", page)
