@@ -112,11 +112,34 @@ def test_a_failed_batch_is_reported_and_the_next_one_answered():
     service = Service(classifier, "run")
     failing = [asyncio.create_task(ask(service, body("!")))]
     assert await started(classifier)
-    failing.append(asyncio.create_task(ask(service, body("!", "a"))))
+    # The second batch has two requests.
+    failing += [asyncio.create_task(ask(service, body(*texts))) for texts in ("!a", "b")]
     await asyncio.sleep(0.05)
     classifier.proceed.release(2)
     for status, answer in await asyncio.gather(*failing):
       assert (status, answer) == (500, {"error": "The prediction failed; the log of the service says why."})
+    classifier.proceed.release()
+    assert (await ask(service, body("a")))[0] == 200
+
+  asyncio.run(run())
+
+
+def test_a_cancelled_request_takes_only_its_batch_along():
+  """The server cancels requests that are not answered in time after a signal."""
+
+  async def run():
+    classifier = Words()
+    service = Service(classifier, "run")
+    requests = [asyncio.create_task(ask(service, body("a")))]
+    assert await started(classifier)
+    requests += [asyncio.create_task(ask(service, body("b"))) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    classifier.proceed.release()
+    assert await started(classifier)
+    requests[1].cancel()
+    classifier.proceed.release()
+    found = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), timeout=30)
+    assert [type(each) for each in found] == [tuple, asyncio.CancelledError, asyncio.CancelledError]
     classifier.proceed.release()
     assert (await ask(service, body("a")))[0] == 200
 

@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from imdb_jax.errors import UsageError, first_line
+from imdb_jax.errors import UsageError, first_line, printable
 from imdb_jax.prediction import Classifier
 
 # Limits of a request, and of requests at once. openapi.json and docs/serving.md name them, too.
@@ -26,15 +27,13 @@ MAX_BODY_BYTES, MAX_TEXTS, MAX_REQUESTS = 2**22, 256, 64
 # Seconds that a client may take to send its request, and that requests in progress may take after a signal.
 _SECONDS_TO_SEND, _SECONDS_TO_STOP = 10, 30
 
-_Answers = list[dict[str, Any]]
-
 
 class Service:
   """Endpoints around one classifier; `app` is the ASGI application."""
 
   def __init__(self, classifier: Classifier, name: str):
-    self._classifier, self._turn = classifier, asyncio.Lock()
-    self._waiting: collections.deque[tuple[list[str], asyncio.Future[_Answers]]] = collections.deque()
+    self._classifier, self._turn, self._worker = classifier, asyncio.Lock(), ThreadPoolExecutor(1)
+    self._waiting: collections.deque[tuple[list[str], asyncio.Future[list[Any]]]] = collections.deque()
     self._in_progress = self._num_texts = self._num_batches = 0
     self._requests, self._seconds = collections.Counter({200: 0}), 0.0
     page, openapi = ((Path(__file__).parent / file).read_text("utf-8") for file in ("page.html", "openapi.json"))
@@ -60,7 +59,7 @@ class Service:
     self._requests[200] += 1
     return JSONResponse(answers[0] if is_single else {"answers": answers})
 
-  async def _answers(self, texts: list[str]) -> _Answers:
+  async def _answers(self, texts: list[str]) -> list[dict[str, Any]]:
     """Return an answer per text. What has arrived during a computation is computed together after it."""
     answers = asyncio.get_running_loop().create_future()
     self._waiting.append((texts, answers))
@@ -72,8 +71,9 @@ class Service:
           batch += requests[-1][0]
         self._num_texts, self._num_batches = self._num_texts + len(batch), self._num_batches + 1
         try:
-          computed = iter(await asyncio.to_thread(self._compute, batch))
-        except Exception as error:
+          computed = iter(await asyncio.get_running_loop().run_in_executor(self._worker, self._compute, batch))
+        # Also if this request is cancelled: no other one would answer its batch.
+        except BaseException as error:
           for _, waiting in requests:
             waiting.set_exception(error)
         else:
@@ -81,7 +81,7 @@ class Service:
             waiting.set_result([next(computed) for _ in some])
     return answers.result()
 
-  def _compute(self, texts: list[str]) -> _Answers:
+  def _compute(self, texts: list[str]) -> list[dict[str, Any]]:
     answers, classes, ids = [], self._classifier.classes, self._classifier.vocabulary.ids
     for text, row in zip(texts, self._classifier.predict_proba(texts).tolist(), strict=True):
       # Without a known word, the probabilities say nothing about the text.
@@ -90,19 +90,18 @@ class Service:
       answers.append({"class": name, "probabilities": probabilities, "known_words": known_words})
     return answers
 
-  async def _metrics(self, request: Request) -> Response:
-    del request
+  async def _metrics(self, _: Request) -> Response:
     statuses = {f'{{status="{status}"}}': count for status, count in self._requests.items()}
-    counters = {"requests": statuses, "request_seconds": {"": self._seconds}}
-    counters |= {"texts": {"": self._num_texts}, "batches": {"": self._num_batches}}
-    lines = ["# TYPE imdb_jax_requests_in_progress gauge", f"imdb_jax_requests_in_progress {self._in_progress}"]
-    for name, values in counters.items():
-      lines.append(f"# TYPE imdb_jax_{name}_total counter")
-      lines += [f"imdb_jax_{name}_total{label} {value}" for label, value in values.items()]
+    values = {"requests_total": statuses, "request_seconds_total": {"": self._seconds}}
+    values |= {"texts_total": {"": self._num_texts}, "batches_total": {"": self._num_batches}}
+    values |= {"requests_in_progress": {"": self._in_progress}}
+    lines = []
+    for name, by_label in values.items():
+      lines.append(f"# TYPE imdb_jax_{name} {'counter' if name.endswith('total') else 'gauge'}")
+      lines += [f"imdb_jax_{name}{label} {value}" for label, value in by_label.items()]
     return Response("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
-  async def _refuse(self, request: Request, error: Exception) -> Response:
-    del request
+  async def _refuse(self, _: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
       # Starlette raises it again, and uvicorn logs it.
       error = HTTPException(500, "The prediction failed; the log of the service says why.")
@@ -162,10 +161,10 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(classifier: Classifier, name: str, listener: socket.socket) -> None:
   """Answer requests until SIGINT or SIGTERM, finish those in progress, and end the process by that signal."""
   classifier.warmup()
-  settings: dict[str, Any] = {"http": "h11", "ws": "none", "loop": "asyncio", "lifespan": "off"}
-  # Errors are logged through the root logger, requests are not logged.
-  settings |= {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
-  config = uvicorn.Config(Service(classifier, name).app, timeout_graceful_shutdown=_SECONDS_TO_STOP, **settings)
+  app = Service(classifier, name).app
+  # Errors go to the root logger. Requests are not logged.
+  logging: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}
+  server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_SECONDS_TO_STOP, **logging))
   host, port = listener.getsockname()[:2]
-  print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
-  uvicorn.Server(config).run(sockets=[listener])
+  print(f"{printable(name)} answers at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
+  server.run(sockets=[listener])

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class Browser:
     self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
     self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     self.do("POST", "/url", {"url": url})
+    # A page gets its focus when it is first drawn, which may be after it has been loaded.
+    _wait_for(
+      lambda: self.script("return document.activeElement !== document.body"), 20, lambda: "nothing has the focus"
+    )
 
   def script(self, code: str) -> Any:
     """Return what a script returns."""
@@ -71,11 +76,8 @@ class Browser:
 
   def wait(self, selector: str, words: str, seconds: float = 20) -> str:
     """Wait until an element's text holds some words, and return its text."""
-    give_up_at = time.monotonic() + seconds
-    while words not in (text := self.text(selector)):
-      assert time.monotonic() < give_up_at, f"{selector} is {text!r}, without {words!r}"
-      time.sleep(0.05)
-    return text
+    _wait_for(lambda: words in self.text(selector), seconds, lambda: f"{selector} is {self.text('main')!r}")
+    return self.text(selector)
 
   def console(self) -> list[str]:
     """Return what the page has logged since the last call."""
@@ -92,3 +94,10 @@ class Browser:
     finally:
       self._driver.terminate()
       self._driver.communicate()
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float, problem: Callable[[], str]) -> None:
+  give_up_at = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < give_up_at, problem()
+    time.sleep(0.05)
