@@ -207,7 +207,7 @@ def _serve(prog: str, args: Sequence[str]) -> None:
   except ImportError as error:
     raise UsageError(f"starlette and uvicorn are missing: pip install 'imdb_jax[serve]' ({error}).") from error
   with service.listen(given.host, given.port) as listener:
-    service.serve(_load(given), given.run_dir.resolve().name, listener)
+    service.serve(_load(given), listener)
 
 
 def _plot(prog: str, args: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from imdb_jax.serving.service import Service
 
 
 class Words:
-  """A classifier of three classes: the probability of a class is the share of its letter in the text.
+  """An ensemble of one run, and that run. The probability of a class is the share of its letter in the text.
 
   Attributes:
     batches: the texts of each call.
@@ -23,8 +24,10 @@ class Words:
 
   classes = ("a", "b", "c")
   step = 1
+  config = types.SimpleNamespace(run_dir=Path("run"))
 
   def __init__(self):
+    self.classifiers = (self,)
     self.batches: list[list[str]] = []
     self.started, self.proceed, self._running = threading.Semaphore(0), threading.Semaphore(0), 0
     self.vocabulary = types.SimpleNamespace(ids=lambda text: [letter for letter in text if letter in "abc"])
@@ -76,7 +79,7 @@ def started(classifier: Words) -> Any:
 def test_requests_that_wait_are_answered_together():
   async def run():
     classifier = Words()
-    service = Service(classifier, "run")
+    service = Service(classifier)
     requests = [asyncio.create_task(ask(service, body("a")))]
     assert await started(classifier)
     for texts in (["b"], ["cc", "a"], ["x"]):
@@ -96,7 +99,7 @@ def test_a_batch_has_no_more_texts_than_the_cap(monkeypatch):
 
   async def run():
     classifier = Words()
-    service = Service(classifier, "run")
+    service = Service(classifier)
     requests = [asyncio.create_task(ask(service, body(*texts))) for texts in ("a", "bb", "cc", "a", "bbb", "cccc")]
     classifier.proceed.release(10)
     answers = [[each["class"] for each in answer["answers"]] for _, answer in await asyncio.gather(*requests)]
@@ -109,7 +112,7 @@ def test_a_batch_has_no_more_texts_than_the_cap(monkeypatch):
 def test_a_failed_batch_is_reported_and_the_next_one_answered():
   async def run():
     classifier = Words()
-    service = Service(classifier, "run")
+    service = Service(classifier)
     failing = [asyncio.create_task(ask(service, body("!")))]
     assert await started(classifier)
     # The second batch has two requests.
@@ -129,7 +132,7 @@ def test_a_cancelled_request_takes_only_its_batch_along():
 
   async def run():
     classifier = Words()
-    service = Service(classifier, "run")
+    service = Service(classifier)
     requests = [asyncio.create_task(ask(service, body("a")))]
     assert await started(classifier)
     requests += [asyncio.create_task(ask(service, body("b"))) for _ in range(2)]
@@ -153,7 +156,7 @@ def test_a_client_that_leaves_or_sends_slowly_frees_its_place(monkeypatch):
   async def run():
     classifier = Words()
     classifier.proceed.release(10)
-    service = Service(classifier, "run")
+    service = Service(classifier)
     slow = asyncio.create_task(ask(service, b'{"texts":', 60.0, b'["a"]}'))
     await asyncio.sleep(0)
     assert (await ask(service, body("a")))[0] == 503

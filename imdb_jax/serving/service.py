@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from imdb_jax.errors import UsageError, first_line, printable
-from imdb_jax.prediction import Classifier
+from imdb_jax.errors import UsageError, first_line
+from imdb_jax.prediction import Ensemble
 
 # Limits of a request, and of requests at once. openapi.json and docs/serving.md name them, too.
 MAX_BODY_BYTES, MAX_TEXTS, MAX_REQUESTS = 2**22, 256, 64
@@ -29,15 +29,16 @@ _SECONDS_TO_SEND, _SECONDS_TO_STOP = 10, 30
 
 
 class Service:
-  """Endpoints around one classifier; `app` is the ASGI application."""
+  """Endpoints around an ensemble of one run or more; `app` is the ASGI application."""
 
-  def __init__(self, classifier: Classifier, name: str):
-    self._classifier, self._turn, self._worker = classifier, asyncio.Lock(), ThreadPoolExecutor(1)
+  def __init__(self, ensemble: Ensemble):
+    self._ensemble, self._turn, self._worker = ensemble, asyncio.Lock(), ThreadPoolExecutor(1)
     self._waiting: collections.deque[tuple[list[str], asyncio.Future[list[Any]]]] = collections.deque()
     self._in_progress = self._num_texts = self._num_batches = 0
     self._requests, self._seconds = collections.Counter({200: 0}), 0.0
     page, openapi = ((Path(__file__).parent / file).read_text("utf-8") for file in ("page.html", "openapi.json"))
-    health = {"status": "ok", "run": name, "step": classifier.step, "classes": classifier.classes}
+    runs = [{"run": each.config.run_dir.resolve().name, "step": each.step} for each in ensemble.classifiers]
+    health = {"status": "ok", "runs": runs, "classes": ensemble.classes}
     routes = {"/": Response(page, media_type="text/html", headers=_page_headers(page))}
     routes |= {"/openapi.json": Response(openapi, media_type="application/json"), "/health": JSONResponse(health)}
     self.app = Starlette(
@@ -82,10 +83,11 @@ class Service:
     return answers.result()
 
   def _compute(self, texts: list[str]) -> list[dict[str, Any]]:
-    answers, classes, ids = [], self._classifier.classes, self._classifier.vocabulary.ids
-    for text, row in zip(texts, self._classifier.predict_proba(texts).tolist(), strict=True):
+    answers, classes, classifiers = [], self._ensemble.classes, self._ensemble.classifiers
+    for text, row in zip(texts, self._ensemble.predict_proba(texts).tolist(), strict=True):
+      known_words = max(len(each.vocabulary.ids(text)) for each in classifiers)
       # Without a known word, the probabilities say nothing about the text.
-      name = classes[row.index(max(row))] if (known_words := len(ids(text))) else None
+      name = classes[row.index(max(row))] if known_words else None
       probabilities = dict(zip(classes, row, strict=True))
       answers.append({"class": name, "probabilities": probabilities, "known_words": known_words})
     return answers
@@ -158,13 +160,14 @@ def listen(host: str, port: int) -> socket.socket:
     raise UsageError(f"--host {host:.80} --port {port}: {first_line(error)}.") from error
 
 
-def serve(classifier: Classifier, name: str, listener: socket.socket) -> None:
+def serve(ensemble: Ensemble, listener: socket.socket) -> None:
   """Answer requests until SIGINT or SIGTERM, finish those in progress, and end the process by that signal."""
-  classifier.warmup()
-  app = Service(classifier, name).app
+  for each in ensemble.classifiers:
+    each.warmup()
+  app = Service(ensemble).app
   # Errors go to the root logger. Requests are not logged.
   logging: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}
   server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_SECONDS_TO_STOP, **logging))
   host, port = listener.getsockname()[:2]
-  print(f"{printable(name)} answers at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
+  print(f"Answers at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
   server.run(sockets=[listener])

@@ -18,11 +18,11 @@ Answer = tuple[int, http.client.HTTPMessage, bytes]
 class Service:
   """A running service. `stop` ends it."""
 
-  def __init__(self, run_dir: Path):
-    self.process: subprocess.Popen = start("serve", run_dir, "--platform", "cpu", "--port", "0")
+  def __init__(self, run_dir: Path, *arguments: str | Path):
+    self.process: subprocess.Popen = start("serve", run_dir, *arguments, "--platform", "cpu", "--port", "0")
     assert self.process.stdout is not None
     line = self.process.stdout.readline().decode()
-    assert f"{run_dir.name} answers at http://127.0.0.1:" in line, self.process.communicate()
+    assert line.startswith("Answers at http://127.0.0.1:"), self.process.communicate()
     self.url = line.split()[-1]
     self.port = int(self.url.rstrip("/").rpartition(":")[2])
 
@@ -65,9 +65,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def serving(run_dir: Path) -> Iterator[Service]:
+def serving(run_dir: Path, *arguments: str | Path) -> Iterator[Service]:
   """Run a service, and check in the end that it had nothing to complain about."""
-  service = Service(run_dir)
+  service = Service(run_dir, *arguments)
   try:
     yield service
     assert service.process.poll() is not None or service.stop() == ""

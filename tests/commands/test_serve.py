@@ -142,7 +142,7 @@ def test_more_requests_than_the_cap_are_told_to_come_back(service):
 
 def test_health_and_openapi_describe_the_service(service, trained):
   status, _, content = service.ask("GET", "/health")
-  health = {"status": "ok", "run": trained.name, "step": Classifier.load(trained).step}
+  health = {"status": "ok", "runs": [{"run": trained.name, "step": Classifier.load(trained).step}]}
   assert (status, json.loads(content)) == (200, health | {"classes": ["negative", "positive"]})
   document = json.loads(service.ask("GET", "/openapi.json")[2])
   schemas, predict = document["components"]["schemas"], document["paths"]["/predict"]["post"]
@@ -174,6 +174,15 @@ def test_a_signal_lets_requests_in_progress_end(trained, number):
     _, stderr = service.process.communicate(timeout=60)
     assert (service.process.returncode, stderr) == (-number, b"")
     idle.close()
+
+
+def test_several_runs_answer_with_their_mean(trained):
+  with serving(trained, "--with", trained) as service:
+    runs = json.loads(service.ask("GET", "/health")[2])["runs"]
+    assert [run["run"] for run in runs] == [trained.name] * 2
+    # The mean of a run and itself.
+    expected = Classifier.load(trained).predict_proba([REVIEW])[0]
+    assert list(service.predict(text=REVIEW)["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

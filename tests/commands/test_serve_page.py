@@ -4,6 +4,7 @@ import contextlib
 import re
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,10 +32,12 @@ def service(trained):
 
 
 class Hostile:
-  """A classifier whose classes are HTML."""
+  """An ensemble of one run, and that run. Its classes and its name are HTML."""
 
   classes = (INJECTION, "__proto__", *map(str, range(20)))
   step = 1_234
+  # A name may hold anything except a slash.
+  config = types.SimpleNamespace(run_dir=Path(INJECTION.replace("/", "")))
   vocabulary = types.SimpleNamespace(ids=str.split)
 
   def predict_proba(self, texts):
@@ -42,14 +45,14 @@ class Hostile:
       raise ValueError("as the test wants")
     return np.tile(np.float32([0.5, 0.3, *[0.01] * 20]), (len(texts), 1))
 
-  def warmup(self):
-    pass
+  def __init__(self):
+    self.classifiers = (self,)
 
 
 @contextlib.contextmanager
 def hostile_service(port: int = 0):
   """Run a service with a hostile classifier in a thread, and yield its port."""
-  app = service_lib.Service(Hostile(), INJECTION).app
+  app = service_lib.Service(Hostile()).app
   server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", lifespan="off"))
   listener = service_lib.listen("127.0.0.1", port)
   thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -115,7 +118,7 @@ def test_texts_and_names_are_never_html(browser):
     browser.open(f"http://127.0.0.1:{port}/")
     browser.type(INJECTION)
     browser.wait("#class", f"{INJECTION}, 50.0%")
-    browser.wait("#run", f"Run {INJECTION}, step 1,234.")
+    browser.wait("#run", f"Run {INJECTION.replace('/', '')}, step 1,234.")
     assert browser.script("return document.querySelectorAll('main img, main script').length") == 0
     # The ten most probable of 22 classes.
     assert (
