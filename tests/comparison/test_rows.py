@@ -88,6 +88,7 @@ def test_a_recurrent_row_is_the_last_step_of_its_runs(finished):
       epochs = [line for line in lines if line["kind"] == "epoch"]
       result = json.loads((finished / f"{name}-seed{number}.json").read_text())
       assert result["val_accuracy"] == [line["val_accuracy"] for line in epochs]
+      assert result["predict_seconds"] > 0
       assert result["train_seconds"] == sum(line["seconds"] for line in epochs)
 
 
