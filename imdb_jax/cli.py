@@ -1,6 +1,7 @@
 """The commands train, evaluate, predict, serve, plot, prepare and compare: arguments to calls."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -110,14 +111,18 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   parser = _parser(prog, _evaluate, restores=True)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to evaluate.")
+  parser.add_argument("--data", type=_path, help="Other labelled texts: a CSV or JSONL file, or a folder.")
   parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder, if the reviews are not cached.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
   ensemble = _load(given, archive=given.archive, cache_dir=given.cache_dir)
-  runs, splits = [], []
+  from imdb_jax.evaluation import lines
+
+  runs, splits, report = [], [], functools.partial(print, file=sys.stderr)
   with exits.interruptible():
     for each in ensemble.classifiers:
-      splits.append(each.read_split(given.split, lambda line: print(line, file=sys.stderr)))
+      split = each.read_split(given.split, report) if given.data is None else each.read_texts(given.data, report)
+      splits.append(split)
       runs.append({"run_dir": str(each.config.run_dir), "step": each.step, "temperature": each.temperature})
   result, kind, parts = {}, "runs", runs
   if given.others:
@@ -126,23 +131,19 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
     (classifier,), (split,) = ensemble.classifiers, splits
     evaluation = classifier.evaluate(split)
     result, kind, parts = runs[0], "seeds", [{"seed": seed} for seed in classifier.config.training.seeds]
-  result |= {"split": given.split} | vars(evaluation)
-  parts = [part | vars(metrics) for part, metrics in zip(parts, result.pop("seeds"), strict=True)]
+  result |= ({"data": str(given.data)} if given.data else {"split": given.split}) | evaluation.figures()
+  parts = [part | metrics.figures() for part, metrics in zip(parts, evaluation.seeds, strict=True)]
   if given.json:
     print(json.dumps(result | {kind: parts}))
     return
   result["accuracy_interval"] = "{:.4f} to {:.4f} (95%)".format(*result["accuracy_interval"])
-  result = {name.replace("_", " "): value for name, value in result.items()}
   if len(parts) > 1:
     result |= {f"accuracy, {part.get('run_dir') or 'seed ' + str(part['seed'])}": part["accuracy"] for part in parts}
-  width = max(map(len, result))
-  for name, value in result.items():
-    shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-    print(f"{name:<{width}} {shown}")
+  print("\n".join(lines(result)))
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
-  """Tell whether reviews are positive."""
+  """Tell whether reviews are positive, or which class they belong to."""
   parser = _parser(prog, _predict, restores=True)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("texts", metavar="TEXT", nargs="*", help="Reviews; without any, they are read from --file.")
@@ -159,15 +160,21 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 
 
 def _answer(ensemble: Any, texts: list[str], is_json: bool) -> None:
-  for text, probability in zip(texts, ensemble.predict_proba(texts)[:, 1], strict=True):
-    sentiment = "positive" if probability > 0.5 else "negative"
+  from imdb_jax.data.reviews import CLASSES
+
+  for text, probabilities in zip(texts, ensemble.predict_proba(texts).tolist(), strict=True):
+    by_class = dict(zip(ensemble.classes, probabilities, strict=True))
+    name = max(by_class, key=by_class.__getitem__)
+    answer: dict[str, Any] = {"class": name, "probabilities": by_class}
+    if ensemble.classes == CLASSES:
+      answer = {"probability": by_class["positive"], "sentiment": name}
     known_words = max(len(each.vocabulary.ids(text)) for each in ensemble.classifiers)
     if is_json:
-      answer = {"probability": float(probability), "sentiment": sentiment, "known_words": known_words, "text": text}
-      print(json.dumps(answer))
+      print(json.dumps(answer | {"known_words": known_words, "text": text}))
     else:
       shown = printable(text if len(text) <= 80 else text[:79] + "…")
-      print(f"{probability:.4f}  {sentiment}  {shown}{'' if known_words else '  (no known word: a guess)'}")
+      shown += "" if known_words else "  (no known word: a guess)"
+      print(f"{answer.get('probability', by_class[name]):.4f}  {printable(name)}  {shown}")
 
 
 def _read_lines(name: str) -> Generator[list[str], None, None]:

@@ -18,6 +18,8 @@ from imdb_jax.validation import Settings, flag, setting
 
 # Version of the JSON form and of the run directory. Version 1, of imdb_jax 0.1, had no number.
 FORMAT = 3
+# Other sources of texts are paths. Texts given to `fit` from Python are "python".
+NAMED_SOURCES = ("imdb", "sample", "python")
 
 
 def default_cache_dir() -> Path:
@@ -34,7 +36,14 @@ def default_cache_dir() -> Path:
 class DataConfig(Settings):
   """Which reviews to use, and how to turn them into token ids."""
 
-  source: Literal["imdb", "sample"] = setting("imdb", "50,000 labelled film reviews, or a small generated corpus.")
+  source: str = setting(
+    "imdb",
+    "imdb (50,000 film reviews), sample (a small generated corpus), or your own: a CSV or JSONL file, or a folder.",
+  )
+  test_data: str | None = setting(None, "Test texts of your own; by default 20% of --data, by a hash of the text.")
+  text_column: str = setting("text", "Column of the texts.")
+  label_column: str = setting("label", "Column of the labels.")
+  group_column: str | None = setting(None, "Column whose equal values stay on one side of every split.")
   limit: int | None = setting(None, "Use only the first N reviews of each split.", ge=1, le=1_000_000)
   validation: Literal["test", "split"] = setting(
     "test", "Evaluate on the test set (as the article) or on held-out reviews."
@@ -43,6 +52,14 @@ class DataConfig(Settings):
   vocabulary_size: int = setting(4000, "Number of token ids, including one for padding.", ge=2, le=1_000_000)
   sequence_length: int = setting(400, "Keep the last N known words of a review.", ge=1, le=10_000)
   strip_html: bool = setting(True, "Remove HTML tags such as <br />.")
+
+  def __post_init__(self):
+    super().__post_init__()
+    # The run can be evaluated from another folder.
+    for name in ("source", "test_data"):
+      path = getattr(self, name)
+      if path is not None and (name == "test_data" or path not in NAMED_SOURCES):
+        object.__setattr__(self, name, os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +117,9 @@ class TrainingConfig(Settings):
   batch_size: int = setting(32, "Reviews per step, over all devices together.", ge=1, le=65_536)
   seed: int = setting(0, "Seed of the parameters, the order of the reviews and the dropout masks.", ge=0, le=2**31 - 1)
   num_seeds: int = setting(1, "Train an ensemble of N models at once, with consecutive seeds.", ge=1, le=1024)
+  class_weights: Literal["none", "balanced"] = setting(
+    "none", "balanced weighs the loss of a review by how rare its class is."
+  )
   bucket_by_length: bool = setting(False, "Form batches of similar length; saves time with --mask-padding.")
   matmul_precision: Literal["auto", "float32", "tensorfloat32", "bfloat16"] = setting(
     "auto", "auto: float32, except in the kernel for Hopper GPUs (docs/gpu.md)."
@@ -220,8 +240,14 @@ _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "model": ModelConfi
 
 
 def differing_fields(saved: Config, wanted: Config) -> list[str]:
-  """Return the settings in which two configs differ, as `section.field: saved -> wanted`."""
+  """Return the settings in which two configs differ, as `section.field: saved -> wanted`.
+
+  Files may have moved: the digest of the data tells whether they are the same.
+  """
   old, new = saved.settings(), wanted.settings()
+  for name in ("source", "test_data"):
+    if all(Path(settings["data"][name] or "").is_absolute() for settings in (old, new)):
+      del old["data"][name]
   return [
     f"{section}.{name}: {value} -> {new[section][name]}"
     for section, fields in old.items()

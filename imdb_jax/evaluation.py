@@ -10,6 +10,7 @@ import numpy as np
 from imdb_jax import devices
 from imdb_jax.data import batches
 from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.errors import printable
 from imdb_jax.program import Program
 from imdb_jax.task import Evaluation
 
@@ -55,3 +56,15 @@ def evaluate(
   """Return the metrics over a split and the logits; see `predict`."""
   logits = predict(program, params, split, batch_size, on_progress)
   return program.task.evaluate(logits, split.labels), logits
+
+
+def lines(figures: dict[str, Any]) -> list[str]:
+  """Return one line of name and value for each figure, and one for each class; see `Metrics`."""
+  shown = {name if "," in name else name.replace("_", " "): value for name, value in figures.items()}
+  rows = {name: value for name, value in shown.items() if not isinstance(value, list)}
+  for each in figures.get("by_class", []):
+    shown = ", ".join(f"{name} {each[name]:.4f}" for name in ("precision", "recall", "f1"))
+    rows[f"class {printable(each['class'])}"] = f"{shown} ({each['num_reviews']:,} reviews)"
+  width = max(map(len, rows))
+  forms = {float: ".4f", int: ","}
+  return [f"{name:<{width}} {value:{forms.get(type(value), '')}}" for name, value in rows.items()]

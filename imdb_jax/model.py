@@ -96,18 +96,23 @@ class NGrams(nn.Module):
 
   Attributes:
     n: number of words of the longest n-grams.
+    head_size: k, logits per review.
   """
 
   n: int
+  head_size: int = 1
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Return logits f32[b, 1] of tokens int[b, t]."""
+    """Return logits f32[b, k] of tokens int[b, t]."""
+    size = () if self.head_size == 1 else (self.head_size,)
     keys = self.param("keys", nn.initializers.zeros, (ngrams.SIZE,), jnp.uint32)
-    weights = self.param("weights", nn.initializers.zeros, (ngrams.SIZE,))
-    bias = self.param("bias", nn.initializers.zeros, ())
+    weights = self.param("weights", nn.initializers.zeros, (ngrams.SIZE, *size))
+    bias = self.param("bias", nn.initializers.zeros, size)
     place, is_listed = ngrams.find(keys, ngrams.keys_of(tokens, self.n))
-    return jnp.sum(jnp.where(is_listed, weights[place], 0), axis=1, keepdims=True) + bias
+    if self.head_size == 1:
+      return jnp.sum(jnp.where(is_listed, weights[place], 0), axis=1, keepdims=True) + bias
+    return jnp.sum(jnp.where(is_listed[:, :, None], weights[place], 0), axis=1) + bias[None]
 
 
 class TextClassifier(nn.Module):
@@ -132,7 +137,7 @@ class TextClassifier(nn.Module):
     for direction, name in enumerate(self._layer_names):
       setattr(self, name, RecurrentLayer(self.config, self.implementation, reverse=direction == 1))
     self.dense = nn.Dense(self.head_size, kernel_init=nn.initializers.glorot_uniform())
-    self.ngrams = NGrams(self.config.ngrams)
+    self.ngrams = NGrams(self.config.ngrams, self.head_size)
 
   def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
     """Return the logits of the network alone, which training improves.

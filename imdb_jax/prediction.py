@@ -12,7 +12,6 @@ import numpy as np
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
-from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import CheckpointError, DataError, UsageError
@@ -38,7 +37,7 @@ class Classifier:
 
   def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int, temperature: float = 1.0):
     self.config, self.vocabulary, self.step, self.temperature = program.config, vocabulary, step, temperature
-    self.classes = CLASSES
+    self.classes = program.task.classes
     self._program, self._params = program, params
 
   @classmethod
@@ -69,7 +68,8 @@ class Classifier:
     config = run_directory.load_config(run_dir, runtime)
     run_directory.check(run_dir)
     vocabulary = Vocabulary.load(run_dir / "vocab.json", config.data)
-    program = Program(config, devices.start(runtime, runtime.evaluation_batch_size))
+    mesh = devices.start(runtime, runtime.evaluation_batch_size)
+    program = Program(config, mesh, classes=run_directory.load_classes(run_dir))
     with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
       saved, state = checkpoints.restore(step)
     temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
@@ -121,11 +121,15 @@ class Classifier:
     data, runtime = self.config.data, self.config.runtime
     source = sources.find(data, runtime.archive, runtime.cache_dir)
     found = tokens.load(source, data, cache_dir=runtime.cache_dir, report=report)
-    run_directory.check(self.config.run_dir, data_digest=found.digest)
+    run_directory.check(self.config.run_dir, data_digest=found.digest, summary=found.summary)
     return getattr(found, name)
 
+  def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
+    """Return the encoded texts of another labelled file or folder; see `tokens.read`."""
+    return tokens.read(path, self.config.data, self.vocabulary, self.classes, report)
+
   def logits(self, split: TokenSplit) -> np.ndarray:
-    """Return the logits of encoded reviews, f32[seeds, n, 1]."""
+    """Return the logits of encoded reviews, f32[seeds, n, head_size]."""
     with processes.computing():
       return evaluation.predict(self._program, self._params, split, self.config.runtime.evaluation_batch_size)
 

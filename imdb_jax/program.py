@@ -18,10 +18,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from imdb_jax import devices, lstm
 from imdb_jax.config import Config, OptimizerConfig
+from imdb_jax.data import ngrams
+from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
 from imdb_jax.model import TextClassifier, draw_dropout_masks
-from imdb_jax.task import Sentiment
+from imdb_jax.task import Classification
 
 Examples = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -80,24 +82,27 @@ class Program:
     choice: implementation of the recurrence, and why.
     train_steps: jitted `(state, split, rows, num_steps) -> (state, sums)`: several training steps in one dispatch.
       It donates the buffers of the state. `split` and `rows` come from `put_split` and `put_rows`. The sums are those
-      of `Sentiment.sums` and `is_finite` (1 if loss, gradients and parameters are finite, else 0), f32[seeds, k] each;
-      entries beyond `num_steps` are 0. One program makes any number of steps up to k, so that a run's result does not
-      depend on where it stops.
+      of `Classification.sums` and `is_finite` (1 if loss, gradients and parameters are finite, else 0),
+      f32[seeds, k] each; entries beyond `num_steps` are 0. One program makes any number of steps up to k, so that a
+      run's result does not depend on where it stops.
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`.
   """
 
-  def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1):
+  def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
     """Build the functions; they are compiled when they are first called.
 
     Args:
       config: settings of the run.
       mesh: devices to use.
       num_steps: steps of the whole run.
+      classes: names of the labels.
 
     Raises:
-      UsageError: the named implementation does not support the model or the device.
+      UsageError: the named implementation does not support the model or the device, or there are too many classes.
     """
-    self.config, self.mesh, self.task = config, mesh, Sentiment()
+    self.config, self.mesh, self.task = config, mesh, Classification(classes)
+    if config.model.ngrams and len(classes) > ngrams.MAX_CLASSES:
+      raise UsageError(f"--ngrams {config.model.ngrams}: allows {ngrams.MAX_CLASSES} classes, not {len(classes):,}.")
     precision = config.training.matmul_precision
     self._matmul_precision = "float32" if precision == "auto" else precision
     self.choice = _choose(config, mesh.devices.flat[0])
@@ -143,6 +148,8 @@ class Program:
   def put_split(self, split: TokenSplit) -> Examples:
     """Place the reviews of a split on every device."""
     arrays = {"tokens": split.tokens, "lengths": split.lengths, "labels": split.labels}
+    if self.config.training.class_weights != "none":
+      arrays["loss_weights"] = self.task.balanced(split.labels).astype(np.float32)
     return devices.put(arrays, devices.replicated(self.mesh))
 
   def put_rows(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -206,10 +213,9 @@ class Program:
 
     def gather(split, rows):
       is_review = rows >= 0
-      return {
+      found = {name: jnp.where(is_review, array[rows], 0) for name, array in split.items() if name != "tokens"}
+      return found | {
         "tokens": jnp.where(is_review[:, None], split["tokens"][rows], 0),
-        "lengths": jnp.where(is_review, split["lengths"][rows], 0),
-        "labels": jnp.where(is_review, split["labels"][rows], 0).astype(jnp.float32),
         "weights": is_review.astype(jnp.float32),
       }
 
@@ -249,7 +255,7 @@ class Program:
 
     def summed_loss(params):
       logits: Any = self.model.apply({"params": params}, examples["tokens"], examples["lengths"], dropout_masks)
-      sums = self.task.sums(logits, examples["labels"], examples["weights"])
+      sums = self.task.sums(logits, examples["labels"], examples["weights"], examples.get("loss_weights"))
       return sums["loss"], sums
 
     grads, sums = jax.grad(summed_loss, has_aux=True)(params)

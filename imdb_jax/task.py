@@ -1,6 +1,7 @@
 """The learning task: size of the head, loss and metrics."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import optax
 from scipy import optimize, special
 
-# Bins of the calibration error, from 0 to 1. The confidence of the predicted class is never below 0.5.
+from imdb_jax.data.reviews import CLASSES
+
+# Bins of the calibration error, from 0 to 1.
 _NUM_BINS = 15
 _NUM_RESAMPLES = 2000
 
@@ -16,6 +19,9 @@ _NUM_RESAMPLES = 2000
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
   """Predictions compared with labels. A ratio with denominator 0 (no positive predicted, say) is 0.
+
+  For two classes, precision, recall and F1 are those of the second one. For more, they are means over the classes, and
+  `confusion_matrix` has a row per label and a column per prediction.
 
   `calibration_error` tells by how much confidence and accuracy differ: the expected calibration error of Guo et al.
   2017, equation 3, with 15 bins of equal width. `accuracy_interval` is from `bootstrap_interval`.
@@ -29,47 +35,71 @@ class Metrics:
   precision: float
   recall: float
   f1: float
-  roc_auc: float
-  true_negatives: int
-  false_positives: int
-  false_negatives: int
-  true_positives: int
+  roc_auc: float | None = None
+  true_negatives: int | None = None
+  false_positives: int | None = None
+  false_negatives: int | None = None
+  true_positives: int | None = None
+  confusion_matrix: list[list[int]] | None = None
+  by_class: list[dict[str, Any]] | None = None
+
+  def figures(self) -> dict[str, Any]:
+    """Return those that are defined for the number of classes, by name."""
+    return {name: value for name, value in vars(self).items() if value is not None and name != "seeds"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Metrics):
   """Metrics of the ensemble, which averages the probabilities of its seeds or runs, and of each of these."""
 
-  seeds: list[Metrics]
+  seeds: list[Metrics] = dataclasses.field(default_factory=list)
 
 
-class Sentiment:
-  """Binary classification with one logit: positive means a positive review.
+class Classification:
+  """Classification into two classes, with one logit (positive means the second), or into more, with one logit each.
 
-  Seeds answer with their mean probability, whose logit is divided by a temperature: 1, or one that `calibrate` has
+  Seeds answer with their mean probability, whose logits are divided by a temperature: 1, or one that `calibrate` has
   chosen.
 
   Attributes:
-    head_size: logits per review.
+    classes: names of the k classes.
+    head_size: logits per review: h is 1 for two classes, else k.
     monitor: the metric by which the best checkpoint is chosen; higher is better.
   """
 
-  head_size = 1
   monitor = "accuracy"
 
-  def sums(self, logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+  def __init__(self, classes: tuple[str, ...] = CLASSES):
+    self.classes = classes
+    self.head_size = 1 if len(classes) == 2 else len(classes)
+
+  def balanced(self, labels: np.ndarray) -> np.ndarray:
+    """Return weights f64[n] of reviews with labels int[n], in inverse proportion to the size of the class; mean 1."""
+    counts = np.bincount(labels, minlength=len(self.classes))
+    return len(labels) / (np.count_nonzero(counts) * counts[labels])
+
+  def sums(
+    self, logits: jax.Array, labels: jax.Array, weights: jax.Array, loss_weights: jax.Array | None = None
+  ) -> dict[str, jax.Array]:
     """Return sums over a batch; dividing by `weight` gives means.
 
     Args:
-      logits: f32[b, 1].
-      labels: f32[b], 0 or 1.
+      logits: f32[b, h].
+      labels: i32[b].
       weights: f32[b]; a review of weight 0 changes nothing.
+      loss_weights: f32[b], further weights of the losses; None if all are 1.
 
     Returns:
-      f32[] each: loss (binary cross-entropy), correct, weight.
+      f32[] each: loss (cross-entropy), correct, weight.
     """
-    losses = optax.sigmoid_binary_cross_entropy(logits[:, 0], labels)
-    is_correct = (logits[:, 0] > 0) == (labels > 0.5)
+    if self.head_size == 1:
+      losses = optax.sigmoid_binary_cross_entropy(logits[:, 0], labels.astype(jnp.float32))
+      is_correct = (logits[:, 0] > 0) == (labels > 0)
+    else:
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+      is_correct = jnp.argmax(logits, axis=1) == labels
+    if loss_weights is not None:
+      losses = losses * loss_weights
     return {
       "loss": jnp.sum(losses * weights),
       "correct": jnp.sum(jnp.where(is_correct, weights, 0)),
@@ -77,33 +107,68 @@ class Sentiment:
     }
 
   def ensemble(self, logits: np.ndarray) -> np.ndarray:
-    """Return the logits f64[n, 1] of the mean probability over the seeds, from logits [seeds, n, 1].
+    """Return the logits f64[n, h] of the mean probability over the seeds, from logits [seeds, n, h].
 
-    It averages in log space, which is exact however certain a model is.
+    It averages in log space, which is exact however certain a model is. Of several classes, the logits are log
+    probabilities.
     """
     x = logits.astype(np.float64)
+    if self.head_size > 1:
+      return special.logsumexp(special.log_softmax(x, axis=2), axis=0) - np.log(len(x))
     return special.logsumexp(special.log_expit(x), axis=0) - special.logsumexp(special.log_expit(-x), axis=0)
 
   def probabilities(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Return the probability of each class, f32[n, 2], from logits [seeds, n, 1]."""
-    x = self.ensemble(logits)[:, 0] / temperature
-    return special.expit(np.stack([-x, x], axis=1)).astype(np.float32)
+    """Return the probability of each class, f32[n, k], from logits [seeds, n, h]."""
+    return self._probabilities(self.ensemble(logits) / temperature).astype(np.float32)
 
   def calibrate(self, logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature that minimises the loss on reviews that the model was not trained on (Guo et al. 2017).
 
     It is from 1/20 to 20. Arguments as for `evaluate`.
     """
-    x = np.where(labels == 1, 1, -1) * self.ensemble(logits)[:, 0]
+    x = self.ensemble(logits)
     found = optimize.minimize_scalar(
-      lambda log: -np.mean(special.log_expit(x * np.exp(-log))), bounds=(-np.log(20), np.log(20)), method="bounded"
+      lambda log: self._loss(x * np.exp(-log), labels), bounds=(-np.log(20), np.log(20)), method="bounded"
     )
     return float(np.exp(found.x))
 
   def evaluate(self, logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Evaluation:
-    """Return the metrics of logits [seeds, n, 1] against labels int[n]; those of single seeds without temperature."""
-    seeds = [_metrics(seed[:, 0].astype(np.float64), labels == 1) for seed in logits]
-    return Evaluation(**vars(_metrics(self.ensemble(logits)[:, 0] / temperature, labels == 1)), seeds=seeds)
+    """Return the metrics of logits [seeds, n, h] against labels int[n]; those of single seeds without temperature."""
+    seeds = [self._metrics(seed.astype(np.float64), labels) for seed in logits]
+    return Evaluation(**vars(self._metrics(self.ensemble(logits) / temperature, labels)), seeds=seeds)
+
+  def _probabilities(self, x: np.ndarray) -> np.ndarray:
+    """Return probabilities f64[n, k] of logits f64[n, h]."""
+    return special.expit(np.concatenate([-x, x], axis=1)) if self.head_size == 1 else special.softmax(x, axis=1)
+
+  def _loss(self, x: np.ndarray, labels: np.ndarray) -> float:
+    if self.head_size == 1:
+      return float(-np.mean(special.log_expit(np.where(labels == 1, x[:, 0], -x[:, 0]))))
+    return float(-np.mean(special.log_softmax(x, axis=1)[np.arange(len(x)), labels]))
+
+  def _metrics(self, x: np.ndarray, labels: np.ndarray) -> Metrics:
+    size, probabilities = len(self.classes), self._probabilities(x)
+    predicted = x[:, 0] > 0 if self.head_size == 1 else x.argmax(axis=1)
+    matrix = np.bincount(size * labels + predicted, minlength=size**2).reshape(size, size)
+    hits, found, actual = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)
+    ratios = {"precision": _ratio(hits, found), "recall": _ratio(hits, actual), "f1": _ratio(2 * hits, found + actual)}
+    common: Any = {
+      "num_reviews": len(labels),
+      "loss": self._loss(x, labels),
+      "calibration_error": _calibration_error(probabilities.max(axis=1), predicted == labels),
+      "accuracy": float(hits.sum() / len(labels)),
+      "accuracy_interval": bootstrap_interval(predicted == labels),
+    }
+    if self.head_size == 1:
+      names = ("true_negatives", "false_positives", "false_negatives", "true_positives")
+      common |= zip(names, matrix.ravel().tolist(), strict=True)
+      common |= {name: float(each[1]) for name, each in ratios.items()}
+      roc_auc = _roc_auc(x[labels == 1, 0], x[labels != 1, 0])
+      return Metrics(**common, roc_auc=roc_auc)
+    columns = [self.classes, actual.tolist(), *(each.tolist() for each in ratios.values())]
+    by_class = [dict(zip(("class", "num_reviews", *ratios), row, strict=True)) for row in zip(*columns, strict=True)]
+    common |= {name: float(each.mean()) for name, each in ratios.items()}
+    return Metrics(**common, confusion_matrix=matrix.tolist(), by_class=by_class)
 
 
 def bootstrap_interval(values: np.ndarray) -> list[float]:
@@ -114,38 +179,19 @@ def bootstrap_interval(values: np.ndarray) -> list[float]:
   return np.quantile(drawn @ distinct / len(values), (0.025, 0.975)).tolist()
 
 
-def _metrics(logits: np.ndarray, is_positive: np.ndarray) -> Metrics:
-  tn, fp, fn, tp = np.bincount(2 * is_positive + (logits > 0), minlength=4).tolist()
-  return Metrics(
-    num_reviews=len(logits),
-    loss=float(np.mean(-special.log_expit(np.where(is_positive, logits, -logits)))),
-    calibration_error=_calibration_error(logits, is_positive),
-    accuracy=_ratio(tp + tn, len(logits)),
-    accuracy_interval=bootstrap_interval((logits > 0) == is_positive),
-    precision=_ratio(tp, tp + fp),
-    recall=_ratio(tp, tp + fn),
-    f1=_ratio(2 * tp, 2 * tp + fp + fn),
-    roc_auc=_roc_auc(logits[is_positive], logits[~is_positive]),
-    true_negatives=tn,
-    false_positives=fp,
-    false_negatives=fn,
-    true_positives=tp,
-  )
-
-
-def _calibration_error(logits: np.ndarray, is_positive: np.ndarray) -> float:
-  confidence, is_correct = special.expit(np.abs(logits)), (logits > 0) == is_positive
+def _calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
   # A bin includes its upper end.
   bins = np.ceil(confidence * _NUM_BINS).astype(np.int64)
-  return float(np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(logits))
+  return float(np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(confidence))
 
 
-def _ratio(part: float, whole: float) -> float:
-  return part / whole if whole else 0.0
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+  return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
 
 
 def _roc_auc(positive: np.ndarray, negative: np.ndarray) -> float:
   """Return the Mann-Whitney statistic: how often a positive review scores above a negative one; ties count half."""
   ordered = np.sort(negative)
   below, up_to = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
-  return _ratio(float(np.sum(below + up_to)) / 2, len(positive) * len(negative))
+  num_pairs = len(positive) * len(negative)
+  return float(np.sum(below + up_to)) / 2 / num_pairs if num_pairs else 0.0

@@ -234,6 +234,10 @@ def test_preset_name_and_runtime_are_no_differences():
 OTHER_VALUES = {
   "data": {
     "source": "sample",
+    "test_data": "/tests.csv",
+    "text_column": "review",
+    "label_column": "stars",
+    "group_column": "film",
     "limit": 5,
     "validation": "split",
     "validation_fraction": 0.5,
@@ -269,6 +273,7 @@ OTHER_VALUES = {
     "batch_size": 5,
     "seed": 5,
     "num_seeds": 5,
+    "class_weights": "balanced",
     "bucket_by_length": True,
     "matmul_precision": "bfloat16",
   },

@@ -12,9 +12,9 @@ from programs import config_of
 from imdb_jax.config import TrainingConfig
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.evaluation import evaluate, predict
-from imdb_jax.task import Sentiment
+from imdb_jax.task import Classification
 
-TASK = Sentiment()
+TASK = Classification()
 # One per seed. They are the parameters of the stand-in for a model.
 BIASES = np.array([-1.5, 0.0, 1.0], np.float32)
 

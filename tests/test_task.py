@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from imdb_jax.task import Evaluation, Metrics, Sentiment, bootstrap_interval
+from imdb_jax.task import Classification, Evaluation, Metrics, bootstrap_interval
 
-TASK = Sentiment()
+TASK = Classification()
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray) -> Metrics:

@@ -26,7 +26,7 @@ from imdb_jax.errors import ImdbJaxError, PlatformError, UsageError, first_line
 from imdb_jax.prediction import Classifier
 from imdb_jax.processes import Interrupted
 from imdb_jax.store import files, run_directory
-from imdb_jax.task import Sentiment
+from imdb_jax.task import Classification
 from imdb_jax.training.console import Console
 from imdb_jax.training.loop import fit
 
@@ -70,6 +70,8 @@ def compare(base: Config, rows: Sequence[str] = ROWS, *, quick: bool = False) ->
   source = sources.find(base.data, base.runtime.archive, base.runtime.cache_dir)
   splits = tokens.split(base.data, source.load(console.line))
   train, validation = splits["train"], splits.setdefault("validation", splits["test"])
+  if len(train.classes) != 2:
+    raise UsageError(f"--data {base.data.source}: has {len(train.classes)} classes, but two are compared.")
   settings = {"quick": quick, "train": train.digest, "validation": validation.digest}
   found = run_directory.names(run_dir) - {"lock", "settings.json.new"}
   if found and ("settings.json" not in found or run_directory.read_json(run_dir / "settings.json") != settings):
@@ -135,7 +137,7 @@ def _train(config: Config) -> Result:
   logits = classifier.logits(split)
   return Result(
     predict_seconds=time.perf_counter() - started,
-    logits=Sentiment().ensemble(logits)[:, 0].tolist(),
+    logits=Classification().ensemble(logits)[:, 0].tolist(),
     num_parameters=classifier.num_parameters,
     train_seconds=sum(line["seconds"] for line in fitted.history),
     val_accuracy=[line["val_accuracy"] for line in fitted.history],

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from imdb_jax.comparison.results import Result
-from imdb_jax.task import Sentiment, bootstrap_interval
+from imdb_jax.task import Classification, bootstrap_interval
 
 
 def correctness(results: Sequence[Result], labels: np.ndarray) -> np.ndarray:
@@ -24,7 +24,7 @@ def summarise(
   reviews, and speed if there is nothing to compute.
   """
   logits = [np.array(result.logits) for result in results]
-  metrics = Sentiment().evaluate(np.stack(logits)[:, :, None], labels).seeds
+  metrics = Classification().evaluate(np.stack(logits)[:, :, None], labels).seeds
   accuracies = [each.accuracy for each in metrics]
   is_right = correctness(results, labels)
   differences = is_right - correctness(reference, labels) if reference else None

@@ -47,7 +47,7 @@ _BLOCK, _PIECE = 512, 2**20
 _EXTENDED = (b"x", b"g", b"X", b"L", b"K")
 _REMEDY = f"get the official archive from {imdb.URL} (sha256 {imdb.SHA256})"
 # What this module and the decompressors raise.
-_DAMAGE = (EOFError, lzma.LZMAError, zlib.error, ValueError)
+DAMAGE = (EOFError, lzma.LZMAError, zlib.error, ValueError)
 
 _Files = Generator[tuple[str, int, Callable[[], bytes]], None, None]
 
@@ -131,7 +131,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
       f"no archive at {path}: download {imdb.URL} ({imdb.SIZE:,} bytes, sha256 {imdb.SHA256}); "
       "--archive takes .tar.gz, .tar.xz, .tar or the unpacked folder"
     ) from error
-  except _DAMAGE as error:
+  except DAMAGE as error:
     reason = " ".join(str(error).split())
     raise DataError(f"{path} is damaged, incomplete or unsafe: {reason}; {_REMEDY}") from error
   except OSError as error:
@@ -172,7 +172,7 @@ def _archive_files(path: Path) -> _Files:
 
   TarFile is not used: it loads extended headers of any size and takes a broken header for the end of the archive.
   """
-  with files.open_regular(Path(os.path.realpath(path))) as file, io.BufferedReader(_Unpacked(file), _PIECE) as stream:
+  with opened(path) as stream:
     for count in itertools.count():
       header = stream.read(_BLOCK)
       if count and not header.strip(b"\0"):
@@ -196,6 +196,13 @@ def _archive_files(path: Path) -> _Files:
     # gzip and xz verify their checksums only at the end of the file, after the end of the tar.
     while stream.read(_PIECE):
       _check_size(stream.tell())
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+  """Open a .gz, .xz or uncompressed file for reading what it contains; reading raises one of `DAMAGE`."""
+  with files.open_regular(Path(os.path.realpath(path))) as file, io.BufferedReader(_Unpacked(file), _PIECE) as stream:
+    yield stream
 
 
 class _Unpacked(io.RawIOBase):

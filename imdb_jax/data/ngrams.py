@@ -17,6 +17,8 @@ SIZE = 2**17
 _C = 0.3
 # L-BFGS gains nothing on held-out reviews after this many steps.
 _NUM_STEPS = 30
+# Of more classes, the weights would fill the memory.
+MAX_CLASSES = 100
 # Reviews at a time, to save memory.
 _CHUNK = 1000
 
@@ -51,17 +53,22 @@ def find(listed: Any, keys: Any) -> tuple[Any, Any]:
   return place, listed[place] == keys
 
 
-def fit(tokens: np.ndarray, labels: np.ndarray, n: int) -> dict[str, np.ndarray]:
+def fit(
+  tokens: np.ndarray, labels: np.ndarray, n: int, num_classes: int = 2, loss_weights: np.ndarray | float = 1.0
+) -> dict[str, np.ndarray]:
   """Fit the model to training reviews.
 
   Args:
     tokens: int[r, t], padded at the front with 0.
-    labels: int[r], 0 or 1.
+    labels: int[r], below `num_classes`.
     n: number of words of the longest n-grams.
+    num_classes: k. For more than two classes, there is one model per class, which tells it from all others.
+    loss_weights: f[r], weights of the losses.
 
   Returns:
-    keys u32[SIZE], in ascending order, after 0s if the reviews have fewer n-grams; weights f32[SIZE]; bias f32[].
-    The logit of a review is the bias plus the weights of its n-grams, each counted once.
+    keys u32[SIZE], in ascending order, after 0s if the reviews have fewer n-grams; weights f32[SIZE] or, for more than
+    two classes, f32[SIZE, k]; bias f32[] or f32[k]. The logit of a review is the bias plus the weights of its n-grams,
+    each counted once.
   """
   chunks = [keys_of(tokens[start : start + _CHUNK], n) for start in range(0, len(tokens), _CHUNK)]
   chunks = [(keys[keys > 0], np.count_nonzero(keys, axis=1)) for keys in chunks]
@@ -71,23 +78,32 @@ def fit(tokens: np.ndarray, labels: np.ndarray, n: int) -> dict[str, np.ndarray]
   place, is_listed = find(listed, keys)
   rows = np.repeat(np.arange(len(tokens)), sizes)[is_listed]
   features = sparse.csr_matrix((np.ones(len(rows)), (rows, place[is_listed])), shape=(len(tokens), len(listed)))
+  if num_classes == 2:
+    weights, bias = _fit_one(features, labels == 1, loss_weights)
+  else:
+    models = [_fit_one(features, labels == label, loss_weights) for label in range(num_classes)]
+    weights, bias = np.stack([each for each, _ in models], axis=1), np.stack([each for _, each in models])
+  unused = SIZE - len(listed), 0
+  return {
+    "keys": np.pad(listed, unused),
+    "weights": np.pad(weights, (unused, *[(0, 0)] * (weights.ndim - 1))),
+    "bias": bias,
+  }
 
-  positive, negative = (1 + features.T @ (labels == label) for label in (1, 0))
+
+def _fit_one(features: sparse.csr_matrix, is_positive: np.ndarray, loss_weights: np.ndarray | float) -> tuple[Any, Any]:
+  """Fit the model that tells positive reviews from others; return weights f32[listed] and bias f32[]."""
+  positive, negative = (1 + features.T @ (is_positive == wanted) for wanted in (True, False))
   ratios = np.log(positive / positive.sum()) - np.log(negative / negative.sum())
-  signs = 2.0 * labels - 1
+  signs = 2.0 * is_positive - 1
 
   def loss_and_slopes(parameters: np.ndarray) -> tuple[float, np.ndarray]:
     weights, bias = parameters[:-1], parameters[-1]
     margins = signs * (features @ (ratios * weights) + bias)
-    slopes = -_C * signs * special.expit(-margins)
-    loss = -_C * special.log_expit(margins).sum() + weights @ weights / 2
+    slopes = -_C * loss_weights * signs * special.expit(-margins)
+    loss = -_C * (loss_weights * special.log_expit(margins)).sum() + weights @ weights / 2
     return loss, np.append(ratios * (features.T @ slopes) + weights, slopes.sum())
 
-  start, options = np.zeros(len(listed) + 1), {"maxiter": _NUM_STEPS}
+  start, options = np.zeros(len(ratios) + 1), {"maxiter": _NUM_STEPS}
   parameters = optimize.minimize(loss_and_slopes, start, jac=True, method="L-BFGS-B", options=options).x
-  weights, unused = (ratios * parameters[:-1]).astype(np.float32), (SIZE - len(listed), 0)
-  return {
-    "keys": np.pad(listed, unused),
-    "weights": np.pad(weights, unused),
-    "bias": np.array(parameters[-1], np.float32),
-  }
+  return (ratios * parameters[:-1]).astype(np.float32), np.array(parameters[-1], np.float32)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -18,21 +19,24 @@ class Reviews:
 
   Attributes:
     texts: n reviews.
-    labels: int32[n]; 0 negative, 1 positive, -1 unlabelled.
+    labels: int32[n], places in `classes`; -1 unlabelled.
     groups: int32[n], or None if unknown. A held-out part shares no group with the rest. In IMDB, a group is a film.
+      Those of own texts are hashes, uint64[n].
+    classes: names of the labels 0, 1, ...
   """
 
   texts: tuple[str, ...]
   labels: np.ndarray
   groups: np.ndarray | None = None
+  classes: tuple[str, ...] = CLASSES
 
   def __len__(self) -> int:
     return len(self.texts)
 
   @functools.cached_property
   def digest(self) -> str:
-    """SHA-256 of texts and labels in order, in hex."""
-    digest = hashlib.sha256()
+    """SHA-256 of texts, labels and names of the labels in order, in hex."""
+    digest = hashlib.sha256(named(self.classes))
     for text, label in zip(self.texts, self.labels, strict=True):
       encoded = text.encode("utf-8", "surrogatepass")
       digest.update(f"{label} {len(encoded)}\n".encode() + encoded)
@@ -47,10 +51,21 @@ class Reviews:
     """Return the reviews at `rows`, in that order."""
     rows = np.asarray(list(rows), np.int64)
     groups = None if self.groups is None else self.groups[rows]
-    return Reviews(texts=tuple(self.texts[row] for row in rows), labels=self.labels[rows], groups=groups)
+    texts = tuple(self.texts[row] for row in rows)
+    return dataclasses.replace(self, texts=texts, labels=self.labels[rows], groups=groups)
 
 
-def canonical(texts: Sequence[str], labels: Sequence[int], groups: Sequence[int] | None = None) -> Reviews:
+def named(classes: Sequence[str]) -> bytes:
+  """Return bytes that identify the names of the labels; none for those of IMDB, whose digests are published."""
+  return b"" if tuple(classes) == CLASSES else json.dumps(list(classes)).encode()
+
+
+def canonical(
+  texts: Sequence[str],
+  labels: Sequence[int],
+  groups: Sequence[int] | np.ndarray | None = None,
+  classes: tuple[str, ...] = CLASSES,
+) -> Reviews:
   """Sort reviews by the SHA-256 of their text, then by label and group.
 
   Every copy of a corpus (official archive, repacked archive, folder, record store) thus gives the same vocabulary, ids
@@ -58,8 +73,8 @@ def canonical(texts: Sequence[str], labels: Sequence[int], groups: Sequence[int]
   """
   digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
   order = sorted(range(len(texts)), key=lambda i: (digests[i], labels[i], 0 if groups is None else groups[i]))
-  array = None if groups is None else np.asarray(groups, np.int32)
-  return Reviews(texts=tuple(texts), labels=np.asarray(labels, np.int32), groups=array).take(order)
+  array = groups if groups is None or isinstance(groups, np.ndarray) else np.asarray(groups, np.int32)
+  return Reviews(texts=tuple(texts), labels=np.asarray(labels, np.int32), groups=array, classes=classes).take(order)
 
 
 def content(splits: Mapping[str, Reviews]) -> str:

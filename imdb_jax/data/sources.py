@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
-from imdb_jax.config import DataConfig
+from imdb_jax.config import NAMED_SOURCES, DataConfig
 from imdb_jax.data import archive as archive_reader
-from imdb_jax.data import imdb, sample
+from imdb_jax.data import imdb, sample, splits, tables
 from imdb_jax.data.download import download
 from imdb_jax.data.reviews import Reviews
+from imdb_jax.errors import DataError, UsageError
 from imdb_jax.store import files
 
 # Folder of the record store below a root of tfds stores.
@@ -36,14 +38,23 @@ class Source:
   load: Callable[[Callable[[str], None]], dict[str, Reviews]]
 
 
-def find(config: DataConfig, archive: Path | None, cache_dir: Path) -> Source:
+def find(
+  config: DataConfig, archive: Path | None, cache_dir: Path, given: Mapping[str, Sequence[Any]] | None = None
+) -> Source:
   """Return the source that the settings select, without reading it.
 
   Args:
     config: names the data.
     archive: local archive or folder of the IMDB reviews; None for the official ones.
     cache_dir: folder for downloaded and prepared reviews.
+    given: texts and labels from Python, by "train" and "test".
+
+  Raises:
+    DataError: the settings are those of a run on texts from Python, but none are given.
+    UsageError: there are test texts, but no training texts of the same kind.
   """
+  if config.test_data is not None and config.source in NAMED_SOURCES:
+    raise UsageError(f"--test-data {config.test_data}: requires texts of your own, not --data {config.source}.")
   if config.source == "sample":
     return Source(name="the embedded sample", content=None, fingerprint=lambda: None, load=lambda report: sample.load())
   if archive is not None:
@@ -53,6 +64,18 @@ def find(config: DataConfig, archive: Path | None, cache_dir: Path) -> Source:
       fingerprint=lambda: archive_reader.fingerprint(archive),
       load=lambda report: archive_reader.read_archive(archive),
     )
+  if config.source == "python":
+    if given is None:
+      raise DataError("The run was trained on texts given from Python: name texts to evaluate, as by --data FILE.")
+    return Source(
+      name="the given texts",
+      content=None,
+      fingerprint=lambda: None,
+      load=lambda report: splits.split({name: tables.from_python(given, name, report) for name in given}, report),
+    )
+  if config.source != "imdb":
+    fingerprint = functools.partial(_fingerprint, config)
+    return Source(name=config.source, content=None, fingerprint=fingerprint, load=functools.partial(_load_own, config))
   return Source(
     name="the prepared store, or the download",
     content=imdb.CONTENT,
@@ -60,6 +83,23 @@ def find(config: DataConfig, archive: Path | None, cache_dir: Path) -> Source:
     fingerprint=lambda: imdb.CONTENT,
     load=functools.partial(_load_official, cache_dir),
   )
+
+
+def _paths(config: DataConfig) -> dict[str, Path]:
+  paths = {"train": config.source, "test": config.test_data}
+  return {name: Path(path) for name, path in paths.items() if path is not None}
+
+
+def _fingerprint(config: DataConfig) -> str:
+  return " ".join(map(tables.fingerprint, _paths(config).values()))
+
+
+def _load_own(config: DataConfig, report: Callable[[str], None]) -> dict[str, Reviews]:
+  before = _fingerprint(config)
+  rows = {name: tables.read(path, config, report) for name, path in _paths(config).items()}
+  if _fingerprint(config) != before:
+    raise DataError(f"{config.source}: has changed while it was read; wait until it is complete.")
+  return splits.split(rows, report)
 
 
 def _load_official(cache_dir: Path, report: Callable[[str], None]) -> dict[str, Reviews]:

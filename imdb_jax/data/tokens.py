@@ -17,17 +17,18 @@ import filelock
 import numpy as np
 
 from imdb_jax.config import DataConfig
-from imdb_jax.data import batches
-from imdb_jax.data.reviews import NEGATIVE, POSITIVE, Reviews, content
+from imdb_jax.data import batches, tables
+from imdb_jax.data.reviews import CLASSES, Reviews, content, named
 from imdb_jax.data.sources import Source
+from imdb_jax.data.splits import numbered
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import DataError, UsageError, first_line
 from imdb_jax.store import files
 
 # Version of the cache. It is part of the names of the entries, so entries of other versions are ignored.
-_FORMAT = 4
-# The official splits have as many. Entries of more are made again each time.
-_MAX_ROWS = 25_000
+_FORMAT = 5
+# Of the tokens of a split. Larger entries are made again each time.
+_MAX_BYTES = 2**30
 _HOLD_OUT_SEED = 0
 _SPLITS = ("train", "validation", "test")
 _FIELDS = ("tokens", "lengths", "labels")
@@ -40,7 +41,7 @@ class TokenSplit:
   Attributes:
     tokens: int16[n, t] (int32 for a large vocabulary), padded at the front with 0.
     lengths: int32[n], real positions.
-    labels: int32[n], 0 or 1.
+    labels: int32[n], places in the classes.
   """
 
   tokens: np.ndarray
@@ -60,17 +61,28 @@ class TokenSplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenData:
-  """Everything that training and evaluation read. Unless a part is held out, `validation` is `test`."""
+  """Everything that training and evaluation read. Unless a part is held out, `validation` is `test`.
+
+  Attributes:
+    classes: names of the labels 0, 1, ...
+  """
 
   train: TokenSplit
   validation: TokenSplit
   test: TokenSplit
   vocabulary: Vocabulary
+  classes: tuple[str, ...] = CLASSES
 
   @classmethod
-  def of(cls, splits: dict[str, TokenSplit], vocabulary: Vocabulary) -> "TokenData":
+  def of(cls, splits: dict[str, TokenSplit], vocabulary: Vocabulary, classes: tuple[str, ...]) -> "TokenData":
     """Create token data; the test split also serves as a missing validation split."""
-    return cls(**{"validation": splits["test"]} | splits, vocabulary=vocabulary)
+    return cls(**{"validation": splits["test"]} | splits, vocabulary=vocabulary, classes=classes)
+
+  @property
+  def summary(self) -> str:
+    """The numbers of rows and classes, for a person."""
+    rows = f"{len(self.train):,} train, {len(self.validation):,} validation, {len(self.test):,} test"
+    return f"{rows}, {len(self.classes):,} classes"
 
   def arrays(self) -> dict[str, np.ndarray]:
     """Return all arrays by their names, such as "train.tokens"."""
@@ -79,7 +91,7 @@ class TokenData:
   @functools.cached_property
   def digest(self) -> str:
     """SHA-256 of arrays and vocabulary, in hex. It depends on reviews and settings, not on where they come from."""
-    digest = hashlib.sha256(self.vocabulary.json.encode())
+    digest = hashlib.sha256(self.vocabulary.json.encode() + named(self.classes))
     for name, array in self.arrays().items():
       digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
       digest.update(np.ascontiguousarray(array).data)
@@ -97,6 +109,10 @@ def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
       "--validation split requires the film of each review, which this source does not have: "
       "use --archive with the official archive."
     )
+  if reviews.groups.dtype == np.uint64:
+    # Hashes. Their higher bits have decided what is for testing.
+    is_held = reviews.groups % np.uint64(2**32) < np.uint64(fraction * 2**32)
+    return reviews.take(np.flatnonzero(~is_held)), reviews.take(np.flatnonzero(is_held))
   groups, counts = np.unique(reviews.groups, return_counts=True)
   order = batches.shuffled(len(groups), seed=_HOLD_OUT_SEED, epoch=0)
   num_held = int(np.searchsorted(np.cumsum(counts[order]), fraction * len(reviews))) + 1
@@ -125,11 +141,20 @@ def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
   splits = split(config, reviews)
   texts = splits["train"].texts
   vocabulary = Vocabulary.fit(texts, size=config.vocabulary_size, strip_html=config.strip_html)
-  encoded = {}
-  for name, each in splits.items():
-    tokens, lengths = vocabulary.encode(each.texts, config.sequence_length)
-    encoded[name] = TokenSplit(tokens=tokens, lengths=lengths, labels=each.labels)
-  return TokenData.of(encoded, vocabulary)
+  encoded = {name: _encode(each, vocabulary, config) for name, each in splits.items()}
+  return TokenData.of(encoded, vocabulary, splits["train"].classes)
+
+
+def read(
+  path: Path, config: DataConfig, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]
+) -> TokenSplit:
+  """Return the encoded texts of a labelled file or folder; raise DataError as `tables.read`, or for another class."""
+  return _encode(numbered(tables.read(path, config, report), classes), vocabulary, config)
+
+
+def _encode(reviews: Reviews, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:
+  tokens, lengths = vocabulary.encode(reviews.texts, config.sequence_length)
+  return TokenSplit(tokens=tokens, lengths=lengths, labels=reviews.labels)
 
 
 def load(
@@ -214,7 +239,8 @@ def _write(entry: Path, data: TokenData, facts: dict[str, Any]) -> None:
         getattr(split, field).tofile(file)
     files.write(unfinished / "vocab.json", data.vocabulary.json)
     rows = {name: len(split) for name, split in splits.items()}
-    files.write_json(unfinished / "manifest.json", facts | {"rows": rows, "digest": data.digest})
+    facts |= {"rows": rows, "classes": data.classes, "digest": data.digest}
+    files.write_json(unfinished / "manifest.json", facts)
     files.remove(entry)
     unfinished.replace(entry)
 
@@ -242,16 +268,21 @@ def _read(entry: Path, config: DataConfig) -> TokenData:
   with files.open_regular(entry / "arrays") as file:
     names = [name for name in _SPLITS if name in manifest["rows"]]
     splits = {name: _read_split(file, manifest["rows"][name], vocabulary, config) for name in names}
+    classes = tuple(manifest["classes"])
     if file.read(1):
       raise ValueError("the arrays are too long")
-  data = TokenData.of(splits, vocabulary)
+    if any(not 0 <= label < len(classes) for split in splits.values() for label in np.unique(split.labels)):
+      raise ValueError("a label is not a class")
+  data = TokenData.of(splits, vocabulary, classes)
   if data.digest != manifest["digest"]:
     raise ValueError("the content does not match the manifest")
   return data
 
 
 def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:
-  if type(rows) is not int or not 0 < rows <= _MAX_ROWS:
+  # Before memory is allocated. A sparse file may claim any size.
+  size = rows * config.sequence_length * np.dtype(vocabulary.dtype).itemsize if type(rows) is int else 0
+  if not 0 < size <= min(_MAX_BYTES, os.fstat(file.fileno()).st_size):
     raise ValueError("an impossible number of reviews")
 
   def read(dtype: type[np.signedinteger], *shape: int) -> np.ndarray:
@@ -267,6 +298,4 @@ def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary, config: Data
     raise ValueError("a token is not an id")
   if not np.array_equal(split.lengths, np.count_nonzero(split.tokens, axis=1)):
     raise ValueError("a length is wrong")
-  if not np.isin(split.labels, (NEGATIVE, POSITIVE)).all():
-    raise ValueError("a label is neither 0 nor 1")
   return split

@@ -2,6 +2,7 @@
 
 config.json      all settings that define the result
 vocab.json       the vocabulary
+classes.json     names of the classes, in the order of their labels; absent in runs on IMDB
 provenance.json  digests of data and vocabulary; step, versions and devices of each start of the trainer
 metrics.jsonl    one line every few steps and one per epoch, see `imdb_jax.store.metrics_log`
 history.csv, history.png, report.md
@@ -23,6 +24,7 @@ from typing import Any
 import filelock
 
 from imdb_jax.config import Config, RuntimeConfig, differing_fields
+from imdb_jax.data.reviews import CLASSES
 from imdb_jax.errors import DataError, UsageError
 from imdb_jax.store import files
 
@@ -33,7 +35,8 @@ _LOCK = "lock"
 # What a trainer writes in place. Its other files are written under another name and renamed.
 _WRITTEN_IN_PLACE = (_LOCK, "metrics.jsonl")
 # config.json is written last: a folder that holds only these is a new run whose creation was interrupted.
-_BEFORE_CONFIG = {_LOCK, "vocab.json", "vocab.json.new", "provenance.json", "provenance.json.new", "config.json.new"}
+_JSON = ("vocab.json", "classes.json", "provenance.json")
+_BEFORE_CONFIG = {_LOCK, *_JSON, *(f"{name}.new" for name in _JSON), "config.json.new"}
 
 # Files that a trainer holds open, by path.
 Held = dict[Path, os.stat_result]
@@ -138,19 +141,34 @@ def exists(config: Config) -> bool:
   return True
 
 
-def create(config: Config, vocabulary: str, data_digest: str) -> None:
-  """Write the files of a new run; `vocabulary` is JSON."""
+def create(
+  config: Config, vocabulary: str, data_digest: str, summary: str = "", classes: tuple[str, ...] = CLASSES
+) -> None:
+  """Write the files of a new run; `vocabulary` is JSON, and `summary` describes the data for a person."""
   run_dir = config.run_dir
   try:
     files.write(run_dir / "vocab.json", vocabulary)
     digests = {"data_digest": data_digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
-    files.write_json(run_dir / "provenance.json", {**digests, "starts": []})
+    if classes != CLASSES:
+      files.write_json(run_dir / "classes.json", classes)
+    files.write_json(run_dir / "provenance.json", {"data": summary, **digests, "starts": []})
     files.write_json(run_dir / "config.json", config.to_dict())
   except OSError as error:
     raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
 
 
-def check(run_dir: Path, *, data_digest: str | None = None, precision: str | None = None) -> None:
+def load_classes(run_dir: Path) -> tuple[str, ...]:
+  """Return the names of a run's classes."""
+  path = run_dir / "classes.json"
+  if not path.exists():
+    return CLASSES
+  value = read_json(path)
+  if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < 2:
+    raise UsageError(f"{path}: must be a list of names.")
+  return tuple(value)
+
+
+def check(run_dir: Path, *, data_digest: str | None = None, summary: str = "", precision: str | None = None) -> None:
   """Check that the vocabulary of a run is unchanged, and that it was trained on these data and in this precision.
 
   Raises:
@@ -164,7 +182,12 @@ def check(run_dir: Path, *, data_digest: str | None = None, precision: str | Non
   if vocabulary_sha256 != provenance["vocabulary_sha256"]:
     raise UsageError(f"{run_dir / 'vocab.json'}: not the vocabulary that this run was trained with.")
   if data_digest not in (None, provenance["data_digest"]):
-    raise DataError(f"{run_dir}: these are not the reviews that the run was trained on. See --archive.")
+    before, change = provenance.get("data") or summary, "texts or labels are others"
+    if before != summary:
+      change = f"they were {before}, and are {summary} now"
+    raise DataError(
+      f"{run_dir}: these are not the reviews that the run was trained on: {change}. See --data, --archive."
+    )
   before = provenance["starts"][-1].get("precision") if provenance["starts"] else precision
   if precision not in (None, before):
     raise UsageError(

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ class FitResult:
     return report.best_epoch(self.history)
 
 
-def fit(config: Config) -> FitResult:
+def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitResult:
   """Train or resume the run that a config describes.
+
+  Args:
+    config: settings of the run.
+    data: texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
+      pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing.
 
   On a CPU it makes glibc keep freed memory from then on, for the whole process; see `devices.keep_freed_memory`, and
   `devices.start` for the other settings of JAX that it changes.
@@ -68,6 +74,8 @@ def fit(config: Config) -> FitResult:
     PlatformError: the platform or devices are missing, or another process failed.
     Interrupted: a signal arrived; the state has been saved.
   """
+  if data is not None:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="python", test_data=None))
   devices.keep_freed_memory(config.runtime)
   mesh = devices.start(config.runtime, config.training.batch_size)
   is_first = jax.process_index() == 0
@@ -79,31 +87,33 @@ def fit(config: Config) -> FitResult:
       held = stack.enter_context(run_directory.opened(config)) if is_first else None
       is_resumed = is_first and run_directory.exists(config)
     with processes.together():
-      source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir)
-      data = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir, report=console.line)
-      num_steps = config.training.epochs * batches.num_batches(len(data.train), config.training.batch_size)
-      program = Program(config, mesh, num_steps)
+      source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir, data)
+      loaded = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir, report=console.line)
+      num_steps = config.training.epochs * batches.num_batches(len(loaded.train), config.training.batch_size)
+      program = Program(config, mesh, num_steps, loaded.classes)
     processes.require_equal(_shared_settings(program))
     with processes.together():
       if is_first and not is_resumed:
-        run_directory.create(config, data.vocabulary.json, data.digest)
+        run_directory.create(config, loaded.vocabulary.json, loaded.digest, loaded.summary, loaded.classes)
     with processes.together():
       # Each process has its own view of the folder and of the reviews.
       if not is_first and not run_directory.exists(config):
         raise UsageError(f"--run-dir {config.run_dir}: not the folder in which process 0 has created the run.")
-      run_directory.check(config.run_dir, data_digest=data.digest, precision=program.precision)
+      run_directory.check(
+        config.run_dir, data_digest=loaded.digest, summary=loaded.summary, precision=program.precision
+      )
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.enter_context(contextlib.closing(checkpoints))
-    saved, state = _restore(program, checkpoints, data, console)
-    report.show_header(program, data, saved.step, console)
+    saved, state = _restore(program, checkpoints, loaded, console)
+    report.show_header(program, loaded, saved.step, console)
     try:
       if is_first:
         run_directory.record_start(config.run_dir, report.start_facts(program, saved.step))
       with contextlib.closing(_open_log(config, saved, num_steps, held)) as log:
         recorder = Recorder(config, console, log, saved.progress)
         stack.callback(console.end_epoch)
-        return _Trainer(program, data, checkpoints, recorder, stop).run(saved, state)
+        return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
     except OSError as error:
       raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. Saved steps were not touched.") from error
 
@@ -126,13 +136,14 @@ def _restore(
   if not checkpoints.is_empty():
     return checkpoints.restore_latest()
   started = time.perf_counter()
-  fitted = _fitted(program.config, data, console)
+  fitted = _fitted(program, data, console)
   # The first epoch's time includes this.
   return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(fitted)
 
 
-def _fitted(config: Config, data: tokens.TokenData, console: Console) -> dict[str, Any]:
+def _fitted(program: Program, data: tokens.TokenData, console: Console) -> dict[str, Any]:
   """Return the parameters that are computed before the first step, by layer."""
+  config = program.config
   model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
   if model.embedding == "svd":
     console.line("Computing word vectors")
@@ -146,7 +157,8 @@ def _fitted(config: Config, data: tokens.TokenData, console: Console) -> dict[st
     console.line(f"The file has {np.count_nonzero(vectors.any(axis=1)):,} of {len(data.vocabulary.words):,} words")
   if model.ngrams:
     console.line("Fitting the linear model of n-grams")
-    fitted["ngrams"] = ngrams.fit(train.tokens, train.labels, model.ngrams)
+    loss_weights = program.task.balanced(train.labels) if config.training.class_weights == "balanced" else 1.0
+    fitted["ngrams"] = ngrams.fit(train.tokens, train.labels, model.ngrams, len(data.classes), loss_weights)
   return fitted
 
 

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from imdb_jax import plots
-from imdb_jax.config import Config
+from imdb_jax.config import NAMED_SOURCES, Config
 from imdb_jax.data import batches
+from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokens import TokenData
+from imdb_jax.errors import printable
 from imdb_jax.program import Program
 from imdb_jax.store import files, metrics_log
 from imdb_jax.store.metrics_log import METRICS, Line
@@ -41,6 +44,7 @@ def show_header(program: Program, data: TokenData, step: int, console: Console) 
   limited = f" of {num_available}" if program.mesh.size < num_available else ""
   num_parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().params)) // len(seeds)
   num_steps = batches.num_batches(len(data.train), config.training.batch_size)
+  own = {} if data.classes == CLASSES and config.data.source in NAMED_SOURCES else _describe(config, data)
   console.header(
     {
       "Preset": config.preset,
@@ -49,11 +53,23 @@ def show_header(program: Program, data: TokenData, step: int, console: Console) 
       "Recurrence": f"{program.choice.name} ({program.choice.reason})",
       "Precision": f"matrix products in {program.precision}",
       "Parameters": f"{num_parameters:,}",
+      **own,
       "Examples": f"{len(data.train):,} train, {len(data.validation):,} validation ({config.data.validation})",
       "Steps": f"{num_steps:,} per epoch, {config.training.epochs} epoch(s)",
       "Run": f"{config.run_dir} ({f'resumed at step {step:,}' if step else 'new'})",
     }
   )
+
+
+def _describe(config: Config, data: TokenData) -> dict[str, str]:
+  """Return rows of the header about own texts: the classes, and how the test texts were chosen."""
+  counts = np.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+  shown = [f"{printable(name)} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
+  more = f" and {len(shown) - 10:,} more" if len(shown) > 10 else ""
+  group = config.data.group_column
+  how = f"the hash of column {group!r}" if group else "the hash of the text"
+  chosen = config.data.test_data or f"{len(data.test):,}, by {how}"
+  return {"Texts": config.data.source, "Classes": ", ".join(shown[:10]) + more, "Test texts": printable(chosen)}
 
 
 def epoch_line(line: Line, num_epochs: int) -> str:

@@ -128,6 +128,7 @@ def test_manifest_tells_what_made_the_entry(corpus, cache_dir):
     "settings": dataclasses.asdict(CONFIG),
     "content": corpus.content,
     "rows": {"train": 12, "test": 6},
+    "classes": ["negative", "positive"],
     "digest": data.digest,
   }
 

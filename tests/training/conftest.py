@@ -22,15 +22,15 @@ def programs() -> dict:
 def shared_programs(programs):
   """Let runs that differ only in their folder, their saves, their output or their seed share compiled programs."""
 
-  def shared(config, mesh, num_steps):
+  def shared(config, mesh, num_steps, classes):
     runtime = RuntimeConfig(
       **{name: getattr(config.runtime, name) for name in ("implementation", "steps_per_dispatch")}, cache_dir="."
     )
     # The first seed is an argument of the programs.
     training = dataclasses.replace(config.training, seed=0)
-    key = dataclasses.replace(config, runtime=runtime, training=training), mesh, num_steps
+    key = dataclasses.replace(config, runtime=runtime, training=training), mesh, num_steps, classes
     if key not in programs:
-      programs[key] = Program(config, mesh, num_steps)
+      programs[key] = Program(config, mesh, num_steps, classes)
     program = copy.copy(programs[key])
     program.config = config
     return program

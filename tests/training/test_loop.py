@@ -21,7 +21,7 @@ from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program
 from imdb_jax.store.checkpoints import Checkpoints
-from imdb_jax.task import Sentiment
+from imdb_jax.task import Classification
 from imdb_jax.training.metrics import Recorder
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -115,14 +115,14 @@ def test_metrics_are_means_over_all_reviews_since_the_last_line(tmp_path):
 
 
 def test_compilation_is_not_part_of_an_epoch(tmp_path, monkeypatch):
-  sums = Sentiment.sums
+  sums = Classification.sums
 
   def slow(*arguments):
     # Called only while JAX traces the training step.
     time.sleep(1)
     return sums(*arguments)
 
-  monkeypatch.setattr(Sentiment, "sums", slow)
+  monkeypatch.setattr(Classification, "sums", slow)
   # No other test shares a program of seven epochs.
   result = imdb_jax.fit(tiny(tmp_path, epochs=7))
   assert result.compile_seconds > 1
@@ -175,7 +175,7 @@ def test_a_run_is_calibrated_on_held_out_reviews_and_never_on_the_test_reviews(t
   source = sources.find(config.data, None, config.runtime.cache_dir)
   held_out = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir).validation
   logits, labels, temperature = classifier.logits(held_out), held_out.labels, classifier.temperature
-  others = [Sentiment().evaluate(logits, labels, factor * temperature).loss for factor in (0.9, 1.1)]
+  others = [Classification().evaluate(logits, labels, factor * temperature).loss for factor in (0.9, 1.1)]
   assert classifier.evaluate(held_out).loss < min(others)
   uncalibrated = imdb_jax.Classifier.load(tmp_path, calibrate=False)
   assert uncalibrated.temperature == 1

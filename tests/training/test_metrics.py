@@ -8,7 +8,7 @@ from training.tiny import change, tiny
 
 from imdb_jax.errors import CheckpointError, DivergenceError
 from imdb_jax.store.metrics_log import METRICS, MetricsLog
-from imdb_jax.task import Evaluation, Sentiment
+from imdb_jax.task import Classification, Evaluation
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
 
@@ -62,7 +62,7 @@ class Run:
   def evaluation(self) -> Evaluation:
     # The first seed is wrong about half of the reviews, the ensemble of both about none.
     logits = np.array([[-1, -1, 1, 1], [-9, 9, -9, 9]], np.float32)[: self.num_seeds, :, None]
-    return Sentiment().evaluate(logits, np.array([0, 1, 0, 1]))
+    return Classification().evaluate(logits, np.array([0, 1, 0, 1]))
 
 
 @pytest.fixture

@@ -1,0 +1,297 @@
+"""Labelled texts of one's own: CSV and JSON Lines files, also packed as .gz or .xz, and folders with one per label.
+
+The files may be damaged or hostile: they are read as a stream, and everything that takes memory or time has a limit.
+Texts and labels are kept as written: 1, 1.0 and 01 are three labels.
+"""
+
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from imdb_jax.config import DataConfig
+from imdb_jax.data import archive
+from imdb_jax.errors import DataError, first_line, printable
+from imdb_jax.store import files
+
+# Of a file or folder, unpacked; of one row in bytes, and of a text and a label in characters.
+MAX_BYTES, MAX_ROW_BYTES, MAX_TEXT, MAX_LABEL = 2**29, 2**23, 2**20, 200
+MAX_ROWS, MAX_CLASSES = 1_000_000, 1_000
+_DELIMITERS = ",;\t|"
+_FORMATS = (
+  ".csv, .tsv, .txt, .jsonl or .ndjson, also with .gz or .xz, or a folder with one sub-folder of .txt per label"
+)
+
+Report = Callable[[str], None]
+
+
+class Row(NamedTuple):
+  """A labelled text. `place` tells people where it is; the group and the id are empty if there is none."""
+
+  place: str
+  text: str
+  label: str
+  group: str = ""
+  id: str = ""
+
+
+class _Lines:
+  """The decoded lines of a stream, with their numbers.
+
+  Attributes:
+    start: number of the first line of the current row, which a quoted line break continues.
+  """
+
+  def __init__(self, stream: Any):
+    self.start, self._number, self._row_bytes, self._total = 1, 0, 0, 0
+    self._stream = stream
+
+  def __iter__(self) -> Iterator[str]:
+    return self
+
+  def __next__(self) -> str:
+    line = self._stream.readline(MAX_ROW_BYTES + 1)
+    if not line:
+      raise StopIteration
+    self._number += 1
+    self._row_bytes += len(line)
+    self._total += len(line)
+    if self._row_bytes > MAX_ROW_BYTES:
+      raise ValueError(f"line {self.start:,}: a row has more than {MAX_ROW_BYTES:,} bytes; is a quote missing?")
+    _check_total(self._total)
+    if b"\0" in line:
+      raise ValueError(f"line {self._number:,}: holds a NUL byte; save the file as UTF-8")
+    try:
+      return line.decode("utf-8-sig" if self._number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+      problem = f"byte {error.start + 1:,} (0x{line[error.start]:02x}) is not UTF-8"
+      raise ValueError(f"line {self._number:,}: {problem}; save the file as UTF-8") from error
+
+  def begin_row(self) -> None:
+    """Count the next line as the first one of a row."""
+    self.start, self._row_bytes = self._number + 1, 0
+
+
+def _check_total(size: int) -> None:
+  if size > MAX_BYTES:
+    raise ValueError(f"has more than {MAX_BYTES:,} bytes, unpacked")
+
+
+def read(path: Path, config: DataConfig, report: Report) -> list[Row]:
+  """Read labelled texts from a file, whose format follows from its name, or a folder.
+
+  Args:
+    path: the file or folder.
+    config: names the columns.
+    report: called with a line of which rows were left out because their text is empty.
+
+  Raises:
+    DataError: the file is missing, too large or damaged, or a row has no label; names the line and the column.
+  """
+  columns = [config.text_column, config.label_column, config.group_column or "", "id"]
+  previous = csv.field_size_limit(MAX_TEXT)
+  try:
+    with _clear_errors(path), contextlib.closing(_rows(path, columns)) as rows:
+      return _checked(rows, columns, lambda line: report(f"{path}: {line}"))
+  finally:
+    csv.field_size_limit(previous)
+
+
+def from_python(given: Mapping[str, Sequence[Any]], name: str, report: Report) -> list[Row]:
+  """Return rows of the texts, labels and perhaps groups of a split: lists, or columns of NumPy, pandas or Arrow.
+
+  Raises:
+    DataError: the columns differ in length, or a label is missing, or a text is not a text.
+  """
+  columns, path = [], Path(f"data[{name!r}]")
+  for column in given[name]:
+    # Arrow's columns have the first method, those of NumPy and pandas the second.
+    convert = getattr(column, "to_pylist", None) or getattr(column, "tolist", None)
+    columns.append(list(column) if convert is None else convert())
+  with _clear_errors(path):
+    if len(columns) not in (2, 3) or len({*map(len, columns)}) != 1:
+      raise ValueError("must be texts and labels, and groups if wanted, of the same length")
+    if odd := [number for number, text in enumerate(columns[0]) if not isinstance(text, str)]:
+      raise ValueError(f"row {odd[0]:,}: the text must be a str, not {type(columns[0][odd[0]]).__name__}")
+    # NaN differs from itself.
+    strings = [["" if value is None or value != value else str(value) for value in column] for column in columns]
+    rows = (Row(f"row {number:,}", *values) for number, values in enumerate(zip(*strings, strict=True)))
+    return _checked(rows, Row._fields[1:], lambda line: report(f"{path}: {line}"))
+
+
+def _checked(rows: Iterable[Row], columns: Sequence[str], report: Report) -> list[Row]:
+  """Return the rows that have a text, and report the others; raise ValueError if a row is not as it should be."""
+  found, skipped, ids, labels = [], [], {}, set()
+  for row in rows:
+    for column, value, limit in zip(columns, row[1:], (MAX_TEXT, MAX_LABEL, MAX_TEXT, MAX_TEXT), strict=True):
+      if len(value) > limit:
+        raise ValueError(f"{row.place}, column {column!r}: has {len(value):,} characters, at most {limit:,} may be")
+      if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{row.place}, column {column!r}: holds half of a surrogate pair")
+    if not row.label.strip():
+      raise ValueError(f"{row.place}, column {columns[1]!r}: the label is empty")
+    if row.id and (first := ids.setdefault(row.id, row.place)) != row.place:
+      raise ValueError(f"{row.place}, column {columns[3]!r}: {row.id!r:.80} occurs twice, first in {first}")
+    labels.add(row.label)
+    if len(labels) > MAX_CLASSES:
+      raise ValueError(f"{row.place}, column {columns[1]!r}: more than {MAX_CLASSES:,} different labels")
+    (found if row.text.strip() else skipped).append(row)
+    if len(found) + len(skipped) > MAX_ROWS:
+      raise ValueError(f"has more than {MAX_ROWS:,} rows")
+  if not found:
+    raise ValueError("has no rows with a text")
+  if skipped:
+    shown = ", ".join(row.place for row in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+    report(f"left out {len(skipped):,} of {len(found) + len(skipped):,} rows, whose text is empty ({printable(shown)})")
+  return found
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+  """Turn every error of a missing, unreadable or damaged file into a DataError of one line."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise DataError(f"{path}: no such file or folder; name {_FORMATS}, or imdb or sample.") from error
+  except OSError as error:
+    raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+  except archive.DAMAGE as error:
+    raise DataError(f"{path}: {first_line(error)}.") from error
+
+
+def fingerprint(path: Path) -> str:
+  """Return a SHA-256 in hex: of a file's bytes, or of the names, sizes and times of a folder's texts.
+
+  Raises:
+    DataError: the file or folder is missing or unreadable.
+  """
+  with _clear_errors(path):
+    if not path.is_dir():
+      _check_total(path.stat().st_size)
+      return files.sha256(Path(os.path.realpath(path)))
+    found = ((entry.path, entry.stat(follow_symlinks=False)) for _, entry in _folder_files(path))
+    lines = (f"{os.path.relpath(name, path)!r} {status.st_size} {status.st_mtime_ns}\n" for name, status in found)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
+  if path.is_dir():
+    return _folder_rows(path, columns)
+  name = path.name.lower().removesuffix(".gz").removesuffix(".xz")
+  suffix = PurePath(name).suffix
+  if suffix in (".jsonl", ".ndjson"):
+    return _json_rows(path, columns)
+  if suffix in (".csv", ".tsv", ".txt"):
+    return _csv_rows(path, columns)
+  raise ValueError(f"the name ends with none of {_FORMATS}")
+
+
+def _missing(columns: Sequence[str], names: Iterable[str]) -> str:
+  """Return the first required column that is not among the names."""
+  return next((column for column in columns[:3] if column and column not in names), "")
+
+
+def _csv_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
+  headers = []
+  for delimiter in _DELIMITERS:
+    with archive.opened(path) as stream:
+      lines = _Lines(stream)
+      reader = csv.reader(lines, delimiter=delimiter, strict=True)
+      try:
+        header = next(reader, [])
+      except csv.Error:
+        header = []
+      headers.append(header)
+      if _missing(columns, header):
+        continue
+      if repeated := [column for column in columns if header.count(column) > 1]:
+        raise ValueError(f"line 1: has two columns {repeated[0]!r}")
+      places = [header.index(column) if column in header else None for column in columns]
+      while True:
+        lines.begin_row()
+        try:
+          values = next(reader, None)
+        except csv.Error as error:
+          raise ValueError(f"line {lines.start:,}: {error}") from error
+        if values is None:
+          return
+        # An empty line.
+        if not values:
+          continue
+        if len(values) != len(header):
+          raise ValueError(f"line {lines.start:,}: has {len(values)} columns, the first line has {len(header)}")
+        yield Row(f"line {lines.start:,}", *("" if place is None else values[place] for place in places))
+  found = max(headers, key=len)
+  raise ValueError(f"line 1: has no column {_missing(columns, found)!r}{_choices(found)}")
+
+
+def _choices(names: Iterable[str]) -> str:
+  names = [f"{name!r:.40}" for name in itertools.islice(names, 10)]
+  return f", only {', '.join(names)}; see --text-column and --label-column" if names else "; is it empty?"
+
+
+def _json_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
+  def written(name: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+      return value or ""
+    if isinstance(value, bool):
+      return str(value).lower()
+    raise ValueError(f"line {lines.start:,}, column {name!r}: is neither a text nor a number")
+
+  with archive.opened(path) as stream:
+    lines = _Lines(stream)
+    for line in lines:
+      if line.strip():
+        try:
+          # Numbers stay as they are written.
+          record = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+        except (ValueError, RecursionError) as error:
+          raise ValueError(f"line {lines.start:,}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+          raise ValueError(f"line {lines.start:,}: not a JSON object")
+        if missing := _missing(columns, record):
+          raise ValueError(f"line {lines.start:,}: has no column {missing!r}{_choices(record)}")
+        yield Row(f"line {lines.start:,}", *(written(name, record.get(name)) for name in columns))
+      lines.begin_row()
+
+
+def _folder_files(path: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+  """Yield label and entry of each text of a folder, by name."""
+  count = itertools.count(1)
+
+  def entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as found:
+      listed = list(itertools.islice(found, MAX_ROWS + 1))
+    if max(len(listed), next(count)) > MAX_ROWS:
+      raise ValueError(f"{folder} has more than {MAX_ROWS:,} files")
+    for entry in listed:
+      if entry.is_symlink():
+        raise ValueError(f"{entry.path!r} is a link, not a file or folder")
+    return sorted(listed, key=lambda entry: entry.name)
+
+  for folder in entries(path):
+    if folder.is_dir():
+      texts = [entry for entry in entries(folder.path) if entry.name.endswith(".txt")]
+      if not texts:
+        raise ValueError(f"{folder.path} has no .txt files; a sub-folder holds the texts of one label")
+      yield from ((folder.name, entry) for entry in texts)
+
+
+def _folder_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
+  if columns[2]:
+    raise ValueError(f"a folder has no column {columns[2]!r}; --group-column requires a file")
+  total = 0
+  for label, entry in _folder_files(path):
+    content = files.read_bytes(Path(entry.path), 4 * MAX_TEXT)
+    total += len(content)
+    _check_total(total)
+    try:
+      yield Row(os.path.relpath(entry.path, path), content.decode("utf-8-sig"), label)
+    except UnicodeDecodeError as error:
+      line = content.count(b"\n", 0, error.start) + 1
+      raise ValueError(f"{entry.path}, line {line:,}: is not UTF-8") from error
