@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import sklearn.metrics
+import sklearn.utils.class_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
@@ -212,3 +213,79 @@ def test_the_interval_of_an_accuracy_is_binomial():
   # Three standard errors of such a quantile of 2,000 draws.
   assert found.accuracy_interval == pytest.approx(stats.binom.ppf((0.025, 0.975), 25_000, 0.92) / 25_000, abs=3e-4)
   assert evaluate(np.ones(3), np.ones(3)).accuracy_interval == [1, 1]
+
+
+class TestThreeClasses:
+  NAMES = ("a", "b", "c")
+  TASK = Classification(NAMES)
+
+  def make(self, seeds: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(5)
+    labels = rng.choice(3, 300, p=[0.6, 0.3, 0.1]).astype(np.int32)
+    return (2 * rng.standard_normal((seeds, 300, 3)) + np.eye(3)[labels]).astype(np.float32), labels
+
+  def test_metrics_are_those_of_sklearn(self):
+    logits, labels = self.make()
+    result = self.TASK.evaluate(logits, labels, temperature=2.0)
+    for found, x in zip((result, *result.seeds), (None, *logits), strict=True):
+      probabilities = special.softmax(logits.astype(np.float64), axis=2).mean(axis=0)
+      probabilities = probabilities**0.5 / (probabilities**0.5).sum(axis=1, keepdims=True)
+      if x is not None:
+        probabilities = special.softmax(x.astype(np.float64), axis=1)
+      predicted = probabilities.argmax(axis=1)
+      assert found.accuracy == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
+      assert found.loss == pytest.approx(sklearn.metrics.log_loss(labels, probabilities, labels=[0, 1, 2]), rel=1e-9)
+      assert found.confusion_matrix == sklearn.metrics.confusion_matrix(labels, predicted).tolist()
+      for average in ("macro", None):
+        figures = sklearn.metrics.precision_recall_fscore_support(labels, predicted, average=average)
+        for name, expected in zip(("precision", "recall", "f1", "num_reviews"), figures, strict=True):
+          if average is None:
+            assert [each[name] for each in found.by_class or []] == pytest.approx(expected.tolist())
+          elif name != "num_reviews":
+            assert getattr(found, name) == pytest.approx(expected)
+      assert [each["class"] for each in found.by_class or []] == list(self.NAMES)
+      assert found.roc_auc is None
+    np.testing.assert_allclose(
+      self.TASK.probabilities(logits), special.softmax(logits.astype(np.float64), axis=2).mean(axis=0), 1e-6
+    )
+
+  def test_a_class_that_is_never_predicted_counts_as_zero(self):
+    logits = np.array([[[3, 0, 0], [3, 0, 0]]], np.float32)
+    result = self.TASK.evaluate(logits, np.array([0, 1], np.int32))
+    assert (result.precision, result.recall, result.f1) == pytest.approx((1 / 6, 1 / 3, 2 / 9))
+
+  def test_certain_models_are_averaged_in_log_space(self):
+    logits = np.array([[[0, 3000, 0]], [[0, 1000, 0]]], np.float32)
+    found = self.TASK.ensemble(logits)
+    # log((exp(-3000) + exp(-1000)) / 2) of the first class.
+    np.testing.assert_allclose(found, [[-1000 - np.log(2), 0, -1000 - np.log(2)]], rtol=1e-12)
+
+  def test_sums_of_a_batch_are_those_of_its_metrics(self):
+    logits, labels = self.make(1)
+    weights = np.repeat(np.array([1, 0], np.float32), [200, 100])
+    sums = jax.device_get(jax.jit(self.TASK.sums)(logits[0], labels, weights))
+    expected = self.TASK.evaluate(logits[:, :200], labels[:200])
+    assert sums["loss"] == pytest.approx(200 * expected.loss, rel=1e-6)
+    assert (sums["weight"], sums["correct"]) == (200, pytest.approx(200 * expected.accuracy))
+
+  def test_calibration_finds_the_temperature_that_was_hidden(self):
+    rng = np.random.default_rng(0)
+    honest = rng.normal(0, 2, (20_000, 3))
+    labels = (special.softmax(honest, axis=1).cumsum(axis=1) > rng.random((20_000, 1))).argmax(axis=1)
+    temperature = self.TASK.calibrate((3 * honest).astype(np.float32)[None], labels)
+    assert temperature == pytest.approx(3, rel=0.05)
+    assert self.TASK.evaluate(3 * honest[None], labels, temperature).calibration_error < 0.01
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "b", "c"), ("a", "b", "c", "unseen")])
+def test_balanced_losses_are_those_of_sklearn(names):
+  rng, size = np.random.default_rng(0), min(len(names), 3)
+  task, labels = Classification(names), rng.choice(size, 100, p=[0.7, 0.2, 0.1] if size == 3 else [0.8, 0.2])
+  logits = rng.standard_normal((100, task.head_size)).astype(np.float32)
+  weights = sklearn.utils.class_weight.compute_sample_weight("balanced", labels)
+  np.testing.assert_allclose(task.balanced(labels), weights)
+  assert task.balanced(labels).mean() == pytest.approx(1)
+  sums = task.sums(logits, labels.astype(np.int32), np.ones(100, np.float32), weights.astype(np.float32))
+  probabilities = task.probabilities(logits[None])
+  expected = sklearn.metrics.log_loss(labels, probabilities, sample_weight=weights, labels=range(len(names)))
+  assert sums["loss"] / sums["weight"] == pytest.approx(expected, rel=1e-5)

@@ -41,7 +41,7 @@ def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None
   if test is not None:
     if common := len({row.text for row in train} & {row.text for row in test}):
       report(f"Note: {common:,} different texts are both for training and for testing.")
-    return {"train": numbered(train, classes, hashes), "test": numbered(test, classes)}
+    return {"train": numbered(train, classes, hashes), "test": numbered(test, classes, name="test texts")}
   is_test = hashes < np.uint64(TEST_SHARE * 2**64)
   sides = {
     name: numbered([row for row, chosen in zip(train, mask, strict=True) if chosen], classes, hashes[mask])
@@ -59,16 +59,18 @@ def _order(name: str) -> tuple[float, str]:
   return (float(name) if re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", name) else float("inf"), name)
 
 
-def numbered(rows: Sequence[tables.Row], classes: tuple[str, ...], groups: np.ndarray | None = None) -> Reviews:
+def numbered(
+  rows: Sequence[tables.Row], classes: tuple[str, ...], groups: np.ndarray | None = None, name: str = ""
+) -> Reviews:
   """Return rows as reviews, in canonical order.
 
   Raises:
-    DataError: a row's label is not among the classes.
+    DataError: a row's label is not among the classes; says where, in what has this name.
   """
   numbers = {name: number for number, name in enumerate(classes)}
   for row in rows:
     if row.label not in numbers:
-      raise DataError(f"{row.place}: the label {row.label!r:.80} is not a class of the training texts.")
+      raise DataError(f"{name}, {row.place}: the label {row.label!r:.80} is not a class of the training texts.")
   return canonical([row.text for row in rows], [numbers[row.label] for row in rows], groups, classes)
 
 

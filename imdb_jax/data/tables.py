@@ -21,7 +21,7 @@ from imdb_jax.store import files
 
 # Of a file or folder, unpacked; of one row in bytes, and of a text and a label in characters.
 MAX_BYTES, MAX_ROW_BYTES, MAX_TEXT, MAX_LABEL = 2**29, 2**23, 2**20, 200
-MAX_ROWS, MAX_CLASSES = 1_000_000, 1_000
+MAX_ROWS, MAX_LINES, MAX_CLASSES = 1_000_000, 10_000_000, 1_000
 _DELIMITERS = ",;\t|"
 _FORMATS = (
   ".csv, .tsv, .txt, .jsonl or .ndjson, also with .gz or .xz, or a folder with one sub-folder of .txt per label"
@@ -64,6 +64,8 @@ class _Lines:
     if self._row_bytes > MAX_ROW_BYTES:
       raise ValueError(f"line {self.start:,}: a row has more than {MAX_ROW_BYTES:,} bytes; is a quote missing?")
     _check_total(self._total)
+    if self._number > MAX_LINES:
+      raise ValueError(f"has more than {MAX_LINES:,} lines")
     if b"\0" in line:
       raise ValueError(f"line {self._number:,}: holds a NUL byte; save the file as UTF-8")
     try:
@@ -260,26 +262,27 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
       lines.begin_row()
 
 
+def _entries(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
+  """Return what a folder holds, by name."""
+  with os.scandir(folder) as found:
+    entries = list(itertools.islice(found, MAX_ROWS + 1))
+  if len(entries) > MAX_ROWS:
+    raise ValueError(f"{folder} holds more than {MAX_ROWS:,} files")
+  if links := [entry.path for entry in entries if entry.is_symlink()]:
+    raise ValueError(f"{links[0]!r} is a link, not a file or folder")
+  return sorted(entries, key=lambda entry: entry.name)
+
+
 def _folder_files(path: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
   """Yield label and entry of each text of a folder, by name."""
-  count = itertools.count(1)
-
-  def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as found:
-      listed = list(itertools.islice(found, MAX_ROWS + 1))
-    if max(len(listed), next(count)) > MAX_ROWS:
-      raise ValueError(f"{folder} has more than {MAX_ROWS:,} files")
-    for entry in listed:
-      if entry.is_symlink():
-        raise ValueError(f"{entry.path!r} is a link, not a file or folder")
-    return sorted(listed, key=lambda entry: entry.name)
-
-  for folder in entries(path):
-    if folder.is_dir():
-      texts = [entry for entry in entries(folder.path) if entry.name.endswith(".txt")]
-      if not texts:
-        raise ValueError(f"{folder.path} has no .txt files; a sub-folder holds the texts of one label")
-      yield from ((folder.name, entry) for entry in texts)
+  folders = [entry for entry in _entries(path) if entry.is_dir()]
+  if len(folders) > MAX_CLASSES:
+    raise ValueError(f"has more than {MAX_CLASSES:,} sub-folders")
+  for folder in folders:
+    texts = [entry for entry in _entries(folder) if entry.name.endswith(".txt")]
+    if not texts:
+      raise ValueError(f"{folder.path} has no .txt files; a sub-folder holds the texts of one label")
+    yield from ((folder.name, entry) for entry in texts)
 
 
 def _folder_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:

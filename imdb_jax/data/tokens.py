@@ -149,7 +149,7 @@ def read(
   path: Path, config: DataConfig, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]
 ) -> TokenSplit:
   """Return the encoded texts of a labelled file or folder; raise DataError as `tables.read`, or for another class."""
-  return _encode(numbered(tables.read(path, config, report), classes), vocabulary, config)
+  return _encode(numbered(tables.read(path, config, report), classes, name=str(path)), vocabulary, config)
 
 
 def _encode(reviews: Reviews, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:

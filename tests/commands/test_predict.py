@@ -9,6 +9,7 @@ import pytest
 from running import assert_one_clear_line, finish, start
 
 from imdb_jax import cli
+from imdb_jax.data.reviews import CLASSES
 
 REVIEW = "A film I will not forget."
 
@@ -94,7 +95,7 @@ def test_many_short_reviews_are_encoded_in_parts(tmp_path, monkeypatch, call):
     return np.zeros((len(texts), 2))
 
   classifier = types.SimpleNamespace(vocabulary=types.SimpleNamespace(ids=str.split))
-  ensemble = types.SimpleNamespace(predict_proba=predict_proba, classifiers=[classifier])
+  ensemble = types.SimpleNamespace(predict_proba=predict_proba, classes=CLASSES, classifiers=[classifier])
   monkeypatch.setattr(cli, "_load", lambda given: ensemble)
   (tmp_path / "reviews.txt").write_text("bad\n" * 1_000)
   code, stdout, _ = call("predict", tmp_path, "--file", tmp_path / "reviews.txt")

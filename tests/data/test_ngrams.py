@@ -133,3 +133,21 @@ def test_empty_reviews_and_a_single_class_give_finite_logits(tokens, labels):
   found = logits(fitted, ids, 2)
   assert np.isfinite(found).all()
   assert found[2] == fitted["bias"], "without words, only the bias counts"
+
+
+@pytest.mark.parametrize("is_balanced", [False, True])
+def test_more_classes_have_a_model_each(is_balanced):
+  train = random_tokens(150, seed=0)
+  labels = labels_of(train) + (train == 5).any(axis=1)
+  loss_weights = np.where(labels == 2, 3.0, 0.5) if is_balanced else np.ones(150)
+  fitted = ngrams.fit(train, labels, 2, 3, loss_weights)
+  assert fitted["weights"].shape == (ngrams.SIZE, 3)
+  place, is_listed = ngrams.find(fitted["keys"], ngrams.keys_of(train, 2))
+  found = np.where(is_listed[:, :, None], fitted["weights"][place], 0).sum(axis=1) + fitted["bias"]
+  listed = sorted(set().union(*(phrases(review, 2) for review in train)))
+  x = np.array([[p in phrases(review, 2) for p in listed] for review in train])
+  for label in range(3):
+    positive, negative = 1.0 + x[labels == label].sum(0), 1.0 + x[labels != label].sum(0)
+    z = x * np.log(positive / positive.sum() / (negative / negative.sum()))
+    expected = LogisticRegression(C=0.3, tol=1e-8, max_iter=1000).fit(z, labels == label, loss_weights)
+    np.testing.assert_allclose(found[:, label], expected.decision_function(z), atol=2e-3)
