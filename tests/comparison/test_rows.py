@@ -335,5 +335,8 @@ def test_a_quick_comparison_uses_the_small_preset(tmp_path, monkeypatch):
   monkeypatch.setitem(rows.RECURRENT, "lstm", ("article", RECURRENT["lstm"]))
   config = rows._configure(base(tmp_path), "lstm", 0, True)
   assert (config.preset, config.data.sequence_length, config.model.hidden_size) == ("sample", 64, 4)
+  monkeypatch.setitem(rows.RECURRENT, "fast", ("fast", {}))
+  config = rows._configure(base(tmp_path), "fast", 0, True)
+  assert (config.preset, config.data.sequence_length, config.data.vocabulary_size) == ("fast", 64, 1000)
   config = rows._configure(base(tmp_path), "lstm", 3, False)
   assert (config.preset, config.data.sequence_length, config.training.seed) == ("article", 400, 3)
