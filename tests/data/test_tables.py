@@ -52,7 +52,7 @@ class TestWhatWasWrittenComesBack:
   def test_csv(self, folder, pairs, delimiter, form, encoding):
     output = io.StringIO(newline="")
     writer = csv.writer(output, delimiter=delimiter, quoting=form[0], lineterminator=form[1])
-    writer.writerows([("number", "label", "text"), *((i, label, text) for i, (text, label) in enumerate(pairs))])
+    writer.writerows([("text", "number", "label"), *((text, i, label) for i, (text, label) in enumerate(pairs))])
     assert read(write(folder / "a.csv", output.getvalue().encode(encoding))) == pairs
 
   @settings(max_examples=80, deadline=None)
