@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,8 +21,9 @@ def predict(
   split: TokenSplit,
   batch_size: int,
   on_progress: Callable[[int], None] = lambda num_reviews: None,
+  output: Literal["logits", "features"] = "logits",
 ) -> np.ndarray:
-  """Return the logits of a split, f32[seeds, n, head_size].
+  """Return the logits of a split, f32[seeds, n, head_size], or the inputs of the head, f32[seeds, n, features].
 
   Args:
     program: the model and its devices.
@@ -30,20 +31,24 @@ def predict(
     split: n reviews.
     batch_size: reviews per step.
     on_progress: called after each batch with the number of reviews done.
+    output: what to return.
   """
-  logits = np.zeros((program.config.training.num_seeds, len(split), program.task.head_size), np.float32)
+  compute, width = program.predict, program.task.head_size
+  if output == "features":
+    compute, width = program.features, params["dense"]["kernel"].shape[1]
+  outputs = np.zeros((program.config.training.num_seeds, len(split), width), np.float32)
   size, done = devices.padded_size(batch_size, program.mesh), 0
   started = (
-    (rows, program.predict(params, *devices.put(split.batch(rows, size), devices.over_rows(program.mesh))))
+    (rows, compute(params, *devices.put(split.batch(rows, size), devices.over_rows(program.mesh))))
     for rows in batches.prediction_batches(split.lengths, batch_size=size)
   )
   # A batch is read after the next one has started, so the devices never wait.
   pairs: Iterator[Any] = itertools.pairwise(itertools.chain(started, [None]))
   for (rows, values), _ in pairs:
-    logits[:, rows] = jax.device_get(values)[:, : len(rows)]
+    outputs[:, rows] = jax.device_get(values)[:, : len(rows)]
     done += len(rows)
     on_progress(done)
-  return logits
+  return outputs
 
 
 def evaluate(

@@ -163,6 +163,10 @@ class TextClassifier(nn.Module):
     logits = self(tokens, lengths)
     return (logits + self.ngrams(tokens)) / 2 if self.config.ngrams else logits
 
+  def features(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Return what the head sees of a batch, f32[b, n], see `encode`; the arguments are those of a call."""
+    return self.encode(self.embed(tokens), lengths)
+
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Return word vectors f32[b, t, e] of tokens int[b, t]."""
     return self.embedding(tokens)

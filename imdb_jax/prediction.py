@@ -24,6 +24,9 @@ from imdb_jax.task import Evaluation
 _SMALL_BATCHES = (1, 16)
 
 
+Texts = Sequence[str] | TokenSplit
+
+
 class Classifier:
   """A restored run with its vocabulary. With several seeds it is an ensemble, which averages their probabilities.
 
@@ -31,6 +34,8 @@ class Classifier:
     config: settings of the run.
     classes: names of the classes, in the order of the probabilities.
     vocabulary: the words that the model knows.
+    program: the compiled functions.
+    params: parameters of the model, a tree of dicts of f32[seeds, ...], and u32 for the keys of n-grams.
     step: the restored step.
     temperature: by which logits are divided; 1 if the run has held out no reviews to calibrate it.
   """
@@ -38,7 +43,7 @@ class Classifier:
   def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int, temperature: float = 1.0):
     self.config, self.vocabulary, self.step, self.temperature = program.config, vocabulary, step, temperature
     self.classes = program.task.classes
-    self._program, self._params = program, params
+    self.program, self.params = program, params
 
   @classmethod
   def load(
@@ -77,10 +82,17 @@ class Classifier:
       raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
     return cls(program, vocabulary, state.params, saved.step, temperature)
 
+  def __repr__(self) -> str:
+    name, seeds = self.config.preset, self.config.training.num_seeds
+    return (
+      f"Classifier({', '.join(self.classes)}; preset {name}, {seeds} seed{'s' * (seeds > 1)}, step {self.step:,}; "
+      f"{len(self.vocabulary.words):,} words, {self.num_parameters:,} parameters)"
+    )
+
   @property
   def num_parameters(self) -> int:
     """Number of parameters of all seeds together."""
-    return sum(leaf.size for leaf in jax.tree.leaves(self._params))
+    return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
   def _batch_size(self, num_texts: int) -> int:
     largest = self.config.runtime.evaluation_batch_size
@@ -91,26 +103,45 @@ class Classifier:
     for size in {*map(self._batch_size, _SMALL_BATCHES), self.config.runtime.evaluation_batch_size}:
       self.predict_proba([""] * size)
 
-  def predict(self, texts: Sequence[str]) -> np.ndarray:
+  def predict(self, texts: Texts) -> np.ndarray:
     """Return the name of the most probable class of each text, str[n]; raise as `predict_proba` does."""
     return np.array(self.classes)[self.predict_proba(texts).argmax(axis=1)]
 
-  def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+  def predict_proba(self, texts: Texts) -> np.ndarray:
     """Return the probability of each class, f32[n, classes]. A text without a known word gets an answer too.
+
+    Args:
+      texts: n texts, or a split of encoded reviews.
 
     Raises:
       TypeError: texts is a single text, or holds something that is not a text.
     """
+    return self.program.task.probabilities(self.logits(texts), self.temperature)
+
+  def logits(self, texts: Texts) -> np.ndarray:
+    """Return the logits of each seed, f32[seeds, n, head_size], without temperature; arguments as `predict_proba`."""
+    return self._compute(texts, "logits")
+
+  def features(self, texts: Texts) -> np.ndarray:
+    """Return the pooled hidden states of each seed, f32[seeds, n, f], the inputs of the head; arguments likewise."""
+    return self._compute(texts, "features")
+
+  def _compute(self, texts: Texts, output: Literal["logits", "features"]) -> np.ndarray:
+    if isinstance(texts, TokenSplit):
+      split, size = texts, self.config.runtime.evaluation_batch_size
+    else:
+      split, size = self._encode(texts), self._batch_size(len(texts))
+    with processes.computing():
+      return evaluation.predict(self.program, self.params, split, size, output=output)
+
+  def _encode(self, texts: Sequence[str]) -> TokenSplit:
     if isinstance(texts, str):
       raise TypeError("texts: must be a list of texts, not one text")
     for row, text in enumerate(texts):
       if not isinstance(text, str):
         raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
     encoded, lengths = self.vocabulary.encode(texts, self.config.data.sequence_length)
-    split = TokenSplit(tokens=encoded, lengths=lengths, labels=np.zeros(len(texts), np.int32))
-    with processes.computing():
-      logits = evaluation.predict(self._program, self._params, split, self._batch_size(len(texts)))
-    return self._program.task.probabilities(logits, self.temperature)
+    return TokenSplit(tokens=encoded, lengths=lengths, labels=np.zeros(len(texts), np.int32))
 
   def read_split(self, name: str, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
     """Return the encoded reviews of "train", "validation" or "test". `report` gets a line before slow work.
@@ -128,14 +159,9 @@ class Classifier:
     """Return the encoded texts of another labelled file or folder; see `tokens.read`."""
     return tokens.read(path, self.config.data, self.vocabulary, self.classes, report)
 
-  def logits(self, split: TokenSplit) -> np.ndarray:
-    """Return the logits of encoded reviews, f32[seeds, n, head_size]."""
-    with processes.computing():
-      return evaluation.predict(self._program, self._params, split, self.config.runtime.evaluation_batch_size)
-
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""
-    return self._program.task.evaluate(self.logits(split), split.labels, self.temperature)
+    return self.program.task.evaluate(self.logits(split), split.labels, self.temperature)
 
 
 class Ensemble:
@@ -168,7 +194,7 @@ class Ensemble:
     Raises:
       DataError: the labels of the splits differ, so they are not of the same reviews.
     """
-    pairs, task = list(zip(self.classifiers, splits, strict=True)), self.classifiers[0]._program.task
+    pairs, task = list(zip(self.classifiers, splits, strict=True)), self.classifiers[0].program.task
     for each, split in pairs:
       if not np.array_equal(split.labels, splits[0].labels):
         raise DataError(f"{each.config.run_dir}: the reviews of this split are not those of the first run.")

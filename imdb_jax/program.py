@@ -6,6 +6,7 @@ position of the time loop.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,7 @@ class Program:
       f32[seeds, k] each; entries beyond `num_steps` are 0. One program makes any number of steps up to k, so that a
       run's result does not depend on where it stops.
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`.
+    features: jitted likewise, with the inputs of the head as the result, f32[seeds, b, n].
   """
 
   def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
@@ -116,7 +118,10 @@ class Program:
       in_shardings=(everywhere, everywhere, devices.over_rows(mesh, axis=2), everywhere),
       out_shardings=everywhere,
     )
-    self.predict = jax.jit(self._predict, in_shardings=(everywhere, rows, rows), out_shardings=everywhere)
+    self.predict, self.features = (
+      jax.jit(functools.partial(self._apply, name), in_shardings=(everywhere, rows, rows), out_shardings=everywhere)
+      for name in ("predict", "features")
+    )
 
   @property
   def precision(self) -> str:
@@ -261,11 +266,11 @@ class Program:
     grads, sums = jax.grad(summed_loss, has_aux=True)(params)
     return jax.lax.psum((grads, sums), devices.AXIS)
 
-  def _predict(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    def logits(params, tokens, lengths):
-      return self.model.apply({"params": params}, tokens, lengths, method="predict")
+  def _apply(self, method: str, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    def apply(params, tokens, lengths):
+      return self.model.apply({"params": params}, tokens, lengths, method=method)
 
-    sharded = self._sharded(logits, (_REPLICATED, _ROWS, _ROWS), _ROWS)
+    sharded = self._sharded(apply, (_REPLICATED, _ROWS, _ROWS), _ROWS)
     with jax.default_matmul_precision(self._matmul_precision):
       return self._over_seeds(lambda params: sharded(params, tokens, lengths))(params)
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import programs
 import pytest
 from programs import config_of
 
-from imdb_jax.config import DataConfig, RuntimeConfig
+from imdb_jax.config import DataConfig, RuntimeConfig, TrainingConfig
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import CheckpointError, DataError, UsageError
@@ -42,6 +43,29 @@ def test_a_text_is_of_its_most_probable_class(classifier):
   texts = ["a good film", "bad", "film", "good good"]
   likely = [max(zip(row, classifier.classes, strict=True))[1] for row in classifier.predict_proba(texts)]
   assert list(classifier.predict(texts)) == likely
+
+
+def test_logits_and_features_are_those_of_each_seed():
+  """The head turns features into logits, and both are the same for texts and for encoded reviews."""
+  model = dataclasses.replace(programs.MODEL, directions=2, pooling="mean_max", mask_padding=True)
+  config = dataclasses.replace(CONFIG, model=model, training=TrainingConfig(num_seeds=2))
+  program = Program(config, programs.mesh_of(1))
+  classifier = Classifier(program, VOCABULARY, program.init().params, step=0)
+  texts = ["a good film", "bad", ""]
+  features, logits = classifier.features(texts), classifier.logits(texts)
+  assert (features.shape, logits.shape) == ((2, 3, 4 * 5), (2, 3, 1))
+  head = jax.device_get(classifier.params["dense"])
+  np.testing.assert_allclose(features @ head["kernel"] + head["bias"][:, None], logits, atol=1e-6)
+  np.testing.assert_array_equal(features[:, 2], 0)
+  assert abs(features[0, 0] - features[1, 0]).max() > 0.01
+  tokens, lengths = VOCABULARY.encode(texts, 3)
+  split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(3, np.int32))
+  for compute in (classifier.features, classifier.logits, classifier.predict_proba):
+    np.testing.assert_allclose(compute(split), compute(texts), atol=1e-6)
+
+
+def test_a_notebook_shows_what_a_classifier_is(classifier):
+  assert repr(classifier) == ("Classifier(negative, positive; preset article, 1 seed, step 0; 3 words, 222 parameters)")
 
 
 def test_one_text_is_not_taken_for_its_letters(classifier):

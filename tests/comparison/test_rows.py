@@ -83,7 +83,7 @@ def test_a_recurrent_row_is_the_last_step_of_its_runs(finished):
       data = tokens.load(sources.find(config.data, None, finished), config.data, cache_dir=finished)
       assert [*config.training.seeds] == expected
       assert row["accuracies"][number] == classifier.evaluate(data.test).accuracy
-      assert row["num_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(classifier._params))
+      assert row["num_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(classifier.params))
       lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
       epochs = [line for line in lines if line["kind"] == "epoch"]
       result = json.loads((finished / f"{name}-seed{number}.json").read_text())
