@@ -77,16 +77,18 @@ def _path(text: str) -> Path:
   return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
-def _parser(prog: str, command: Callable[..., None], *, restores: bool) -> arguments.Parser:
+def _parser(prog: str, command: Callable[..., None], *, restores: bool, several: bool = True) -> arguments.Parser:
   parser = arguments.Parser(prog=prog, description=command.__doc__)
   if restores:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
-    others: dict[str, Any] = {"dest": "others", "metavar": "RUN_DIR", "type": _path, "action": "append", "default": []}
-    parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
     parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
     parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
     no_calibration = "Ignore the temperature that a run with --validation split fits to the held-out reviews."
     parser.add_argument("--no-calibration", dest="calibrate", action="store_false", help=no_calibration)
+    parser.set_defaults(others=[])
+    if several:
+      others: dict[str, Any] = {"dest": "others", "metavar": "RUN_DIR", "type": _path, "action": "append"}
+      parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
   return parser
 
 
@@ -217,6 +219,22 @@ def _serve(prog: str, args: Sequence[str]) -> None:
     service.serve(_load(given), listener)
 
 
+def _export(prog: str, args: Sequence[str]) -> None:
+  """Write the model of a run for use elsewhere."""
+  parser = _parser(prog, _export, restores=True, several=False)
+  choices = ("safetensors", "stablehlo")
+  parser.add_argument("--format", default=choices[0], choices=choices, help="Weights, or a compiled program.")
+  parser.add_argument("--output", type=_path, required=True, help="Folder to create.")
+  given = parser.parse_args(args)
+  # The other implementations may compute in another precision than what is exported.
+  (classifier,) = _load(given, implementation="scan").classifiers
+  from imdb_jax.export import export
+
+  with exits.interruptible():
+    export(classifier, given.format, given.output)
+  print(given.output)
+
+
 def _plot(prog: str, args: Sequence[str]) -> None:
   """Plot accuracy and loss of a run, training against validation."""
   parser = _parser(prog, _plot, restores=False)
@@ -285,5 +303,5 @@ def _compare(prog: str, args: Sequence[str]) -> None:
       exits.end(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "serve": _serve, "plot": _plot}
-_COMMANDS |= {"prepare": _prepare, "compare": _compare}
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "serve": _serve, "export": _export}
+_COMMANDS |= {"plot": _plot, "prepare": _prepare, "compare": _compare}

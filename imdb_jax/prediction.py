@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import CheckpointError, DataError, UsageError
 from imdb_jax.program import Program
-from imdb_jax.store import run_directory
+from imdb_jax.store import arrays, run_directory, safetensors
 from imdb_jax.store.checkpoints import Checkpoints
 from imdb_jax.task import Evaluation
 
@@ -78,9 +78,36 @@ class Classifier:
     with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
       saved, state = checkpoints.restore(step)
     temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
-    if type(temperature) is not float or not 0 < temperature < 100:
+    if not _is_temperature(temperature):
       raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
     return cls(program, vocabulary, state.params, saved.step, temperature)
+
+  @classmethod
+  def from_safetensors(cls, folder: str | Path, *, runtime: RuntimeConfig | None = None) -> "Classifier":
+    """Restore a model from the folder that `imdb-jax export --format safetensors` has written.
+
+    Raises:
+      UsageError: a file of the folder is missing or damaged.
+      PlatformError: the platform is missing.
+    """
+    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(folder))
+    folder = runtime.run_dir or Path(folder)
+    config = run_directory.load_config(folder, runtime)
+    vocabulary = Vocabulary.load(folder / "vocab.json", config.data)
+    facts = run_directory.read_json(folder / "model.json")
+    facts = facts if isinstance(facts, dict) else {}
+    step, temperature = facts.get("step"), facts.get("temperature")
+    if type(step) is not int or not _is_temperature(temperature):
+      raise UsageError(f"{folder / 'model.json'}: has no valid step and temperature.")
+    mesh = devices.start(runtime, runtime.evaluation_batch_size)
+    program = Program(config, mesh, classes=run_directory.load_classes(folder))
+    shapes, path = program.abstract_state().params, folder / "model.safetensors"
+    try:
+      found = safetensors.load(path, arrays.by_name(shapes))
+    except (OSError, ValueError) as error:
+      raise UsageError(f"{path}: not the weights of this model: {error}.") from error
+    params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
+    return cls(program, vocabulary, devices.put(params, devices.replicated(mesh)), step, temperature)
 
   def __repr__(self) -> str:
     name, seeds = self.config.preset, self.config.training.num_seeds
@@ -200,3 +227,7 @@ class Ensemble:
         raise DataError(f"{each.config.run_dir}: the reviews of this split are not those of the first run.")
     logits = [task.ensemble(each.logits(split)) / each.temperature for each, split in pairs]
     return task.evaluate(np.stack(logits), splits[0].labels)
+
+
+def _is_temperature(value: Any) -> TypeGuard[float]:
+  return type(value) is float and 0 < value < 100

@@ -21,6 +21,7 @@ from imdb_jax import devices, lstm
 from imdb_jax.config import Config, OptimizerConfig
 from imdb_jax.data import ngrams
 from imdb_jax.data.reviews import CLASSES
+from imdb_jax.data.tokenizer import PADDING_ID
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
 from imdb_jax.model import TextClassifier, draw_dropout_masks
@@ -149,6 +150,25 @@ class Program:
     place = devices.replicated(self.mesh)
     shapes = jax.eval_shape(self._init_seeds, jnp.zeros(self.config.training.num_seeds, jnp.uint32))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+  def exported(self, params: Any, temperature: float) -> jax.export.Exported:
+    """Return prediction with these parameters as StableHLO that runs on CPUs, NVIDIA GPUs and TPUs.
+
+    The program turns tokens i32[b, t], for any b, into the probabilities of the classes, f32[b, classes].
+    """
+    # The other implementations support less.
+    model = self.model.clone(implementation="scan")
+
+    def probabilities(tokens: jax.Array) -> jax.Array:
+      lengths = jnp.sum(tokens != PADDING_ID, axis=1, dtype=jnp.int32)
+      with jax.default_matmul_precision(self._matmul_precision):
+        apply = jax.vmap(lambda params: model.apply({"params": params}, tokens, lengths, method="predict"))
+        logits: Any = apply(params)
+      return self.task.traced_probabilities(logits, temperature)
+
+    shape = *jax.export.symbolic_shape("b"), self.config.data.sequence_length
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return jax.export.export(jax.jit(probabilities), platforms=("cpu", "cuda", "tpu"))(tokens)
 
   def put_split(self, split: TokenSplit) -> Examples:
     """Place the reviews of a split on every device."""
