@@ -212,7 +212,7 @@ def test_the_interval_of_an_accuracy_is_binomial():
   found = evaluate(np.where(np.arange(25_000) < 2_000, 1 - 2.0 * labels, 2.0 * labels - 1), labels)
   # Three standard errors of such a quantile of 2,000 draws.
   assert found.accuracy_interval == pytest.approx(stats.binom.ppf((0.025, 0.975), 25_000, 0.92) / 25_000, abs=3e-4)
-  assert evaluate(np.ones(3), np.ones(3)).accuracy_interval == [1, 1]
+  assert evaluate(np.ones(3), np.ones(3, np.int32)).accuracy_interval == [1, 1]
 
 
 class TestThreeClasses:
