@@ -75,12 +75,12 @@ def parse_config(prog: str, args: Sequence[str]) -> Config:
     epilog=f"""examples:
   {prog} --preset sample                      a demonstration without a download
   {prog} --preset fast                        better than the article, in seconds
-  {prog} --preset strong                      the most accurate model, in minutes
+  {prog} --preset pretrained                  the most accurate model, in minutes
   {prog} --platform gpu --num-seeds 8         an ensemble of eight, on a GPU""",
   )
   groups = {name: parser.add_argument_group(name) for name in ("common", "data", "training", "model", "optimizer")}
   groups |= {"runtime": parser.add_argument_group("runtime"), "machines": parser.add_argument_group("several machines")}
-  presets = "article (the recipe of the reference), fast, strong or sample; other flags override it"
+  presets = "article (the recipe of the reference), fast, strong, pretrained or sample; other flags override it"
   groups["common"].add_argument("--preset", metavar="NAME", help=f"Settings to start from: {presets}.")
   sections = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Config)[1:]}
   for section, settings in sections.items():

@@ -80,9 +80,10 @@ class ModelConfig(Settings):
   pooling: Literal["last", "mean", "max", "mean_max"] = setting(
     "last", "Use the last hidden state, the mean, the maximum, or mean and maximum."
   )
-  embedding: Literal["random", "svd", "file"] = setting(
-    "random", "Start the word vectors at random, from which words occur close together (seconds), or from a file."
+  embedding: Literal["random", "svd", "skipgram", "file"] = setting(
+    "random", "Start word vectors at random, by a decomposition (seconds) or skip-gram (minutes), or from a file."
   )
+  unlabelled: bool = setting(False, "Compute word vectors from the unlabelled reviews of the archive as well.")
   ngrams: int = setting(
     0, "Average the logit with a linear model's, of the review's phrases of up to N words (0: do not).", ge=0, le=3
   )
@@ -92,6 +93,8 @@ class ModelConfig(Settings):
     for name, value in (("gate_activation", "hard_sigmoid"), ("dropout_masks", "per_gate")):
       if self.cell != "lstm" and getattr(self, name) == value:
         raise UsageError(f"{flag(name)} {value}: requires --cell lstm, not {self.cell}.")
+    if self.unlabelled and self.embedding not in ("svd", "skipgram"):
+      raise UsageError(f"--unlabelled: requires --embedding svd or skipgram, not {self.embedding}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ class Config(Settings):
   """All settings of a run. `PRESETS[name]` holds those of a preset; the field `preset` is only a label."""
 
   preset: str = setting(
-    "article", "Settings to start from: article, fast, strong or sample. Other flags override them."
+    "article", "Settings to start from: article, fast, strong, pretrained or sample. Other flags override them."
   )
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -310,6 +313,12 @@ PRESETS: dict[str, Config] = {
     training=TrainingConfig(epochs=12),
   ),
 }
+# Word vectors from the 50,000 unlabelled reviews as well; otherwise as `strong`.
+PRESETS["pretrained"] = dataclasses.replace(
+  PRESETS["strong"],
+  preset="pretrained",
+  model=dataclasses.replace(PRESETS["strong"].model, embedding="skipgram", unlabelled=True),
+)
 
 
 def preset(name: str) -> Config:

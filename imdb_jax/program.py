@@ -74,7 +74,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 class Program:
-  """The compiled functions of a run. This is the only place that calls `jax.jit`.
+  """The compiled functions of a run. Only skip-gram and the kernel's self-check call `jax.jit` elsewhere.
 
   Attributes:
     config: settings of the run.

@@ -30,12 +30,14 @@ class Source:
     fingerprint: returns a text that changes with the reviews; None if loading them is as fast as reading a cache.
     load: returns the splits "train" and "test", in canonical order, or raises DataError. It calls its argument with a
       line before slow work.
+    load_unlabelled: returns the splits "test" and "unsupervised", or nothing if the source has no unlabelled texts.
   """
 
   name: str
   content: str | None
   fingerprint: Callable[[], str | None]
   load: Callable[[Callable[[str], None]], dict[str, Reviews]]
+  load_unlabelled: Callable[[Callable[[str], None]], dict[str, Reviews]] = lambda report: {}
 
 
 def find(
@@ -63,6 +65,7 @@ def find(
       content=imdb.CONTENT,
       fingerprint=lambda: archive_reader.fingerprint(archive),
       load=lambda report: archive_reader.read_archive(archive),
+      load_unlabelled=lambda report: archive_reader.read_archive(archive, ("test", "unsupervised")),
     )
   if config.source == "python":
     if given is None:
@@ -81,7 +84,8 @@ def find(
     content=imdb.CONTENT,
     # Arrays of the official texts are right, whatever they were made from.
     fingerprint=lambda: imdb.CONTENT,
-    load=functools.partial(_load_official, cache_dir),
+    load=functools.partial(_load_official, cache_dir, imdb.LABELLED_SPLITS),
+    load_unlabelled=functools.partial(_load_official, cache_dir, ("test", "unsupervised")),
   )
 
 
@@ -102,13 +106,13 @@ def _load_own(config: DataConfig, report: Callable[[str], None]) -> dict[str, Re
   return splits.split(rows, report)
 
 
-def _load_official(cache_dir: Path, report: Callable[[str], None]) -> dict[str, Reviews]:
+def _load_official(cache_dir: Path, names: Sequence[str], report: Callable[[str], None]) -> dict[str, Reviews]:
   """Read the first record store in `cache_dir`, $TFDS_DATA_DIR or ~/tensorflow_datasets, or else download the archive.
 
   A download is kept in `cache_dir`, also as a record store if tensorflow-datasets and array-record are installed.
   """
   if not all(importlib.util.find_spec(name) for name in ("tensorflow_datasets", "array_record")):
-    return archive_reader.read_archive(download(cache_dir / "downloads", report))
+    return archive_reader.read_archive(download(cache_dir / "downloads", report), names)
   # This import is slow.
   from imdb_jax.data import tfds_imdb
 
@@ -117,7 +121,7 @@ def _load_official(cache_dir: Path, report: Callable[[str], None]) -> dict[str, 
   store = find_store([cache_dir, shared])
   if store is None:
     store = tfds_imdb.prepare(cache_dir, download(cache_dir / "downloads", report))
-  return tfds_imdb.read_store(store)
+  return tfds_imdb.read_store(store, names)
 
 
 def find_store(roots: Sequence[Path]) -> Path | None:

@@ -189,6 +189,22 @@ def load(
     raise DataError(f"--cache-dir {cache_dir}: cannot be written: {error}.") from error
 
 
+def load_unlabelled(
+  source: Source, config: DataConfig, vocabulary: Vocabulary, report: Callable[[str], None]
+) -> np.ndarray:
+  """Return the unlabelled reviews of a source as int[n, t], or raise DataError. Only the start of a run needs them."""
+  report(f"Reading the unlabelled reviews from {source.name}")
+  found = source.load_unlabelled(report)
+  texts = found["unsupervised"].texts[: config.limit] if found else ()
+  if not texts:
+    raise DataError(
+      f"--unlabelled: {source.name} has no unlabelled reviews, unlike the official archive; see --no-unlabelled."
+    )
+  if count := len({*texts} & {*found["test"].texts}):
+    report(f"Warning: {count:,} of the {len(texts):,} unlabelled texts are also test texts; see --no-unlabelled.")
+  return vocabulary.encode(texts, config.sequence_length)[0]
+
+
 @contextlib.contextmanager
 def _locked(cache_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
   """Let one process at a time fill the cache. The lock ends with its process."""

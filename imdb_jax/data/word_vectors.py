@@ -65,8 +65,13 @@ def svd(tokens: np.ndarray, vocabulary_size: int, embedding_size: int) -> np.nda
   left = (left * np.sqrt(values))[:, :embedding_size]
   # The sign of a column is arbitrary.
   left *= np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])
-  vectors[1:, : left.shape[1]] = left[1:] * (_SCALE / np.sqrt(np.mean(left[1:] ** 2)))
+  vectors[1:, : left.shape[1]] = normalized(left)[1:]
   return vectors
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+  """Return vectors [v, e] scaled to a root mean square of 0.3, not counting the row of padding."""
+  return vectors * (_SCALE / np.sqrt(np.mean(vectors[1:] ** 2)))
 
 
 def read(path: Path, words: Sequence[str], vocabulary_size: int, embedding_size: int) -> np.ndarray:

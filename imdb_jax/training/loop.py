@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from imdb_jax.program import Program, TrainState
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
 from imdb_jax.store.metrics_log import Line, MetricsLog
-from imdb_jax.training import report
+from imdb_jax.training import report, skipgram
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
 
@@ -105,7 +105,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.enter_context(contextlib.closing(checkpoints))
-    saved, state = _restore(program, checkpoints, loaded, console)
+    saved, state = _restore(program, checkpoints, lambda: _fitted(program, loaded, source, console, stop))
     report.show_header(program, loaded, saved.step, console)
     try:
       if is_first:
@@ -130,24 +130,39 @@ def _shared_settings(program: Program) -> dict[str, Any]:
 
 
 def _restore(
-  program: Program, checkpoints: Checkpoints, data: tokens.TokenData, console: Console
+  program: Program, checkpoints: Checkpoints, fitted: Callable[[], dict[str, Any]]
 ) -> tuple[Saved, TrainState]:
-  """Return the newest checkpoint, or the initial state."""
+  """Return the newest checkpoint, or the initial state with the parameters that `fitted` returns."""
   if not checkpoints.is_empty():
     return checkpoints.restore_latest()
   started = time.perf_counter()
-  fitted = _fitted(program, data, console)
+  layers = fitted()
   # The first epoch's time includes this.
-  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(fitted)
+  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(layers)
 
 
-def _fitted(program: Program, data: tokens.TokenData, console: Console) -> dict[str, Any]:
+def _fitted(
+  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
+) -> dict[str, Any]:
   """Return the parameters that are computed before the first step, by layer."""
+
+  def on_progress(line: str | None) -> None:
+    if line:
+      console.line(line)
+    if number := processes.largest([stop.signal or 0])[0]:
+      console.line("No step is lost; the word vectors will be computed again.")
+      raise Interrupted(signal.Signals(number), 0)
+
   config = program.config
   model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
-  if model.embedding == "svd":
-    console.line("Computing word vectors")
-    fitted["embedding"] = {"embedding": word_vectors.svd(train.tokens, data.vocabulary.size, model.embedding_size)}
+  if model.embedding in ("svd", "skipgram"):
+    texts, sizes = train.tokens, (data.vocabulary.size, model.embedding_size)
+    if model.unlabelled:
+      texts = np.concatenate([texts, tokens.load_unlabelled(source, config.data, data.vocabulary, console.line)])
+    console.line(f"Computing word vectors from {len(texts):,} reviews")
+    is_svd = model.embedding == "svd"
+    vectors = word_vectors.svd(texts, *sizes) if is_svd else skipgram.fit(texts, *sizes, on_progress)
+    fitted["embedding"] = {"embedding": vectors}
   if model.embedding == "file":
     if path is None:
       raise UsageError("--embedding file: requires --word-vectors FILE.")

@@ -99,6 +99,19 @@ class TestLoad:
     (downloaded / "downloads/aclImdb_v1.tar.gz").unlink()
     assert_same(load(None, downloaded), expected)
 
+  @pytest.mark.parametrize("kind", ["archive", "store", "download without tfds"])
+  def test_unlabelled_reviews_come_from_the_same_place(
+    self, stores, pristine, downloaded, small_archive, tmp_path, monkeypatch, kind
+  ):
+    if kind == "store":
+      shutil.copytree(pristine, tmp_path / "shared")
+    if kind == "download without tfds":
+      monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    source = sources.find(IMDB, small_archive if kind == "archive" else None, downloaded)
+    assert_same(
+      source.load_unlabelled(lambda line: None), archive.read_archive(small_archive, ("test", "unsupervised"))
+    )
+
   @pytest.mark.parametrize("home", [False, True])
   def test_shared_store_is_used_where_it_is(self, stores, pristine, expected, tmp_path, monkeypatch, no_network, home):
     if home:
