@@ -109,6 +109,8 @@ class OptimizerConfig(Settings):
   b1: float = setting(0.9, "Decay rate of the first moment.", ge=0, lt=1)
   b2: float = setting(0.999, "Decay rate of the second moment.", ge=0, lt=1)
   epsilon: float = setting(1e-7, "Adam's epsilon, added before bias correction as in Keras.", gt=0, le=1e38)
+  clip_norm: float | None = setting(None, "Scale gradients down to this norm, over all parameters.", gt=0, le=1e38)
+  weight_decay: float = setting(0.0, "Decoupled weight decay, as in AdamW; not of padding's vector.", ge=0, le=1e6)
   non_finite: Literal["stop", "skip"] = setting("stop", "Stop at a non-finite loss or gradient, or skip that update.")
 
 

@@ -55,7 +55,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
   """Return Adam in Keras's form: lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), with t from 1.
 
   optax adds its epsilon after bias correction of the second moment. There, an epsilon of epsilon / sqrt(1 - b2^t) gives
-  Keras's form exactly.
+  Keras's form exactly. Gradients are clipped before it (Pascanu et al. 2013, algorithm 1), and weight decay adds
+  lr weight_decay params (Loshchilov and Hutter 2019, algorithm 2). If they are off, the optimizer has no state of them.
 
   Args:
     config: constants and schedule.
@@ -66,11 +67,13 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     t = count.astype(jnp.float32) + 1
     return config.epsilon / jnp.sqrt(1 - config.b2**t)
 
-  adam = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "learning_rate", "eps_root"))
+  kind, decay = (optax.adamw, {"weight_decay": config.weight_decay}) if config.weight_decay else (optax.adam, {})
+  adam = optax.inject_hyperparams(kind, static_args=("b1", "b2", "learning_rate", "eps_root", *decay))
   learning_rate: optax.ScalarOrSchedule = config.learning_rate
   if config.schedule == "one_cycle":
     learning_rate = optax.schedules.cosine_onecycle_schedule(num_steps, config.learning_rate)
-  return adam(learning_rate=learning_rate, b1=config.b1, b2=config.b2, eps=epsilon)
+  optimizer = adam(learning_rate=learning_rate, b1=config.b1, b2=config.b2, eps=epsilon, **decay)
+  return optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
 class Program:
@@ -262,7 +265,7 @@ class Program:
     # optax raises a float to an integer power, which strict promotion would refuse.
     updates: Any
     with jax.numpy_dtype_promotion("standard"):
-      updates, opt_state = self._optimizer.update(grads, state.opt_state, params)
+      updates, opt_state = self._optimizer.update(grads, state.opt_state, _decayed(params))
     rate = self.config.optimizer.embedding_rate
     updates = updates | {"embedding": jax.tree.map(lambda update: rate * update, updates["embedding"])}
     params = optax.apply_updates(params, updates)
@@ -298,6 +301,13 @@ class Program:
 def _trained(params: Any) -> Any:
   """Return the parameters that steps change: all except those of the n-grams."""
   return {layer: values for layer, values in params.items() if layer != "ngrams"}
+
+
+def _decayed(params: Any) -> Any:
+  """Return what weight decay sees of the parameters, which nothing else in the optimizer reads: 0 for padding."""
+  vectors = params["embedding"]["embedding"]
+  is_word = jnp.arange(len(vectors))[:, None] != PADDING_ID
+  return params | {"embedding": {"embedding": jnp.where(is_word, vectors, 0)}}
 
 
 def _choose(config: Config, device: Any) -> lstm.Choice:

@@ -268,6 +268,8 @@ OTHER_VALUES = {
     "b2": 0.5,
     "epsilon": 0.5,
     "schedule": "one_cycle",
+    "clip_norm": 0.5,
+    "weight_decay": 0.5,
     "non_finite": "skip",
   },
   "training": {

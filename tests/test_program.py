@@ -112,8 +112,67 @@ def test_adam_is_that_of_keras(scale):
     np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-12, err_msg=f"step {t}")
 
 
+def test_clipping_and_weight_decay_are_those_of_the_papers():
+  """Gradients are clipped by their norm over all parameters, before the moments. The decay passes Adam by."""
+  config = OptimizerConfig(clip_norm=0.5, weight_decay=0.1, learning_rate=0.01)
+  optimizer = program.make_optimizer(config, num_steps=10)
+  rng = np.random.default_rng(0)
+  params = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+  opt_state = optimizer.init(jax.tree.map(np.float32, params))
+  m, v = ({name: np.zeros_like(value) for name, value in params.items()} for _ in range(2))
+  # The norms of the second gradients are too small to be clipped.
+  for t, scale in enumerate((1.0, 0.01, 10.0), start=1):
+    grads = {name: scale * rng.normal(size=value.shape) for name, value in params.items()}
+    with jax.numpy_dtype_promotion("standard"):
+      updates, opt_state = optimizer.update(*jax.tree.map(np.float32, (grads, opt_state, params)))
+    factor = min(1, 0.5 / np.sqrt(sum(np.sum(grad**2) for grad in grads.values())))
+    assert (factor == 1) == (scale == 0.01)
+    for name, value in params.items():
+      m[name] = 0.9 * m[name] + 0.1 * factor * grads[name]
+      v[name] = 0.999 * v[name] + 0.001 * (factor * grads[name]) ** 2
+      adam = np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m[name] / (np.sqrt(v[name]) + 1e-7)
+      # As above.
+      np.testing.assert_allclose(updates[name], -0.01 * (adam + 0.1 * value), rtol=1e-4, err_msg=f"{name}, step {t}")
+
+
+def test_one_step_with_clipping_and_weight_decay_leaves_padding_and_the_linear_model_alone():
+  model = dataclasses.replace(NO_DROPOUT, mask_padding=True, ngrams=2)
+  # A large epsilon, because Adam's first update does not depend on the scale of the gradient otherwise.
+  settings = {"clip_norm": 0.01, "weight_decay": 0.5, "epsilon": 0.1, "learning_rate": 0.1}
+  trained = program_of(1, config_of(model, optimizer=OptimizerConfig(**settings)))
+  with mock.patch.object(program, "make_optimizer", lambda config, num_steps: optax.sgd(1.0)):
+    descent = Program(config_of(model), programs.mesh_of(1))
+  before = jax.device_get(descent.init())
+  # With n-grams that are not those of the reviews.
+  before.params["ngrams"]["weights"] = np.ones_like(before.params["ngrams"]["weights"])
+  grads = jax.tree.map(
+    lambda old, new: old.astype(np.float64) - new, before.params, train(descent, rows_of(range(32)), before)[0].params
+  )
+  start = dataclasses.replace(jax.device_get(trained.init()), params=before.params)
+  after = train(trained, rows_of(range(32)), start)[0].params
+  assert_equal(after["ngrams"], before.params["ngrams"])
+  assert_equal(after["embedding"]["embedding"][:, 0], before.params["embedding"]["embedding"][:, 0])
+  factor = 0.01 / np.sqrt(
+    sum(np.sum(grad**2) for layer, tree in grads.items() if layer != "ngrams" for grad in tree.values())
+  )
+  assert factor < 0.5
+  for layer in ("embedding", "lstm", "dense"):
+    for name, value in before.params[layer].items():
+      grad = factor * grads[layer][name]
+      decayed = value.astype(np.float64)
+      if layer == "embedding":
+        decayed[:, 0] = 0
+      adam = grad / (np.abs(grad) + 0.1 / np.sqrt(0.001))
+      np.testing.assert_allclose(after[layer][name], value - 0.1 * (adam + 0.5 * decayed), atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize(
-  "changed", [{"learning_rate": 1e-2}, {"b1": 0.5}, {"b2": 0.9}, {"epsilon": 0.1}, {"schedule": "one_cycle"}], ids=str
+  "changed",
+  [
+    *({"learning_rate": 1e-2}, {"b1": 0.5}, {"b2": 0.9}, {"epsilon": 0.1}, {"schedule": "one_cycle"}),
+    *({"clip_norm": 0.05}, {"weight_decay": 0.1}),
+  ],
+  ids=str,
 )
 def test_each_setting_of_the_optimizer_has_an_effect(changed):
   updates = []
@@ -122,7 +181,7 @@ def test_each_setting_of_the_optimizer_has_an_effect(changed):
     opt_state = optimizer.init(np.zeros(1, np.float32))
     with jax.numpy_dtype_promotion("standard"):
       for gradient in (1.0, 0.1):
-        update, opt_state = optimizer.update(np.full(1, gradient, np.float32), opt_state)
+        update, opt_state = optimizer.update(np.full(1, gradient, np.float32), opt_state, np.ones(1, np.float32))
     updates.append(float(update[0]))
   assert abs(updates[0] - updates[1]) > 1e-5
 
