@@ -1,7 +1,7 @@
 """Settings of a run: frozen dataclasses, validated on construction, and the named presets.
 
 `Config.runtime` says where and how a run is computed. All other settings define its result: they are saved in the run
-directory and may not change when the run is resumed.
+directory and may not change when the run is resumed, except how long it trains (`--epochs`, `--early-stopping`).
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ class OptimizerConfig(Settings):
   learning_rate: float = setting(1e-3, "Learning rate, or its peak with --schedule one_cycle.", gt=0, le=1e38)
   embedding_rate: float = setting(1.0, "Learning rate of the word vectors, as a factor.", ge=0, le=1e6)
   schedule: Literal["constant", "one_cycle"] = setting(
-    "constant", "one_cycle warms up for 30% of all steps, then anneals."
+    "constant", "one_cycle warms up for 30% of the steps of all --epochs, then anneals."
   )
   b1: float = setting(0.9, "Decay rate of the first moment.", ge=0, lt=1)
   b2: float = setting(0.999, "Decay rate of the second moment.", ge=0, lt=1)
@@ -119,6 +119,7 @@ class TrainingConfig(Settings):
   """Epochs, batches and seeds."""
 
   epochs: int = setting(10, "Number of passes over the training reviews.", ge=1, le=100_000)
+  early_stopping: int | None = setting(None, "Stop after N epochs without a better validation accuracy.", ge=1)
   batch_size: int = setting(32, "Reviews per step, over all devices together.", ge=1, le=65_536)
   seed: int = setting(0, "Seed of the parameters, the order of the reviews and the dropout masks.", ge=0, le=2**31 - 1)
   num_seeds: int = setting(1, "Train an ensemble of N models at once, with consecutive seeds.", ge=1, le=1024)

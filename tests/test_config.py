@@ -274,6 +274,7 @@ OTHER_VALUES = {
   },
   "training": {
     "epochs": 5,
+    "early_stopping": 5,
     "batch_size": 5,
     "seed": 5,
     "num_seeds": 5,

@@ -51,10 +51,10 @@ class Saved:
 
   @property
   def rank(self) -> tuple[float, int]:
-    """Sort key: score, then step. A missing score or NaN ranks last."""
+    """Sort key: score, then the earliest step. A missing score or NaN ranks last, the newest step first."""
     if self.score is None or math.isnan(self.score):
       return -math.inf, self.step
-    return self.score, self.step
+    return self.score, -self.step
 
 
 class _UnreadableError(CheckpointError):

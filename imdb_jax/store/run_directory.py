@@ -3,7 +3,7 @@
 config.json      all settings that define the result
 vocab.json       the vocabulary
 classes.json     names of the classes, in the order of their labels; absent in runs on IMDB
-provenance.json  digests of data and vocabulary; step, versions and devices of each start of the trainer
+provenance.json  digests of data and vocabulary; of each start of the trainer step, versions, devices, changed settings
 metrics.jsonl    one line every few steps and one per epoch, see `imdb_jax.store.metrics_log`
 history.csv, history.png, report.md
 checkpoints/, manifests/, damaged/     see `imdb_jax.store.checkpoints`
@@ -13,6 +13,7 @@ The functions raise UsageError if the folder is not a run directory, a file in i
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -128,16 +129,22 @@ def _require_run_or_empty(run_dir: Path) -> set[str]:
 
 
 def exists(config: Config) -> bool:
-  """Return whether the run directory of a config holds this run; a run with other settings is refused."""
-  run_dir = config.run_dir
+  """Return whether the run directory of a config holds this run, maybe with fewer epochs; refuse other settings."""
+  run_dir, wanted = config.run_dir, config.training
   if "config.json" not in _require_run_or_empty(run_dir):
     return False
-  differing = differing_fields(load_config(run_dir), config)
-  if differing:
+  saved = load_config(run_dir)
+  as_long = dataclasses.replace(wanted, epochs=saved.training.epochs, early_stopping=saved.training.early_stopping)
+  if differing_fields(saved, dataclasses.replace(config, training=as_long)):
     raise UsageError(
-      f"--run-dir {run_dir}: holds a run with other settings ({'; '.join(differing)}); "
+      f"--run-dir {run_dir}: holds a run with other settings ({'; '.join(differing_fields(saved, config))}); "
       "nothing was touched. Repeat its settings to resume it, or name another folder."
     )
+  problem = f"--epochs {wanted.epochs}: the run in {run_dir} has --epochs {saved.training.epochs}"
+  if wanted.epochs < saved.training.epochs:
+    raise UsageError(f"{problem}, which can only be raised.")
+  if wanted.epochs > saved.training.epochs and config.optimizer.schedule == "one_cycle":
+    raise UsageError(f"{problem}, over which --schedule one_cycle extends. Start a new run.")
   return True
 
 
@@ -216,9 +223,16 @@ def versions() -> dict[str, str]:
   return {"python": platform.python_version(), **found, "imdb_jax code": code.hexdigest()[:16]}
 
 
-def record_start(run_dir: Path, facts: dict[str, Any]) -> None:
-  """Add a start of the trainer to provenance.json: some facts, and the versions of the packages."""
-  provenance = _provenance(run_dir)
-  provenance["starts"].append({**facts, "versions": versions()})
+def record_start(config: Config, facts: dict[str, Any]) -> list[str]:
+  """Add a start of the trainer to provenance.json: facts, versions, and how settings have changed since the last one.
+
+  Changed settings are saved in config.json and returned, as by `differing_fields`.
+  """
+  run_dir, provenance = config.run_dir, _provenance(config.run_dir)
+  changed = differing_fields(load_config(run_dir), config)
+  provenance["starts"].append({**facts, **({"changed": changed} if changed else {}), "versions": versions()})
   del provenance["starts"][1:-_MAX_STARTS]
   files.write_json(run_dir / "provenance.json", provenance)
+  if changed:
+    files.write_json(run_dir / "config.json", config.to_dict())
+  return changed

@@ -108,9 +108,10 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     saved, state = _restore(program, checkpoints, lambda: _fitted(program, loaded, source, console, stop))
     report.show_header(program, loaded, saved.step, console)
     try:
-      if is_first:
-        run_directory.record_start(config.run_dir, report.start_facts(program, saved.step))
       with contextlib.closing(_open_log(config, saved, num_steps, held)) as log:
+        if is_first:
+          for change in run_directory.record_start(config, report.start_facts(program, saved.step)):
+            console.line(f"Changed {change}")
         recorder = Recorder(config, console, log, saved.progress)
         stack.callback(console.end_epoch)
         return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
@@ -181,7 +182,15 @@ def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.
   # A step without a score may be the last of an epoch that has not been evaluated.
   steps_with_line = saved.step if saved.score is not None else max(saved.step - 1, 0)
   num_epochs = steps_with_line // (num_steps // config.training.epochs)
-  return MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
+  log = MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
+  patience = config.training.early_stopping
+  end = report.early_end(log.history, patience)
+  if end is not None and end["step"] < saved.step:
+    log.close()
+    raise UsageError(
+      f"--early-stopping {patience}: the run has gone on after epoch {end['epoch']}, where this ends it."
+    )
+  return log
 
 
 class _Trainer:
@@ -200,14 +209,18 @@ class _Trainer:
     seconds = saved.progress.get("seconds", 0.0)
     if type(seconds) is not float or not 0 <= seconds < 1e9:
       raise CheckpointError(f"Step {saved.step:,}: the checkpoint's progress has invalid seconds.")
-    compile_seconds = self._compile()
-    console, history, training = self._recorder.console, self._recorder.log.history, self._config.training
+    console, history = self._recorder.console, self._recorder.log.history
+    is_over = self._is_over()
+    if is_over:
+      console.line("Nothing is left to train")
+    compile_seconds = 0.0 if is_over else self._compile()
     try:
-      for epoch in range(len(history) + 1, training.epochs + 1):
-        self._train_epoch(epoch, seconds)
+      while not is_over:
+        self._train_epoch(len(history) + 1, seconds)
         seconds = 0.0
         number, _ = self._poll()
-        if number and epoch < training.epochs:
+        is_over = self._is_over()
+        if number and not is_over:
           raise Interrupted(number, self._step)
     except DivergenceError as error:
       steps = self._checkpoints.steps()
@@ -223,6 +236,13 @@ class _Trainer:
     return FitResult(
       run_dir=self._config.run_dir, history=history, compile_seconds=compile_seconds, late_signal=self._stop.signal
     )
+
+  def _is_over(self) -> bool:
+    """Return whether all epochs are done, or early stopping ends the run. All processes must call it."""
+    history, training = self._recorder.log.history, self._config.training
+    ends = len(history) == training.epochs or report.early_end(history, training.early_stopping) is not None
+    # Other machines may round differently.
+    return bool(processes.largest([int(ends and jax.process_index() == 0)])[0])
 
   def _compile(self) -> float:
     """Compile both programs ahead, so that no time of training or evaluation includes it; return the seconds."""

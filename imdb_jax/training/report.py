@@ -80,8 +80,28 @@ def epoch_line(line: Line, num_epochs: int) -> str:
 
 
 def best_epoch(history: list[Line]) -> Line:
-  """Return the epoch with the highest validation accuracy, the last of equals: that of the best checkpoint."""
-  return max(reversed(history), key=lambda line: line["val_accuracy"])
+  """Return the epoch with the highest validation accuracy, the first of equals: that of the best checkpoint."""
+  return max(history, key=lambda line: line["val_accuracy"])
+
+
+def early_end(history: list[Line], patience: int | None) -> Line | None:
+  """Return the epoch after which early stopping ends a run, if it does: none is better in the `patience` before it."""
+  best = history[:1]
+  for line in history if patience is not None else []:
+    if line["val_accuracy"] > best[0]["val_accuracy"]:
+      best = [line]
+    elif line["epoch"] - best[0]["epoch"] == patience:
+      return line
+  return None
+
+
+def _early_end_line(config: Config, history: list[Line]) -> str:
+  """Return why a run ended before its last epoch; an empty text if it did not."""
+  training, best = config.training, best_epoch(history)
+  if training.early_stopping is None or len(history) == training.epochs:
+    return ""
+  ended = f"Stopped early, after epoch {len(history)} of {training.epochs}"
+  return f"{ended}: none was better than epoch {best['epoch']} (--early-stopping {training.early_stopping}).\n"
 
 
 def _val_accuracy(line: Line) -> str:
@@ -97,7 +117,7 @@ def _val_accuracy(line: Line) -> str:
 def show(config: Config, history: list[Line], console: Console) -> None:
   """Print the last and the best epoch; the lines of all epochs have been printed already."""
   best, last = best_epoch(history), history[-1]
-  console.line(f"Last epoch: {_val_accuracy(last)}")
+  console.line(f"{_early_end_line(config, history)}Last epoch: {_val_accuracy(last)}")
   console.line(f"Best epoch {best['epoch']}: {_val_accuracy(best)} ({_CHOSEN_ON[config.data.validation]})")
 
 
@@ -121,7 +141,7 @@ def write(config: Config, history: list[Line]) -> None:
   settings = ", ".join(f"{name} {value}" for section in config.settings().values() for name, value in section.items())
   text = f"""# Run `{config.run_dir.name}`, preset {config.preset}
 
-Last epoch: {_val_accuracy(last)}.
+{_early_end_line(config, history)}Last epoch: {_val_accuracy(last)}.
 Best epoch: {best["epoch"]}, {_val_accuracy(best)} ({_CHOSEN_ON[config.data.validation]}).
 Training and evaluation: {total:.0f} s, without compilation and saves.
 

@@ -147,10 +147,11 @@ def test_the_best_step_is_kept_and_nan_or_no_score_is_never_best(run, scores, ke
     assert checkpoints.find("latest").step == 5
 
 
-def test_of_equal_scores_the_last_is_best(run):
-  for step in (1, 2):
+def test_of_equal_scores_the_first_is_best_and_is_kept(run):
+  for step in range(1, 5):
     run.save(step, score=0.5)
-  assert run.checkpoints.find("best").step == 2
+  assert run.checkpoints.steps() == [1, 3, 4]
+  assert run.checkpoints.find("best").step == 1
 
 
 def test_a_missing_step_is_refused_and_the_others_listed(run):

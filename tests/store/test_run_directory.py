@@ -70,7 +70,7 @@ def test_a_run_directory_may_be_a_string_or_a_path_below_home(kind, finished, tm
   assert config.runtime.run_dir == finished
   with run_directory.opened(config):
     assert run_directory.exists(config)
-  assert imdb_jax.Classifier.load(kind("~/run")).step == 8
+  assert imdb_jax.Classifier.load(kind("~/run"), step="latest").step == 8
 
 
 def test_a_run_directory_of_another_type_is_refused_by_its_flag():
@@ -252,7 +252,7 @@ def test_every_start_is_recorded(run, monkeypatch):
 def test_the_list_of_starts_is_bounded_and_keeps_the_first(run, monkeypatch):
   monkeypatch.setattr(run_directory, "_MAX_STARTS", 3)
   for step in range(1, 6):
-    run_directory.record_start(run.run_dir, {"step": step})
+    run_directory.record_start(run, {"step": step})
   starts = files.read_json(run.run_dir / "provenance.json")["starts"]
   assert [start["step"] for start in starts] == [0, 3, 4, 5]
 
@@ -261,7 +261,7 @@ def test_a_run_of_the_largest_number_of_starts_is_read_again(run):
   path = run.run_dir / "provenance.json"
   provenance = json.loads(path.read_text())
   files.write_json(path, provenance | {"starts": provenance["starts"] * 1001})
-  run_directory.record_start(run.run_dir, {"step": 8, "precision": "float32"})
+  run_directory.record_start(run, {"step": 8, "precision": "float32"})
   run_directory.check(run.run_dir, precision="float32")
 
 

@@ -194,8 +194,8 @@ def test_with_held_out_reviews_the_report_says_so(tmp_path):
 
 def test_the_two_newest_checkpoints_and_the_best_one_are_kept(tmp_path):
   result = imdb_jax.fit(tiny(tmp_path, epochs=6))
-  # The last of equals is the best.
-  best = max(reversed(result.history), key=lambda line: line["val_accuracy"])
+  # The first of equals is the best.
+  best = max(result.history, key=lambda line: line["val_accuracy"])
   assert result.best == best
   kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
   assert kept == {20, 24, best["step"]}
