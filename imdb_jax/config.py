@@ -161,6 +161,7 @@ class RuntimeConfig(Settings):
   word_vectors: Path | None = setting(
     None, "Word vectors for --embedding file, as text of word2vec, GloVe or fastText."
   )
+  init_from: Path | None = setting(None, "Run directory whose best weights a new run starts from, words by name.")
   num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=1024)
   implementation: Literal["auto", "mosaic_gpu", "cudnn", "chunked", "scan"] = setting(
     "auto", "Implementation of the LSTM; auto uses the fastest that works."

@@ -144,7 +144,7 @@ def exists(config: Config) -> bool:
   if wanted.epochs < saved.training.epochs:
     raise UsageError(f"{problem}, which can only be raised.")
   if wanted.epochs > saved.training.epochs and config.optimizer.schedule == "one_cycle":
-    raise UsageError(f"{problem}, over which --schedule one_cycle extends. Start a new run.")
+    raise UsageError(f"{problem}, over which --schedule one_cycle extends. Start a new run, maybe with --init-from.")
   return True
 
 

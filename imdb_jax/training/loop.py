@@ -18,14 +18,14 @@ import numpy as np
 
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import Config
-from imdb_jax.data import batches, ngrams, sources, tokens, word_vectors
+from imdb_jax.data import batches, sources, tokens
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
 from imdb_jax.store.metrics_log import Line, MetricsLog
-from imdb_jax.training import report, skipgram
+from imdb_jax.training import report, start
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
 
@@ -94,6 +94,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     processes.require_equal(_shared_settings(program))
     with processes.together():
       if is_first and not is_resumed:
+        start.check(config)
         run_directory.create(config, loaded.vocabulary.json, loaded.digest, loaded.summary, loaded.classes)
     with processes.together():
       # Each process has its own view of the folder and of the reviews.
@@ -105,12 +106,12 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.enter_context(contextlib.closing(checkpoints))
-    saved, state = _restore(program, checkpoints, lambda: _fitted(program, loaded, source, console, stop))
+    saved, state, facts = _restore(program, checkpoints, lambda: start.params(program, loaded, source, console, stop))
     report.show_header(program, loaded, saved.step, console)
     try:
       with contextlib.closing(_open_log(config, saved, num_steps, held)) as log:
         if is_first:
-          for change in run_directory.record_start(config, report.start_facts(program, saved.step)):
+          for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
             console.line(f"Changed {change}")
         recorder = Recorder(config, console, log, saved.progress)
         stack.callback(console.end_epoch)
@@ -123,7 +124,7 @@ def _shared_settings(program: Program) -> dict[str, Any]:
   """Return what decides which computations the processes share, and when: settings by their flags, and versions."""
   config = program.config
   settings = {name: value for section in config.settings().values() for name, value in section.items()}
-  for name in ("steps_per_dispatch", "evaluation_batch_size", "save_every_steps", "deterministic"):
+  for name in ("steps_per_dispatch", "evaluation_batch_size", "save_every_steps", "deterministic", "init_from"):
     settings[name] = getattr(config.runtime, name)
   settings["implementation"] = program.choice.name
   settings["num_devices"] = [device.id for device in program.mesh.devices.flat]
@@ -131,51 +132,15 @@ def _shared_settings(program: Program) -> dict[str, Any]:
 
 
 def _restore(
-  program: Program, checkpoints: Checkpoints, fitted: Callable[[], dict[str, Any]]
-) -> tuple[Saved, TrainState]:
-  """Return the newest checkpoint, or the initial state with the parameters that `fitted` returns."""
+  program: Program, checkpoints: Checkpoints, start_params: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
+) -> tuple[Saved, TrainState, dict[str, Any]]:
+  """Return the newest checkpoint or the initial state, and facts about the latter for provenance.json."""
   if not checkpoints.is_empty():
-    return checkpoints.restore_latest()
+    return *checkpoints.restore_latest(), {}
   started = time.perf_counter()
-  layers = fitted()
+  params, facts = start_params()
   # The first epoch's time includes this.
-  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(layers)
-
-
-def _fitted(
-  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
-) -> dict[str, Any]:
-  """Return the parameters that are computed before the first step, by layer."""
-
-  def on_progress(line: str | None) -> None:
-    if line:
-      console.line(line)
-    if number := processes.largest([stop.signal or 0])[0]:
-      console.line("No step is lost; the word vectors will be computed again.")
-      raise Interrupted(signal.Signals(number), 0)
-
-  config = program.config
-  model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
-  if model.embedding in ("svd", "skipgram"):
-    texts, sizes = train.tokens, (data.vocabulary.size, model.embedding_size)
-    if model.unlabelled:
-      texts = np.concatenate([texts, tokens.load_unlabelled(source, config.data, data.vocabulary, console.line)])
-    console.line(f"Computing word vectors from {len(texts):,} reviews")
-    is_svd = model.embedding == "svd"
-    vectors = word_vectors.svd(texts, *sizes) if is_svd else skipgram.fit(texts, *sizes, on_progress)
-    fitted["embedding"] = {"embedding": vectors}
-  if model.embedding == "file":
-    if path is None:
-      raise UsageError("--embedding file: requires --word-vectors FILE.")
-    console.line(f"Reading word vectors from {path}")
-    vectors = word_vectors.read(path, data.vocabulary.words, data.vocabulary.size, model.embedding_size)
-    fitted["embedding"] = {"embedding": vectors}
-    console.line(f"The file has {np.count_nonzero(vectors.any(axis=1)):,} of {len(data.vocabulary.words):,} words")
-  if model.ngrams:
-    console.line("Fitting the linear model of n-grams")
-    loss_weights = program.task.balanced(train.labels) if config.training.class_weights == "balanced" else 1.0
-    fitted["ngrams"] = ngrams.fit(train.tokens, train.labels, model.ngrams, len(data.classes), loss_weights)
-  return fitted
+  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(params), facts
 
 
 def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:
@@ -213,6 +178,9 @@ class _Trainer:
     is_over = self._is_over()
     if is_over:
       console.line("Nothing is left to train")
+    elif self._config.runtime.init_from is not None and self._checkpoints.is_empty():
+      # From now on, the result does not depend on the other run.
+      self._save({"seconds": seconds}, score=None)
     compile_seconds = 0.0 if is_over else self._compile()
     try:
       while not is_over:

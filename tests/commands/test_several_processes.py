@@ -14,12 +14,14 @@ from running import ROOT, TINY, Result, assert_one_clear_line, history
 TRAIN = ROOT / "scripts" / "train.py"
 
 
-def train_in_two(server: Server, run_dir: Path, *of_second: str | Path, second: Path = TRAIN) -> list[Result]:
-  """Train in two processes; the second gets additional arguments."""
+def train_in_two(
+  server: Server, run_dir: Path, *of_second: str | Path, second: Path = TRAIN, of_both: tuple[str, ...] = ()
+) -> list[Result]:
+  """Train in two processes, with additional arguments of both and of the second."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
-  shared = (*TINY, "--run-dir", str(run_dir))
+  shared = (*TINY, *of_both, "--run-dir", str(run_dir))
   shared += ("--coordinator-address", address, "--num-processes", "2", "--process-id")
   commands = [str(TRAIN), *shared, "0"], [str(second), *shared, "1", *map(str, of_second)]
   with contextlib.ExitStack() as stack:
@@ -41,6 +43,16 @@ def test_two_processes_train_as_one(server, trained, tmp_path, call):
   code, stdout, _ = call("evaluate", tmp_path / "two", "--platform", "cpu", "--json", "--step", "latest")
   assert code == 0
   assert json.loads(stdout)["loss"] == pytest.approx(history(trained)[-1]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_another_run_and_stop_early_together(server, trained, tmp_path):
+  flags = ("--init-from", str(trained), "--epochs", "9", "--early-stopping", "1", "--learning-rate", "1e-9")
+  first, second = train_in_two(server, tmp_path / "two", of_both=flags)
+  assert (first[0], second[0]) == (0, 0), (first, second)
+  assert "199 of 199 word vectors, dense, lstm" in first[1]
+  assert "Stopped early, after epoch 2 of 9" in first[1]
+  assert [line["epoch"] for line in history(tmp_path / "two") if line["kind"] == "epoch"] == [1, 2]
 
 
 def test_if_one_process_fails_the_other_leaves_too(server, tmp_path):

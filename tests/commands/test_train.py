@@ -42,6 +42,21 @@ def test_the_same_command_again_changes_nothing_and_other_settings_are_refused(t
   assert [path.name for path in before if after[path] != before[path]] == ["provenance.json"]
 
 
+def test_a_finished_run_goes_on_for_more_epochs_and_another_starts_from_it(trained, tmp_path, call):
+  run_dir = copy_of(trained, tmp_path)
+  assert_one_clear_line(call("train", *TINY, "--run-dir", run_dir, "--epochs", "1"), 2, "--epochs 1", "only be raised")
+  code, stdout, _ = call("train", *TINY, "--run-dir", run_dir, "--epochs", "3", "--early-stopping", "9")
+  assert code == 0
+  assert "Changed training.epochs: 2 -> 3\nChanged training.early_stopping: None -> 9\n" in stdout
+  assert [line["epoch"] for line in history(run_dir) if line["kind"] == "epoch"] == [1, 2, 3]
+  assert call("evaluate", run_dir, "--platform", "cpu")[0] == 0
+  command = ("train", *TINY, "--run-dir", tmp_path / "next", "--init-from", run_dir, "--epochs", "1")
+  assert_one_clear_line(call(*command, "--hidden-size", "5"), 2, "--hidden-size 5", f"--init-from {run_dir} has 4")
+  code, stdout, _ = call(*command)
+  assert code == 0
+  assert re.search(r"^From .*/run, step \d+: 199 of 199 word vectors, dense, lstm$", stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
   ("command", "next_command"),
   [(("train",), "python scripts/{}.py"), (("imdb-jax", "train"), "imdb-jax {}")],
@@ -138,6 +153,9 @@ def test_a_terminal_gets_lines_that_wrap_at_words_and_a_file_whole_lines(trained
     (("--num-processes", "2"), ("--coordinator-address", "all three")),
     (("--preset", "sample", "--archive", "none"), ("--archive none: requires --data imdb",)),
     (("--epoch", "3"), ("--epoch: unknown", "--epochs")),
+    (("--early-stopping", "0"), ("--early-stopping 0", "at least 1")),
+    (("--clip-norm", "0"), ("--clip-norm 0", "above 0")),
+    (("--weight-decay", "-1"), ("--weight-decay -1", "from 0")),
     # It would be infinite as a float32, and each device of a CPU takes memory and two threads.
     (("--learning-rate", "1e39"), ("--learning-rate 1e+39", "at most 1e+38")),
     (("--num-devices", "65536"), ("--num-devices 65536", "from 1 to 1,024")),

@@ -1,0 +1,112 @@
+"""The parameters that a new run starts from: drawn at random, computed, read from a file, or those of another run."""
+
+import contextlib
+import hashlib
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+
+from imdb_jax import processes
+from imdb_jax.config import Config
+from imdb_jax.data import ngrams, sources, tokens, word_vectors
+from imdb_jax.data.tokenizer import PADDING_ID, Vocabulary
+from imdb_jax.errors import UsageError
+from imdb_jax.processes import Interrupted, StopRequest
+from imdb_jax.program import Program
+from imdb_jax.store import run_directory
+from imdb_jax.store.checkpoints import Checkpoints
+from imdb_jax.training import skipgram
+from imdb_jax.training.console import Console
+from imdb_jax.validation import flag
+
+
+def check(config: Config) -> None:
+  """Raise UsageError if the weights of the run that `--init-from` names do not fit these settings."""
+  run_dir = config.runtime.init_from
+  theirs = run_directory.load_config(run_dir).model if run_dir else config.model
+  for name in ("embedding_size", "cell", "hidden_size", "directions"):
+    wanted, found = getattr(config.model, name), getattr(theirs, name)
+    if wanted != found:
+      raise UsageError(f"{flag(name)} {wanted}: the run of --init-from {run_dir} has {found}.")
+
+
+def params(
+  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Return the parameters from which every seed starts, by layer, and facts about them for provenance.json.
+
+  Missing layers are drawn at random. From another run come the layers of its best step and first seed. Words that it
+  does not know keep the vectors with which the first seed would start.
+
+  Raises:
+    UsageError: a file or run that the settings name is missing or damaged, or does not fit.
+    CheckpointError: the run of `--init-from` has no usable checkpoint.
+    DataError: the source has no unlabelled reviews, which `--unlabelled` requires.
+    Interrupted: a signal arrived; there was nothing to save.
+  """
+  fitted, run_dir = _fitted(program, data, source, console, stop), program.config.runtime.init_from
+  if run_dir is None:
+    return fitted, {}
+  check(program.config)
+  run_directory.check(run_dir)
+  config, words = run_directory.load_config(run_dir), data.vocabulary.words
+  known = {word: id for id, word in enumerate(Vocabulary.load(run_dir / "vocab.json", config.data).words, 1)}
+  classes = run_directory.load_classes(run_dir)
+  abstract = Program(config, program.mesh, classes=classes).abstract_state()
+  with contextlib.closing(Checkpoints(run_dir, abstract, read_only=True)) as checkpoints:
+    saved, state = checkpoints.restore("best")
+  trees = jax.device_get((program.init(fitted).params, state.params))
+  ours, theirs = jax.tree.map(lambda leaf: leaf[0], trees)
+  # The other run's ids of our ids 0, 1, ...; -1 for words that it does not know.
+  ids = np.array([PADDING_ID, *(known.get(word, -1) for word in words)])
+  vectors = np.array(ours.pop("embedding")["embedding"])
+  vectors[np.flatnonzero(ids >= 0)] = theirs["embedding"]["embedding"][ids[ids >= 0]]
+  # Phrases are listed by the ids of their words.
+  ours.pop("ngrams", None)
+  shapes = jax.tree.map(np.shape, (ours, theirs))
+  can_decide = classes == program.task.classes and shapes[0]["dense"] == shapes[1]["dense"]
+  carried = {name: theirs[name] for name in ours if name != "dense" or can_decide}
+  layers = ", ".join([*carried, *(f"not {name}" for name in ours.keys() - carried.keys())])
+  num_known = np.count_nonzero(ids > 0)
+  console.line(f"From {run_dir}, step {saved.step:,}: {num_known:,} of {len(words):,} word vectors, {layers}")
+  carried["embedding"] = {"embedding": vectors}
+  digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(carried))).hexdigest()
+  return fitted | carried, {"init_from": {"run_dir": str(run_dir), "step": saved.step, "sha256": digest}}
+
+
+def _fitted(
+  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
+) -> dict[str, Any]:
+  """Return the parameters that are computed before the first step, by layer."""
+
+  def on_progress(line: str | None) -> None:
+    if line:
+      console.line(line)
+    if number := processes.largest([stop.signal or 0])[0]:
+      console.line("No step is lost; the word vectors will be computed again.")
+      raise Interrupted(signal.Signals(number), 0)
+
+  config = program.config
+  model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
+  if model.embedding in ("svd", "skipgram"):
+    texts, sizes = train.tokens, (data.vocabulary.size, model.embedding_size)
+    if model.unlabelled:
+      texts = np.concatenate([texts, tokens.load_unlabelled(source, config.data, data.vocabulary, console.line)])
+    console.line(f"Computing word vectors from {len(texts):,} reviews")
+    is_svd = model.embedding == "svd"
+    vectors = word_vectors.svd(texts, *sizes) if is_svd else skipgram.fit(texts, *sizes, on_progress)
+    fitted["embedding"] = {"embedding": vectors}
+  if model.embedding == "file":
+    if path is None:
+      raise UsageError("--embedding file: requires --word-vectors FILE.")
+    console.line(f"Reading word vectors from {path}")
+    vectors = word_vectors.read(path, data.vocabulary.words, data.vocabulary.size, model.embedding_size)
+    fitted["embedding"] = {"embedding": vectors}
+    console.line(f"The file has {np.count_nonzero(vectors.any(axis=1)):,} of {len(data.vocabulary.words):,} words")
+  if model.ngrams:
+    console.line("Fitting the linear model of n-grams")
+    loss_weights = program.task.balanced(train.labels) if config.training.class_weights == "balanced" else 1.0
+    fitted["ngrams"] = ngrams.fit(train.tokens, train.labels, model.ngrams, len(data.classes), loss_weights)
+  return fitted
