@@ -179,7 +179,7 @@ class Classifier:
     data, runtime = self.config.data, self.config.runtime
     source = sources.find(data, runtime.archive, runtime.cache_dir)
     found = tokens.load(source, data, cache_dir=runtime.cache_dir, report=report)
-    run_directory.check(self.config.run_dir, data_digest=found.digest, summary=found.summary)
+    run_directory.check(self.config.run_dir, digest=found.digest, summary=found.summary)
     return getattr(found, name)
 
   def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:

@@ -175,7 +175,7 @@ def load_classes(run_dir: Path) -> tuple[str, ...]:
   return tuple(value)
 
 
-def check(run_dir: Path, *, data_digest: str | None = None, summary: str = "", precision: str | None = None) -> None:
+def check(run_dir: Path, *, digest: str | None = None, summary: str = "", precision: str | None = None) -> None:
   """Check that the vocabulary of a run is unchanged, and that it was trained on these data and in this precision.
 
   Raises:
@@ -188,7 +188,7 @@ def check(run_dir: Path, *, data_digest: str | None = None, summary: str = "", p
     raise UsageError(f"{run_dir / 'vocab.json'}: not readable: {error}") from error
   if vocabulary_sha256 != provenance["vocabulary_sha256"]:
     raise UsageError(f"{run_dir / 'vocab.json'}: not the vocabulary that this run was trained with.")
-  if data_digest not in (None, provenance["data_digest"]):
+  if digest not in (None, provenance["data_digest"]):
     before, change = provenance.get("data") or summary, "texts or labels are others"
     if before != summary:
       change = f"they were {before}, and are {summary} now"

@@ -58,13 +58,12 @@ class FitResult:
 def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitResult:
   """Train or resume the run that a config describes.
 
+  Settings of JAX and glibc change for the whole process; see `devices.start` and `devices.keep_freed_memory`.
+
   Args:
     config: settings of the run.
     data: texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
       pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing.
-
-  On a CPU it makes glibc keep freed memory from then on, for the whole process; see `devices.keep_freed_memory`, and
-  `devices.start` for the other settings of JAX that it changes.
 
   Raises:
     UsageError: the run directory holds something else or is in use, or a setting does not fit data or device.
@@ -100,12 +99,10 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
       # Each process has its own view of the folder and of the reviews.
       if not is_first and not run_directory.exists(config):
         raise UsageError(f"--run-dir {config.run_dir}: not the folder in which process 0 has created the run.")
-      run_directory.check(
-        config.run_dir, data_digest=loaded.digest, summary=loaded.summary, precision=program.precision
-      )
+      run_directory.check(config.run_dir, digest=loaded.digest, summary=loaded.summary, precision=program.precision)
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
-    stack.enter_context(contextlib.closing(checkpoints))
+    stack.callback(checkpoints.close)
     saved, state, facts = _restore(program, checkpoints, lambda: start.params(program, loaded, source, console, stop))
     report.show_header(program, loaded, saved.step, console)
     try:

@@ -112,7 +112,7 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
   provenance = json.loads((whole / "provenance.json").read_bytes())
 
   def check(run_dir: Path) -> None:
-    run_directory.check(run_dir, data_digest=provenance["data_digest"], precision=provenance["starts"][0]["precision"])
+    run_directory.check(run_dir, digest=provenance["data_digest"], precision=provenance["starts"][0]["precision"])
 
   def within_a_run(name: str, read: Reader) -> tuple[bytes, Reader]:
     run_dir = folder / name

@@ -151,7 +151,7 @@ def test_a_run_whose_creation_was_interrupted_is_created_anew(
   with run_directory.opened(config):
     assert not run_directory.exists(config)
     run_directory.create(config, "{}", "1" * 64)
-  run_directory.check(config.run_dir, data_digest="1" * 64)
+  run_directory.check(config.run_dir, digest="1" * 64)
   assert run_directory.load_config(config.run_dir) == saved(config)
 
 

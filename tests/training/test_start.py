@@ -105,10 +105,9 @@ def test_a_head_of_another_shape_is_new_and_all_recurrent_layers_are_taken(tmp_p
 
 
 def test_a_head_for_classes_of_other_names_is_new(small, tmp_path, capsys):
-  reviews = sample.load()["train"]
-  names = np.array(["dull", "funny"])[reviews.labels[:40]]
-  config = fewer(tmp_path / "run", small, epochs=1)
-  imdb_jax.fit(config, data={"train": (reviews.texts[:40], names.tolist())})
+  reviews = sample.load()
+  data = {name: (split.texts, np.array(["dull", "funny"])[split.labels]) for name, split in reviews.items()}
+  imdb_jax.fit(change(fewer(tmp_path / "run", small, epochs=1), "data", limit=40), data=data)
   assert " word vectors, lstm, not dense\n" in capsys.readouterr().out
 
 
