@@ -37,7 +37,7 @@ def predict(
   if output == "features":
     compute, width = program.features, params["dense"]["kernel"].shape[1]
   outputs = np.zeros((program.config.training.num_seeds, len(split), width), np.float32)
-  size, done = devices.padded_size(batch_size, program.mesh), 0
+  params, size, done = program.prepare(params), devices.padded_size(batch_size, program.mesh), 0
   started = (
     (rows, compute(params, *devices.put(split.batch(rows, size), devices.over_rows(program.mesh))))
     for rows in batches.prediction_batches(split.lengths, batch_size=size)

@@ -1,5 +1,7 @@
 """The network: embedding, recurrence over time, pooling, head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,7 +9,7 @@ from flax import linen as nn
 from imdb_jax import lstm
 from imdb_jax.config import ModelConfig
 from imdb_jax.data import ngrams
-from imdb_jax.lstm import scan
+from imdb_jax.lstm import chunked, scan
 from imdb_jax.lstm.shared import Masks, Weights, known_lengths, real_positions
 
 DropoutMasks = tuple[jax.Array | None, jax.Array | None]
@@ -155,16 +157,29 @@ class TextClassifier(nn.Module):
     """
     return self.head(self.encode(self.embed(tokens), lengths, dropout_masks))
 
-  def predict(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+  @property
+  def has_lookup(self) -> bool:
+    """Whether `lookup` can prepare the model: only the last state counts, and padding is like a word."""
+    config = self.config
+    is_plain = not config.mask_padding and config.directions == 1 and config.pooling == "last"
+    return is_plain and self.implementation == "chunked"
+
+  def lookup(self, params: Any, sequence_length: int) -> chunked.Lookup:
+    """Return what spares `predict` padding and products of word vectors, for reviews of so many positions."""
+    return chunked.lookup(params["embedding"]["embedding"], Weights(**params["lstm"]), sequence_length)
+
+  def predict(self, tokens: jax.Array, lengths: jax.Array, lookup: chunked.Lookup | None = None) -> jax.Array:
     """Return the logits f32[b, head_size] of a batch: with `ngrams`, the mean of the network's and the linear model's.
 
-    The arguments are those of a call.
+    The first arguments are those of a call; with a `lookup`, the result is the same except for rounding.
     """
-    logits = self(tokens, lengths)
+    logits = self.head(self.features(tokens, lengths, lookup))
     return (logits + self.ngrams(tokens)) / 2 if self.config.ngrams else logits
 
-  def features(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Return what the head sees of a batch, f32[b, n], see `encode`; the arguments are those of a call."""
+  def features(self, tokens: jax.Array, lengths: jax.Array, lookup: chunked.Lookup | None = None) -> jax.Array:
+    """Return what the head sees of a batch, f32[b, n], see `encode`; arguments as for `predict`."""
+    if lookup is not None:
+      return chunked.last_hidden(lookup, tokens, lengths)
     return self.encode(self.embed(tokens), lengths)
 
   def embed(self, tokens: jax.Array) -> jax.Array:

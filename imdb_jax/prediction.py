@@ -43,7 +43,7 @@ class Classifier:
   def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int, temperature: float = 1.0):
     self.config, self.vocabulary, self.step, self.temperature = program.config, vocabulary, step, temperature
     self.classes = program.task.classes
-    self.program, self.params = program, params
+    self.program, self.params, self._prepared = program, params, program.prepare(params)
 
   @classmethod
   def load(
@@ -159,7 +159,7 @@ class Classifier:
     else:
       split, size = self._encode(texts), self._batch_size(len(texts))
     with processes.computing():
-      return evaluation.predict(self.program, self.params, split, size, output=output)
+      return evaluation.predict(self.program, self._prepared, split, size, output=output)
 
   def _encode(self, texts: Sequence[str]) -> TokenSplit:
     if isinstance(texts, str):

@@ -30,6 +30,8 @@ from imdb_jax.task import Classification
 Examples = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
 
+# Of all seeds together.
+_MAX_LOOKUP_BYTES = 2**28
 _ROWS, _REPLICATED = PartitionSpec(devices.AXIS), PartitionSpec()
 
 
@@ -90,7 +92,8 @@ class Program:
       of `Classification.sums` and `is_finite` (1 if loss, gradients and parameters are finite, else 0),
       f32[seeds, k] each; entries beyond `num_steps` are 0. One program makes any number of steps up to k, so that a
       run's result does not depend on where it stops.
-    predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`.
+    predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`. It is faster with
+      parameters from `prepare`.
     features: jitted likewise, with the inputs of the head as the result, f32[seeds, b, n].
   """
 
@@ -126,6 +129,7 @@ class Program:
       jax.jit(functools.partial(self._apply, name), in_shardings=(everywhere, rows, rows), out_shardings=everywhere)
       for name in ("predict", "features")
     )
+    self._prepare = jax.jit(self._with_lookup, out_shardings=everywhere)
 
   @property
   def precision(self) -> str:
@@ -172,6 +176,12 @@ class Program:
     shape = *jax.export.symbolic_shape("b"), self.config.data.sequence_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     return jax.export.export(jax.jit(probabilities), platforms=("cpu", "cuda", "tpu"))(tokens)
+
+  def prepare(self, params: Any) -> Any:
+    """Return parameters with which `predict` is faster; unchanged ones if they are prepared or nothing can be gained."""
+    size = 16 * self.config.training.num_seeds * self.config.data.vocabulary_size * self.config.model.hidden_size
+    can_prepare = self.model.has_lookup and size <= _MAX_LOOKUP_BYTES
+    return self._prepare(params) if can_prepare and "lookup" not in params else params
 
   def put_split(self, split: TokenSplit) -> Examples:
     """Place the reviews of a split on every device."""
@@ -291,11 +301,16 @@ class Program:
 
   def _apply(self, method: str, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     def apply(params, tokens, lengths):
-      return self.model.apply({"params": params}, tokens, lengths, method=method)
+      return self.model.apply({"params": params}, tokens, lengths, params.get("lookup"), method=method)
 
     sharded = self._sharded(apply, (_REPLICATED, _ROWS, _ROWS), _ROWS)
     with jax.default_matmul_precision(self._matmul_precision):
       return self._over_seeds(lambda params: sharded(params, tokens, lengths))(params)
+
+  def _with_lookup(self, params: Any) -> Any:
+    with jax.default_matmul_precision(self._matmul_precision):
+      lookup = self._over_seeds(lambda params: self.model.lookup(params, self.config.data.sequence_length))(params)
+    return params | {"lookup": lookup}
 
 
 def _trained(params: Any) -> Any:

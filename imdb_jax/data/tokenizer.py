@@ -29,7 +29,7 @@ def split_words(text: str, *, strip_html: bool) -> list[str]:
   """Return the words of a text: replace tags by a space, lower-case, and split at separators."""
   if strip_html:
     text = _replace_tags(text, " ")
-  return [word for word in text.lower().translate(_SEPARATORS).split(" ") if word]
+  return [*filter(None, text.lower().translate(_SEPARATORS).split(" "))]
 
 
 def _replace_tags(text: str, replacement: str | Callable[[re.Match[str]], str]) -> str:
@@ -88,8 +88,8 @@ class Vocabulary:
 
   def ids(self, text: str) -> list[int]:
     """Return the ids of the known words of `text`. Unknown words are dropped, so the result may be empty."""
-    known = self._ids
-    return [known[word] for word in split_words(text, strip_html=self.strip_html) if word in known]
+    # No id is 0.
+    return [*filter(None, map(self._ids.get, split_words(text, strip_html=self.strip_html)))]
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:
     """Return (id, start, end) of each known word, in order; the word is written as `text[start:end]`.

@@ -10,6 +10,7 @@ What makes it faster than the automatic gradient of a scan:
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,18 +74,27 @@ def _recurrence(x, weights: Weights, masks: Masks, is_real, bounds):
   return _forward(x, weights, masks, is_real, bounds)[0]
 
 
+def _scaled(weights: Weights) -> Weights:
+  """Return weights with the factor inside the tanh of each gate, see `_activate`."""
+  inner = _per_gate((0.5, 0.5, 1.0, 0.5), weights.recurrent_kernel.shape[0])
+  return Weights(weights.kernel * inner, weights.recurrent_kernel * inner, weights.bias * inner[0])
+
+
+def _step(c, z):
+  """Return the gates f32[b, 4h] and the state c and h, f32[b, h] each, of scaled pre-activations f32[b, 4h]."""
+  gates = _activate(z)
+  i, f, g, o = jnp.split(gates, 4, axis=1)
+  c = f * c + i * g
+  return gates, c, o * jnp.tanh(c)
+
+
 def _forward(x, weights: Weights, masks: Masks, is_real, bounds):
   (num_chunks, chunk_size, b, _), h = x.shape, weights.recurrent_kernel.shape[0]
-  # The factor inside the tanh of each gate goes into the weights.
-  inner = _per_gate((0.5, 0.5, 1.0, 0.5), h)
-  scaled = Weights(weights.kernel * inner, weights.recurrent_kernel * inner, weights.bias * inner[0])
+  scaled = _scaled(weights)
 
   def step(carry, projected):
     c, hidden = carry
-    gates = _activate(projected + _masked(hidden, masks.recurrent) @ scaled.recurrent_kernel)
-    i, f, g, o = jnp.split(gates, 4, axis=1)
-    c = f * c + i * g
-    hidden = o * jnp.tanh(c)
+    gates, c, hidden = _step(c, projected + _masked(hidden, masks.recurrent) @ scaled.recurrent_kernel)
     return (c, hidden), (gates, c, hidden)
 
   closed = _per_gate(CLOSED, h)[None]
@@ -178,3 +188,46 @@ def lstm(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array |
   x = _in_chunks(in_order(inputs, reverse), num_chunks)
   hidden = _from_chunks(_recurrence(x, weights, masks, is_real, (first, end)))
   return in_order(hidden, reverse)[:, padding:]
+
+
+class Lookup(NamedTuple):
+  """An LSTM over tokens, prepared for `last_hidden`."""
+
+  projected: jax.Array  # f32[v, 4h], scaled x W + b of each token
+  recurrent_kernel: jax.Array  # f32[h, 4h], scaled
+  states: tuple[jax.Array, jax.Array]  # c and h after 0 to t padding tokens, f32[t + 1, h] each
+
+
+def lookup(embedding: jax.Array, weights: Weights, t: int) -> Lookup:
+  """Prepare an LSTM over word vectors f32[v, e], of which the first one is padding, for at most t positions."""
+  scaled = _scaled(weights)
+  projected = embedding @ scaled.kernel + scaled.bias[None]
+
+  def step(state, _):
+    _, *after = _step(state[0], projected[:1] + state[1] @ scaled.recurrent_kernel)
+    return tuple(after), state
+
+  zeros = jnp.zeros((1, scaled.recurrent_kernel.shape[0]), embedding.dtype)
+  last, before = jax.lax.scan(step, (zeros, zeros), length=t)
+  states = jax.tree.map(lambda each, end: jnp.concatenate([each[:, 0], end]), before, last)
+  return Lookup(projected, scaled.recurrent_kernel, states)
+
+
+def last_hidden(prepared: Lookup, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+  """Return the hidden state after the last position, f32[b, h], as `lstm` without lengths gives it, except for rounding.
+
+  The state after k padding tokens is the same for every row. So the loop starts where the longest row does.
+
+  Args:
+    prepared: from `lookup`.
+    tokens: int[b, t], padded at the front with 0.
+    lengths: i32[b], number of tokens of each row.
+  """
+  first, by_position = tokens.shape[1] - jnp.max(lengths), tokens.T
+
+  def step(position, state):
+    x = jnp.take(prepared.projected, jax.lax.dynamic_index_in_dim(by_position, position, keepdims=False), axis=0)
+    return tuple(_step(state[0], x + state[1] @ prepared.recurrent_kernel)[1:])
+
+  start = jax.tree.map(lambda each: jnp.broadcast_to(each[first], (len(tokens), each.shape[1])), prepared.states)
+  return jax.lax.fori_loop(first, tokens.shape[1], step, start)[1]
