@@ -9,18 +9,14 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from imdb_jax import arguments, exits
 from imdb_jax.config import Config, DataConfig, RuntimeConfig, TrainingConfig, default_cache_dir
-from imdb_jax.errors import UsageError, printable
-
-# Texts to encode at once.
-_MAX_TEXTS = 256
-# Bytes to read at once, and the most that a text may have.
-_PIECE_BYTES, _LINE_BYTES = 2**20, 2**23
+from imdb_jax.errors import UsageError
+from imdb_jax.validation import flag
 
 
 def main() -> None:
@@ -149,59 +145,35 @@ def _predict(prog: str, args: Sequence[str]) -> None:
   parser = _parser(prog, _predict, restores=True)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("texts", metavar="TEXT", nargs="*", help="Reviews; without any, they are read from --file.")
-  parser.add_argument("--file", default="-", help="File with one review per line; - is standard input. [-]")
+  parser.add_argument("--file", default="-", help="CSV or JSONL, or a review per line; - is standard input. [-]")
+  parser.add_argument("--text-column", metavar="NAME", help="Column of the texts. [that of the training texts]")
+  parser.add_argument("--output", type=_path, help="Write the rows with their answers to this .csv, .tsv or .jsonl.")
+  parser.add_argument("--escape-formulas", action="store_true", help="Disarm cells that a spreadsheet would execute.")
+  parser.add_argument("--threshold", type=float, metavar="P", help="Answer the second of two classes from P on.")
+  parser.add_argument("--abstain-below", type=float, default=0, metavar="P", help="Answer no class below P. [0]")
   given = parser.parse_args(args)
-  if given.texts and given.file != "-":
-    raise UsageError(f"--file {given.file}: cannot be combined with reviews on the command line.")
+  if given.texts and (given.file != "-" or given.output):
+    name, value = ("--file", given.file) if given.file != "-" else ("--output", given.output)
+    raise UsageError(f"{name} {value}: cannot be combined with reviews on the command line.")
+  if given.escape_formulas and not given.output:
+    raise UsageError("--escape-formulas: requires --output.")
+  for name in ("threshold", "abstain_below"):
+    if not 0 <= (getattr(given, name) or 0) <= 1:
+      raise UsageError(f"{flag(name)} {getattr(given, name)}: must be from 0 to 1.")
   ensemble = _load(given)
-  with contextlib.closing(_read_lines(given.file)) as lines:
-    for texts in [given.texts] if given.texts else lines:
-      for start in range(0, len(texts), _MAX_TEXTS):
-        _answer(ensemble, texts[start : start + _MAX_TEXTS], given.json)
-      sys.stdout.flush()
+  if given.threshold is not None and len(ensemble.classes) != 2:
+    raise UsageError(f"--threshold {given.threshold}: requires two classes, not {len(ensemble.classes):,}.")
+  from imdb_jax import scoring
 
-
-def _answer(ensemble: Any, texts: list[str], is_json: bool) -> None:
-  from imdb_jax.data.reviews import CLASSES
-
-  for text, probabilities in zip(texts, ensemble.predict_proba(texts).tolist(), strict=True):
-    by_class = dict(zip(ensemble.classes, probabilities, strict=True))
-    name = max(by_class, key=by_class.__getitem__)
-    answer: dict[str, Any] = {"class": name, "probabilities": by_class}
-    if ensemble.classes == CLASSES:
-      answer = {"probability": by_class["positive"], "sentiment": name}
-    known_words = max(len(each.vocabulary.ids(text)) for each in ensemble.classifiers)
-    if is_json:
-      print(json.dumps(answer | {"known_words": known_words, "text": text}))
+  answers = functools.partial(ensemble.answers, threshold=given.threshold, abstain_below=given.abstain_below)
+  column = given.text_column or ensemble.classifiers[0].config.data.text_column
+  windows = scoring.of_lines([given.texts]) if given.texts else scoring.read(given.file, column)
+  with exits.interruptible(), contextlib.closing(windows):
+    if given.output is None:
+      scoring.show(windows, answers, is_json=given.json)
     else:
-      shown = printable(text if len(text) <= 80 else text[:79] + "…")
-      shown += "" if known_words else "  (no known word: a guess)"
-      print(f"{answer.get('probability', by_class[name]):.4f}  {printable(name)}  {shown}")
-
-
-def _read_lines(name: str) -> Generator[list[str], None, None]:
-  """Yield the lines of a file as they arrive: whoever writes to a pipe may wait for the answers."""
-  if name == "-" and sys.stdin is not None and sys.stdin.isatty():
-    print("Type reviews, one per line; end with Ctrl-D.", file=sys.stderr)
-  rest = bytearray()
-  try:
-    # Standard input is descriptor 0, not a path.
-    with open(0 if name == "-" else name, "rb", buffering=0) as file:  # noqa: PTH123
-      while piece := file.read(_PIECE_BYTES):
-        rest += piece
-        if b"\n" in piece:
-          *lines, rest = rest.split(b"\n")
-          yield list(map(_decode, lines))
-        if len(rest) > _LINE_BYTES:
-          raise UsageError(f"--file {name}: has a line of more than {_LINE_BYTES:,} bytes.")
-  except OSError as error:
-    raise UsageError(f"--file {name}: {error.strerror}.") from error
-  if rest:
-    yield [_decode(rest)]
-
-
-def _decode(line: bytearray) -> str:
-  return line.removesuffix(b"\r").decode("utf-8", errors="replace")
+      options = {"source": given.file, "escape_formulas": given.escape_formulas}
+      print(f"{given.output}: {scoring.write(windows, answers, given.output, **options):,} rows")
 
 
 def _serve(prog: str, args: Sequence[str]) -> None:

@@ -43,13 +43,13 @@ def export(classifier: Classifier, format: Literal["safetensors", "stablehlo"], 
 
 def _write(classifier: Classifier, format: str, folder: Path) -> None:
   files.write_json(folder / "model.json", {"step": classifier.step, "temperature": classifier.temperature})
-  files.write_json(folder / "classes.json", classifier.classes)
+  files.write_json(folder / "classes.json", dict(zip(classifier.classes, classifier.prior.tolist(), strict=True)))
   files.write_json(folder / "config.json", classifier.config.to_dict())
   files.write(folder / "vocab.json", classifier.vocabulary.json)
   if format == "safetensors":
     safetensors.save(folder / "model.safetensors", arrays.by_name(jax.device_get(classifier.params)))
   else:
-    exported = classifier.program.exported(classifier.params, classifier.temperature)
+    exported = classifier.program.exported(classifier.params, classifier.temperature, classifier.prior)
     (folder / "model.stablehlo").write_bytes(exported.serialize())
 
 

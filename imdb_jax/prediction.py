@@ -38,11 +38,13 @@ class Classifier:
     params: parameters of the model, a tree of dicts of f32[seeds, ...], and u32 for the keys of n-grams.
     step: the restored step.
     temperature: by which logits are divided; 1 if the run has held out no reviews to calibrate it.
+    prior: shares of the classes in the training texts, f32[classes].
   """
 
   def __init__(self, program: Program, vocabulary: Vocabulary, params: Any, step: int, temperature: float = 1.0):
     self.config, self.vocabulary, self.step, self.temperature = program.config, vocabulary, step, temperature
     self.classes = program.task.classes
+    self.prior = np.full(len(self.classes), 1 / len(self.classes), np.float32)
     self.program, self.params, self._prepared = program, params, program.prepare(params)
 
   @classmethod
@@ -74,13 +76,14 @@ class Classifier:
     run_directory.check(run_dir)
     vocabulary = Vocabulary.load(run_dir / "vocab.json", config.data)
     mesh = devices.start(runtime, runtime.evaluation_batch_size)
-    program = Program(config, mesh, classes=run_directory.load_classes(run_dir))
+    shares = run_directory.load_classes(run_dir)
+    program = Program(config, mesh, classes=tuple(shares))
     with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
       saved, state = checkpoints.restore(step)
     temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
     if not _is_temperature(temperature):
       raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
-    return cls(program, vocabulary, state.params, saved.step, temperature)
+    return cls(program, vocabulary, state.params, saved.step, temperature)._with_prior(shares)
 
   @classmethod
   def from_safetensors(cls, folder: str | Path, *, runtime: RuntimeConfig | None = None) -> "Classifier":
@@ -100,14 +103,20 @@ class Classifier:
     if type(step) is not int or not _is_temperature(temperature):
       raise UsageError(f"{folder / 'model.json'}: has no valid step and temperature.")
     mesh = devices.start(runtime, runtime.evaluation_batch_size)
-    program = Program(config, mesh, classes=run_directory.load_classes(folder))
+    shares = run_directory.load_classes(folder)
+    program = Program(config, mesh, classes=tuple(shares))
     shapes, path = program.abstract_state().params, folder / "model.safetensors"
     try:
       found = safetensors.load(path, arrays.by_name(shapes))
     except (OSError, ValueError) as error:
       raise UsageError(f"{path}: not the weights of this model: {error}.") from error
     params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
-    return cls(program, vocabulary, devices.put(params, devices.replicated(mesh)), step, temperature)
+    params = devices.put(params, devices.replicated(mesh))
+    return cls(program, vocabulary, params, step, temperature)._with_prior(shares)
+
+  def _with_prior(self, shares: dict[str, float]) -> "Classifier":
+    self.prior = np.array([*shares.values()], np.float32)
+    return self
 
   def __repr__(self) -> str:
     name, seeds = self.config.preset, self.config.training.num_seeds
@@ -131,11 +140,14 @@ class Classifier:
       self.predict_proba([""] * size)
 
   def predict(self, texts: Texts) -> np.ndarray:
-    """Return the name of the most probable class of each text, str[n]; raise as `predict_proba` does."""
+    """Return the name of the most probable class of each text, str[n]; raise as `predict_proba` does.
+
+    For a text without a known word, it is the most frequent class of the training texts.
+    """
     return np.array(self.classes)[self.predict_proba(texts).argmax(axis=1)]
 
   def predict_proba(self, texts: Texts) -> np.ndarray:
-    """Return the probability of each class, f32[n, classes]. A text without a known word gets an answer too.
+    """Return the probability of each class, f32[n, classes]; for a text without a known word, `prior`.
 
     Args:
       texts: n texts, or a split of encoded reviews.
@@ -143,7 +155,9 @@ class Classifier:
     Raises:
       TypeError: texts is a single text, or holds something that is not a text.
     """
-    return self.program.task.probabilities(self.logits(texts), self.temperature)
+    split = self.encode(texts)
+    found = self.program.task.probabilities(self.logits(split), self.temperature)
+    return np.where(split.lengths[:, None] > 0, found, self.prior)
 
   def logits(self, texts: Texts) -> np.ndarray:
     """Return the logits of each seed, f32[seeds, n, head_size], without temperature; arguments as `predict_proba`."""
@@ -154,14 +168,14 @@ class Classifier:
     return self._compute(texts, "features")
 
   def _compute(self, texts: Texts, output: Literal["logits", "features"]) -> np.ndarray:
-    if isinstance(texts, TokenSplit):
-      split, size = texts, self.config.runtime.evaluation_batch_size
-    else:
-      split, size = self._encode(texts), self._batch_size(len(texts))
+    split = self.encode(texts)
     with processes.computing():
-      return evaluation.predict(self.program, self._prepared, split, size, output=output)
+      return evaluation.predict(self.program, self._prepared, split, self._batch_size(len(split)), output=output)
 
-  def _encode(self, texts: Sequence[str]) -> TokenSplit:
+  def encode(self, texts: Texts) -> TokenSplit:
+    """Return encoded texts, with labels of 0; arguments as `predict_proba`."""
+    if isinstance(texts, TokenSplit):
+      return texts
     if isinstance(texts, str):
       raise TypeError("texts: must be a list of texts, not one text")
     for row, text in enumerate(texts):
@@ -214,6 +228,30 @@ class Ensemble:
   def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
     """Return the mean probability of each class, f32[n, classes]; raise as that of `Classifier` does."""
     return np.mean([each.predict_proba(texts) for each in self.classifiers], axis=0)
+
+  def answers(
+    self, texts: Sequence[str], *, threshold: float | None = None, abstain_below: float = 0.0
+  ) -> list[dict[str, Any]]:
+    """Return the class, the probabilities by class and the number of known words that were read, for each text.
+
+    Args:
+      texts: n texts.
+      threshold: of two classes, answer the second from this probability on; None for the most probable class.
+      abstain_below: the class is None if all probabilities are below this one, as it is without a known word.
+    """
+    splits = [each.encode(texts) for each in self.classifiers]
+    found = np.mean([each.predict_proba(one) for each, one in zip(self.classifiers, splits, strict=True)], axis=0)
+    known = np.max([split.lengths for split in splits], axis=0)
+    chosen = found.argmax(axis=1) if threshold is None else (found[:, 1] >= threshold).astype(int)
+    is_clear = (known > 0) & (found.max(axis=1, initial=0) >= abstain_below)
+    return [
+      {
+        "class": self.classes[place] if clear else None,
+        "probabilities": dict(zip(self.classes, row, strict=True)),
+        "known_words": count,
+      }
+      for place, clear, row, count in zip(chosen, is_clear, found.tolist(), known.tolist(), strict=True)
+    ]
 
   def evaluate(self, splits: Sequence[TokenSplit]) -> Evaluation:
     """Return the metrics over reviews that each member's own vocabulary has encoded; `seeds` has those of each member.

@@ -43,7 +43,8 @@ def stand_in(params, tokens, lengths):
 def program_of(num_devices: int, function=stand_in, num_seeds: int = len(BIASES)):
   """Return what the evaluation uses of a program, around a function instead of a model."""
   config = config_of(training=TrainingConfig(num_seeds=num_seeds))
-  return types.SimpleNamespace(config=config, mesh=programs.mesh_of(num_devices), task=TASK, prepare=lambda p: p, predict=function)
+  mesh = programs.mesh_of(num_devices)
+  return types.SimpleNamespace(config=config, mesh=mesh, task=TASK, prepare=lambda params: params, predict=function)
 
 
 SIZES = [(10, 4, 1), (8, 4, 1), (3, 8, 2), (1, 1, 4), (17, 5, 3)]

@@ -35,9 +35,18 @@ class Row(NamedTuple):
 
   place: str
   text: str
-  label: str
+  label: str = ""
   group: str = ""
   id: str = ""
+
+
+class Record(NamedTuple):
+  """A row of a file with all of its columns. `line` is its line of JSON; empty for CSV."""
+
+  place: str
+  names: Sequence[str]
+  values: Sequence[Any]
+  line: str = ""
 
 
 class _Lines:
@@ -181,15 +190,50 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def kind(path: Path) -> str:
+  """Return the ending of a file's name that tells its format: without .gz and .xz, in small letters."""
+  return PurePath(path.name.lower().removesuffix(".gz").removesuffix(".xz")).suffix
+
+
+def records(path: Path, text_column: str) -> Generator[tuple[str, Record]]:
+  """Yield the text and all columns of each row of a CSV or JSONL file, labelled or not, as a stream.
+
+  Raises:
+    DataError: the file is missing, too large or damaged, or lacks the column of the texts; names the line.
+  """
+  previous = csv.field_size_limit(MAX_TEXT)
+  try:
+    with _clear_errors(path), contextlib.closing(_records(path, [text_column])) as found:
+      for record in found:
+        yield _row(record, [text_column]).text, record
+  finally:
+    csv.field_size_limit(previous)
+
+
 def _rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
   if path.is_dir():
-    return _folder_rows(path, columns)
-  name = path.name.lower().removesuffix(".gz").removesuffix(".xz")
-  suffix = PurePath(name).suffix
-  if suffix in (".jsonl", ".ndjson"):
-    return _json_rows(path, columns)
-  if suffix in (".csv", ".tsv", ".txt"):
-    return _csv_rows(path, columns)
+    yield from _folder_rows(path, columns)
+  else:
+    with contextlib.closing(_records(path, columns)) as found:
+      yield from (_row(record, columns) for record in found)
+
+
+def _row(record: Record, columns: Sequence[str]) -> Row:
+  """Return some columns as text, as they are written; those that are missing or null are empty."""
+  by_name, texts = dict(zip(record.names, record.values, strict=True)), []
+  for name in columns:
+    value = by_name.get(name)
+    if not isinstance(value, str | bool | None):
+      raise ValueError(f"{record.place}, column {name!r}: is neither a text nor a number")
+    texts.append(str(value).lower() if isinstance(value, bool) else value or "")
+  return Row(record.place, *texts)
+
+
+def _records(path: Path, columns: Sequence[str]) -> Generator[Record]:
+  if kind(path) in (".jsonl", ".ndjson"):
+    return _json_records(path, columns)
+  if kind(path) in (".csv", ".tsv", ".txt"):
+    return _csv_records(path, columns)
   raise ValueError(f"the name ends with none of {_FORMATS}")
 
 
@@ -198,7 +242,7 @@ def _missing(columns: Sequence[str], names: Iterable[str]) -> str:
   return next((column for column in columns[:3] if column and column not in names), "")
 
 
-def _csv_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
+def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
   headers = []
   for delimiter in _DELIMITERS:
     with archive.opened(path) as stream:
@@ -213,7 +257,6 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
         continue
       if repeated := [column for column in columns if header.count(column) > 1]:
         raise ValueError(f"line 1: has two columns {repeated[0]!r}")
-      places = [header.index(column) if column in header else None for column in columns]
       while True:
         lines.begin_row()
         try:
@@ -227,7 +270,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
           continue
         if len(values) != len(header):
           raise ValueError(f"line {lines.start:,}: has {len(values)} columns, the first line has {len(header)}")
-        yield Row(f"line {lines.start:,}", *("" if place is None else values[place] for place in places))
+        yield Record(f"line {lines.start:,}", header, values)
   found = max(headers, key=len)
   raise ValueError(f"line 1: has no column {_missing(columns, found)!r}{_choices(found)}")
 
@@ -237,14 +280,7 @@ def _choices(names: Iterable[str]) -> str:
   return f", only {', '.join(names)}; see --text-column and --label-column" if names else "; is it empty?"
 
 
-def _json_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
-  def written(name: str, value: Any) -> str:
-    if value is None or isinstance(value, str):
-      return value or ""
-    if isinstance(value, bool):
-      return str(value).lower()
-    raise ValueError(f"line {lines.start:,}, column {name!r}: is neither a text nor a number")
-
+def _json_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
   with archive.opened(path) as stream:
     lines = _Lines(stream)
     for line in lines:
@@ -258,7 +294,7 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Generator[Row]:
           raise ValueError(f"line {lines.start:,}: not a JSON object")
         if missing := _missing(columns, record):
           raise ValueError(f"line {lines.start:,}: has no column {missing!r}{_choices(record)}")
-        yield Row(f"line {lines.start:,}", *(written(name, record.get(name)) for name in columns))
+        yield Record(f"line {lines.start:,}", [*record], [*record.values()], line)
       lines.begin_row()
 
 

@@ -214,7 +214,7 @@ def lookup(embedding: jax.Array, weights: Weights, t: int) -> Lookup:
 
 
 def last_hidden(prepared: Lookup, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-  """Return the hidden state after the last position, f32[b, h], as `lstm` without lengths gives it, except for rounding.
+  """Return the hidden state after the last position, f32[b, h]: that of `lstm` without lengths, except for rounding.
 
   The state after k padding tokens is the same for every row. So the loop starts where the longest row does.
 

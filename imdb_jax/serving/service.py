@@ -72,7 +72,7 @@ class Service:
           batch += requests[-1][0]
         self._num_texts, self._num_batches = self._num_texts + len(batch), self._num_batches + 1
         try:
-          computed = iter(await asyncio.get_running_loop().run_in_executor(self._worker, self._compute, batch))
+          computed = iter(await asyncio.get_running_loop().run_in_executor(self._worker, self._ensemble.answers, batch))
         # Also if this request is cancelled: no other one would answer its batch.
         except BaseException as error:
           for _, waiting in requests:
@@ -81,16 +81,6 @@ class Service:
           for some, waiting in requests:
             waiting.set_result([next(computed) for _ in some])
     return answers.result()
-
-  def _compute(self, texts: list[str]) -> list[dict[str, Any]]:
-    answers, classes, classifiers = [], self._ensemble.classes, self._ensemble.classifiers
-    for text, row in zip(texts, self._ensemble.predict_proba(texts).tolist(), strict=True):
-      known_words = max(len(each.vocabulary.ids(text)) for each in classifiers)
-      # Without a known word, the probabilities say nothing about the text.
-      name = classes[row.index(max(row))] if known_words else None
-      probabilities = dict(zip(classes, row, strict=True))
-      answers.append({"class": name, "probabilities": probabilities, "known_words": known_words})
-    return answers
 
   async def _metrics(self, _: Request) -> Response:
     statuses = {f'{{status="{status}"}}': count for status, count in self._requests.items()}

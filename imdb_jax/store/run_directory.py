@@ -2,7 +2,8 @@
 
 config.json      all settings that define the result
 vocab.json       the vocabulary
-classes.json     names of the classes, in the order of their labels; absent in runs on IMDB
+classes.json     number of training texts by class, in the order of the labels; a list of names in older runs, absent
+                 in older runs on IMDB
 provenance.json  digests of data and vocabulary; of each start of the trainer step, versions, devices, changed settings
 metrics.jsonl    one line every few steps and one per epoch, see `imdb_jax.store.metrics_log`
 history.csv, history.png, report.md
@@ -149,14 +150,22 @@ def exists(config: Config) -> bool:
 
 
 def create(
-  config: Config, vocabulary: str, data_digest: str, summary: str = "", classes: tuple[str, ...] = CLASSES
+  config: Config, vocabulary: str, data_digest: str, summary: str = "", classes: dict[str, int] | None = None
 ) -> None:
-  """Write the files of a new run; `vocabulary` is JSON, and `summary` describes the data for a person."""
+  """Write the files of a new run.
+
+  Args:
+    config: its settings.
+    vocabulary: JSON.
+    data_digest: identifies the data.
+    summary: describes the data for a person.
+    classes: number of training texts by class; None for those of IMDB, in equal shares.
+  """
   run_dir = config.run_dir
   try:
     files.write(run_dir / "vocab.json", vocabulary)
     digests = {"data_digest": data_digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
-    if classes != CLASSES:
+    if classes is not None:
       files.write_json(run_dir / "classes.json", classes)
     files.write_json(run_dir / "provenance.json", {"data": summary, **digests, "starts": []})
     files.write_json(run_dir / "config.json", config.to_dict())
@@ -164,15 +173,18 @@ def create(
     raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
 
 
-def load_classes(run_dir: Path) -> tuple[str, ...]:
-  """Return the names of a run's classes."""
+def load_classes(run_dir: Path) -> dict[str, float]:
+  """Return the share of each class in the training texts, by name; equal shares for a run that has not saved them."""
   path = run_dir / "classes.json"
-  if not path.exists():
-    return CLASSES
-  value = read_json(path)
-  if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < 2:
-    raise UsageError(f"{path}: must be a list of names.")
-  return tuple(value)
+  value = read_json(path) if path.exists() else list(CLASSES)
+  if isinstance(value, list) and all(isinstance(name, str) for name in value):
+    value = dict.fromkeys(value, 1)
+  if not isinstance(value, dict) or len(value) < 2 or not all(type(each) in (int, float) for each in value.values()):
+    raise UsageError(f"{path}: must be the number of texts by class.")
+  if not all(0 <= each < 1e12 for each in value.values()) or not any(value.values()):
+    raise UsageError(f"{path}: a number of texts is impossible.")
+  total = sum(value.values())
+  return {name: each / total for name, each in value.items()}
 
 
 def check(run_dir: Path, *, digest: str | None = None, summary: str = "", precision: str | None = None) -> None:

@@ -94,7 +94,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     with processes.together():
       if is_first and not is_resumed:
         start.check(config)
-        run_directory.create(config, loaded.vocabulary.json, loaded.digest, loaded.summary, loaded.classes)
+        run_directory.create(config, loaded.vocabulary.json, loaded.digest, loaded.summary, loaded.counts)
     with processes.together():
       # Each process has its own view of the folder and of the reviews.
       if not is_first and not run_directory.exists(config):

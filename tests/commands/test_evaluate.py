@@ -41,7 +41,7 @@ def test_several_runs_are_evaluated_as_one_ensemble(trained, other_run, call):
   for run_dir in runs:
     code, stdout, _ = call("predict", run_dir, "--json", "--platform", "cpu", *reviews.texts)
     assert code == 0
-    probabilities.append([json.loads(line)["probability"] for line in stdout.splitlines()])
+    probabilities.append([json.loads(line)["probabilities"]["positive"] for line in stdout.splitlines()])
   p = np.mean(probabilities, axis=0)
   code, stdout, _ = call("evaluate", trained, "--with", other_run, "--json", "--platform", "cpu")
   assert code == 0

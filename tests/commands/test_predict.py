@@ -9,6 +9,7 @@ import pytest
 from running import assert_one_clear_line, finish, start
 
 from imdb_jax import cli
+from imdb_jax.config import Config
 from imdb_jax.data.reviews import CLASSES
 
 REVIEW = "A film I will not forget."
@@ -21,14 +22,16 @@ def test_every_text_gets_an_answer(trained, tmp_path, call):
   assert code == 0, stderr
   answers = [json.loads(line) for line in stdout.splitlines()]
   assert [answer["text"] for answer in answers] == texts
-  assert all(0 < answer["probability"] < 1 for answer in answers)
+  assert all(0 < answer["probabilities"]["positive"] < 1 for answer in answers)
   assert answers[1]["known_words"] == answers[2]["known_words"] == 0
 
   (tmp_path / "second.txt").write_bytes(b"caf\xff\xfe\n" + texts[0].encode() + b"\n")
   code, stdout, stderr = call("predict", trained, "--platform", "cpu", "--file", tmp_path / "second.txt")
   assert code == 0, stderr
   # The probability of a text does not depend on the other texts.
-  assert float(stdout.splitlines()[1].split()[0]) == pytest.approx(answers[0]["probability"], abs=1e-4)
+  probability, name = stdout.splitlines()[1].split()[:2]
+  assert name == answers[0]["class"]
+  assert float(probability) == pytest.approx(answers[0]["probabilities"][name], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -59,14 +62,14 @@ def test_several_runs_answer_with_their_mean_probability(trained, other_run, cal
   both = answers(trained, "--with", other_run, *texts)
   assert [answer["text"] for answer in both] == texts
   for answer, *members in zip(both, *single, strict=True):
-    probabilities = [member["probability"] for member in members]
+    probabilities = [member["probabilities"]["positive"] for member in members]
     assert len(set(probabilities)) == 2
-    assert answer["probability"] == pytest.approx(np.mean(probabilities), rel=1e-6)
+    assert answer["probabilities"]["positive"] == pytest.approx(np.mean(probabilities), rel=1e-6)
     assert answer["known_words"] == max(member["known_words"] for member in members)
   assert (single[0][2]["known_words"], single[1][2]["known_words"]) == (1, 0)
   three = answers(trained, texts[0], "--with", other_run, "--with", other_run)
-  expected = [single[0][0]["probability"], *2 * [single[1][0]["probability"]]]
-  assert three[0]["probability"] == pytest.approx(np.mean(expected), rel=1e-6)
+  expected = [single[place][0]["probabilities"]["positive"] for place in (0, 1, 1)]
+  assert three[0]["probabilities"]["positive"] == pytest.approx(np.mean(expected), rel=1e-6)
 
 
 def test_a_folder_that_is_no_run_cannot_join(trained, tmp_path, call):
@@ -90,18 +93,18 @@ def test_many_short_reviews_are_encoded_in_parts(tmp_path, monkeypatch, call):
   """One read of a file may return a million empty lines, whose tokens would take a gigabyte."""
   sizes = []
 
-  def predict_proba(texts):
+  def answers(texts, **_):
     sizes.append(len(texts))
-    return np.zeros((len(texts), 2))
+    return [{"class": None, "probabilities": {"a": 0.5, "b": 0.5}, "known_words": 0}] * len(texts)
 
-  classifier = types.SimpleNamespace(vocabulary=types.SimpleNamespace(ids=str.split))
-  ensemble = types.SimpleNamespace(predict_proba=predict_proba, classes=CLASSES, classifiers=[classifier])
+  classifier = types.SimpleNamespace(config=Config())
+  ensemble = types.SimpleNamespace(answers=answers, classes=CLASSES, classifiers=[classifier])
   monkeypatch.setattr(cli, "_load", lambda given: ensemble)
-  (tmp_path / "reviews.txt").write_text("bad\n" * 1_000)
+  (tmp_path / "reviews.txt").write_text("bad\n" * 10_000)
   code, stdout, _ = call("predict", tmp_path, "--file", tmp_path / "reviews.txt")
   assert code == 0
-  assert sum(sizes) == len(stdout.splitlines()) == 1_000
-  assert max(sizes) <= 256
+  assert sum(sizes) == len(stdout.splitlines()) == 10_000
+  assert max(sizes) <= 4096
 
 
 def test_a_review_is_shown_in_one_line_without_control_characters(trained, call):

@@ -44,9 +44,14 @@ def _require_legal(name: str, stdout: str, run_dir: Path) -> None:
   elif name == "train":
     require((run_dir / "manifests" / f"{NUM_STEPS}.json").exists(), "the run has not ended")
   else:
-    shares = [answer["accuracy" if name == "evaluate" else "probability"] for answer in _answers(stdout)]
+    found = _answers(stdout)
+    shares = [each["accuracy"] for each in found] if name == "evaluate" else _probabilities(found)
     is_legal = shares and all(type(share) is float and math.isfinite(share) and 0 <= share <= 1 for share in shares)
     require(bool(is_legal), f"{shares} are not from 0 to 1")
+
+
+def _probabilities(answers: list[dict[str, Any]]) -> list[float]:
+  return [value for answer in answers for value in answer["probabilities"].values()]
 
 
 def _answers(stdout: str) -> list[dict[str, Any]]:
