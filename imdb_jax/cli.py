@@ -1,4 +1,4 @@
-"""The commands train, evaluate, predict, serve, plot, prepare and compare: arguments to calls."""
+"""The commands train, check, evaluate, predict, serve, plot, prepare and compare: arguments to calls."""
 
 import contextlib
 import functools
@@ -224,6 +224,19 @@ def _plot(prog: str, args: Sequence[str]) -> None:
   print(output)
 
 
+def _check(prog: str, args: Sequence[str]) -> None:
+  """Describe labelled texts, and what may go wrong in training on them: check FILE, and flags of train."""
+  flags = [each for each in args if each != "--json"]
+  if not flags or (flags[0].startswith("-") and not {"-h", "--help"} & {*flags}):
+    raise UsageError(f"FILE: missing. The command is {prog} FILE [--json] [--FLAG VALUE ...], with the flags of train.")
+  config = arguments.parse_config(prog, flags if flags[0].startswith("-") else ["--data", *flags])
+  from imdb_jax import checking
+
+  with exits.interruptible():
+    result = checking.check(config)
+  print(json.dumps(result) if "--json" in args else "\n".join(checking.lines(config, result)))
+
+
 def _prepare(prog: str, args: Sequence[str]) -> None:
   """Prepare the tensorflow-datasets store from a local archive."""
   parser = _parser(prog, _prepare, restores=False)
@@ -276,4 +289,4 @@ def _compare(prog: str, args: Sequence[str]) -> None:
 
 
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "serve": _serve, "export": _export}
-_COMMANDS |= {"plot": _plot, "prepare": _prepare, "compare": _compare}
+_COMMANDS |= {"check": _check, "plot": _plot, "prepare": _prepare, "compare": _compare}

@@ -23,9 +23,9 @@ LAYERS = (
   (("data",), ("lstm",), ("plots",)),
   (("task", "model", "processes", "devices"),),
   (("program",), ("store",)),
-  (("evaluation",),),
+  (("evaluation",), ("checking",)),
   (("prediction", "export"), ("training",)),
-  (("comparison",), ("serving",)),
+  (("comparison",), ("serving",), ("scoring",)),
   (("arguments", "exits", "cli"),),
 )
 # The layer, the row in it and the place in that row, by name.
@@ -53,7 +53,7 @@ ONLY_IN = {
   "argparse": {"arguments"},
 }
 WITHOUT_JAX = {
-  *("errors", "validation", "config", "arguments", "exits", "data", "plots"),
+  *("errors", "validation", "config", "arguments", "exits", "data", "plots", "checking", "scoring"),
   *("store.files", "store.manifest", "store.metrics_log", "store.run_directory"),
 }
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
