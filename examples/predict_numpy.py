@@ -63,7 +63,9 @@ class Model:
     """Return the probabilities of the classes, [n, classes]: the mean over the seeds, then the temperature."""
     seeds = range(len(self.params["dense.bias"]))
     mean = np.mean([[softmax(self.logits(text, seed)) for text in texts] for seed in seeds], axis=0)
-    return softmax(np.log(mean) / self.facts["temperature"])
+    # Without a known word, the answer is the share of each class in the training texts.
+    is_known = np.array([[any(self.encode(text))] for text in texts])
+    return np.where(is_known, softmax(np.log(mean) / self.facts["temperature"]), [*self.classes.values()])
 
 
 def sigmoid(x):

@@ -58,7 +58,10 @@ def convert(model):
       kernel, bias = np.pad(kernel, ((0, 0), (1, 0))), np.pad(bias, (1, 0))
     seeds.append(op("Unsqueeze", op("LogSoftmax", op("Gemm", features, kernel, bias), axis=1), [0]))
   mean = op("ReduceLogSumExp", op("Concat", *seeds, axis=0), [0], keepdims=0)
-  op("Softmax", op("Div", mean, np.float32(model.facts["temperature"])), axis=1, result="probabilities")
+  found = op("Softmax", op("Div", mean, np.float32(model.facts["temperature"])), axis=1)
+  # Without a known word, the answer is the share of each class in the training texts.
+  is_known = op("Greater", op("ReduceSum", "tokens", [1], keepdims=1), np.int32(0))
+  op("Where", is_known, found, np.array([*model.classes.values()], np.float32), result="probabilities")
   graph = helper.make_graph(
     op.nodes,
     "imdb_jax",

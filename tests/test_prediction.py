@@ -68,6 +68,44 @@ def test_a_notebook_shows_what_a_classifier_is(classifier):
   assert repr(classifier) == ("Classifier(negative, positive; preset article, 1 seed, step 0; 3 words, 222 parameters)")
 
 
+class TestWithoutAKnownWord:
+  """The network would call every such text the same, whatever the classes are."""
+
+  TEXTS = ("unknown words", "", "good film")
+
+  def classifiers(self) -> tuple[Classifier, Classifier]:
+    first, second = make_classifier(), make_classifier(seed=1)
+    first.prior, second.prior = np.array([0.7, 0.3], np.float32), np.array([0.4, 0.6], np.float32)
+    return first, second
+
+  def test_the_probabilities_are_the_prior(self):
+    first, _ = self.classifiers()
+    probabilities = first.predict_proba(self.TEXTS)
+    np.testing.assert_array_equal(probabilities[:2], [first.prior] * 2)
+    np.testing.assert_array_equal(probabilities[2:], make_classifier().predict_proba(self.TEXTS[2:]))
+    assert list(first.predict(self.TEXTS[:2])) == ["negative", "negative"]
+
+  def test_the_answer_has_no_class(self):
+    answers = Ensemble(self.classifiers()).answers(self.TEXTS, threshold=0.1)
+    assert [answer["class"] for answer in answers[:2]] == [None, None]
+    assert [answer["known_words"] for answer in answers] == [0, 0, 2]
+    assert answers[0]["probabilities"] == pytest.approx({"negative": 0.55, "positive": 0.45})
+
+
+def test_answers_follow_the_threshold_and_abstain():
+  ensemble, texts = Ensemble([make_classifier(seed=2)]), ["good film", "bad", "film", "good good", "bad bad film"]
+  p = ensemble.predict_proba(texts)[:, 1]
+  for threshold in (0.0, float(np.sort(p)[2]), 1.0):
+    found = [answer["class"] for answer in ensemble.answers(texts, threshold=threshold)]
+    assert found == [ensemble.classes[int(value >= threshold)] for value in p]
+  sure = np.maximum(p, 1 - p)
+  limit = float(np.sort(sure)[2])
+  found = [answer["class"] for answer in ensemble.answers(texts, abstain_below=limit)]
+  assert found == [ensemble.classes[int(p > 0.5)] if s >= limit else None for p, s in zip(p, sure, strict=True)]
+  assert None in found
+  assert ensemble.answers([]) == []
+
+
 def test_one_text_is_not_taken_for_its_letters(classifier):
   with pytest.raises(TypeError, match="texts: must be a list of texts, not one text"):
     classifier.predict_proba("bad film")

@@ -25,7 +25,7 @@ from programs import (
   train,
 )
 
-from imdb_jax import lstm, program
+from imdb_jax import devices, lstm, program
 from imdb_jax.config import ModelConfig, OptimizerConfig, RuntimeConfig, TrainingConfig
 from imdb_jax.errors import UsageError
 from imdb_jax.model import TextClassifier
@@ -94,6 +94,30 @@ def test_predictions_are_those_of_the_model():
   assert logits.shape == (1, 9, 1)
   expected = model_logits(first_seed(jax.device_get(params)), slice(9))
   np.testing.assert_allclose(logits[0, :, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_predictions_with_prepared_parameters_are_the_same():
+  """The first shard has short reviews, so each device starts at a position of its own."""
+  split = make_split()
+  rows = np.argsort(split.lengths, kind="stable")[:32]
+  config = config_of(NO_DROPOUT, training=TrainingConfig(batch_size=BATCH_SIZE, num_seeds=2))
+  two = program_of(2, config)
+  params = programs.put(two, programs.initial_state(config).params)
+  prepared = two.prepare(params)
+  assert "lookup" in prepared
+  assert two.prepare(prepared) is prepared
+  arrays = devices.put((split.tokens[rows], split.lengths[rows]), devices.over_rows(two.mesh))
+  for method in (two.predict, two.features):
+    np.testing.assert_allclose(method(prepared, *arrays), method(params, *arrays), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  "changes", [{"mask_padding": True}, {"directions": 2}, {"pooling": "mean"}, {"cell": "gru"}], ids=str
+)
+def test_models_that_need_every_position_are_not_prepared(changes):
+  config = config_of(dataclasses.replace(NO_DROPOUT, **changes))
+  params = programs.initial_state(config).params
+  assert program_of(1, config).prepare(params) is params
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-7])

@@ -105,12 +105,8 @@ def read(path: Path, config: DataConfig, report: Report) -> list[Row]:
     DataError: the file is missing, too large or damaged, or a row has no label; names the line and the column.
   """
   columns = [config.text_column, config.label_column, config.group_column or "", "id"]
-  previous = csv.field_size_limit(MAX_TEXT)
-  try:
-    with _clear_errors(path), contextlib.closing(_rows(path, columns)) as rows:
-      return _checked(rows, columns, lambda line: report(f"{path}: {line}"))
-  finally:
-    csv.field_size_limit(previous)
+  with _clear_errors(path), contextlib.closing(_rows(path, columns)) as rows:
+    return _checked(rows, columns, lambda line: report(f"{path}: {line}"))
 
 
 def from_python(given: Mapping[str, Sequence[Any]], name: str, report: Report) -> list[Row]:
@@ -164,7 +160,8 @@ def _checked(rows: Iterable[Row], columns: Sequence[str], report: Report) -> lis
 
 @contextlib.contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-  """Turn every error of a missing, unreadable or damaged file into a DataError of one line."""
+  """Turn every error of a missing, unreadable or damaged file into a DataError of one line; limit fields of CSV."""
+  previous = csv.field_size_limit(MAX_TEXT)
   try:
     yield
   except FileNotFoundError as error:
@@ -173,6 +170,8 @@ def _clear_errors(path: Path) -> Iterator[None]:
     raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
   except archive.DAMAGE as error:
     raise DataError(f"{path}: {first_line(error)}.") from error
+  finally:
+    csv.field_size_limit(previous)
 
 
 def fingerprint(path: Path) -> str:
@@ -201,13 +200,9 @@ def records(path: Path, text_column: str) -> Generator[tuple[str, Record]]:
   Raises:
     DataError: the file is missing, too large or damaged, or lacks the column of the texts; names the line.
   """
-  previous = csv.field_size_limit(MAX_TEXT)
-  try:
-    with _clear_errors(path), contextlib.closing(_records(path, [text_column])) as found:
-      for record in found:
-        yield _row(record, [text_column]).text, record
-  finally:
-    csv.field_size_limit(previous)
+  with _clear_errors(path), contextlib.closing(_records(path, [text_column])) as found:
+    for record in found:
+      yield _row(record, [text_column]).text, record
 
 
 def _rows(path: Path, columns: Sequence[str]) -> Generator[Row]:

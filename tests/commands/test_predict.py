@@ -1,5 +1,6 @@
 """`predict`: texts from the command line, a file or a pipe."""
 
+import csv
 import json
 import subprocess
 import types
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from running import assert_one_clear_line, finish, start
 
+import imdb_jax
 from imdb_jax import cli
-from imdb_jax.config import Config
+from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.data.reviews import CLASSES
 
 REVIEW = "A film I will not forget."
@@ -121,6 +123,10 @@ def test_a_review_is_shown_in_one_line_without_control_characters(trained, call)
     (("good", "--file", "reviews.txt"), "--file reviews.txt: cannot be combined with reviews on the command line"),
     (("--file", "/dev/zero"), "a line of more than 8,388,608 bytes"),
     (("--file", "/none"), "--file /none: No such file"),
+    (("good", "--output", "a.csv"), "--output a.csv: cannot be combined with reviews on the command line"),
+    (("good", "--threshold", "1.5"), "--threshold 1.5: must be from 0 to 1"),
+    (("good", "--abstain-below", "nan"), "--abstain-below nan: must be from 0 to 1"),
+    (("good", "--escape-formulas"), "--escape-formulas: requires --output"),
   ],
 )
 def test_wrong_files_are_refused(trained, arguments, words, call):
@@ -136,3 +142,32 @@ def test_a_reader_may_leave_early(trained):
   with process.stderr:
     assert process.stderr.read() == b""
   assert process.wait(timeout=60) == 0
+
+
+def test_a_table_comes_back_with_the_answers_of_the_classifier(trained, tmp_path, call):
+  texts = [REVIEW, "zzzz", "a bad\nfilm", "good, good"]
+  with (tmp_path / "new.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([("id", "review"), *enumerate(texts)])
+  flags = ("--file", tmp_path / "new.csv", "--text-column", "review", "--platform", "cpu")
+  code, stdout, stderr = call("predict", trained, *flags, "--output", tmp_path / "scored.csv")
+  assert (code, stdout, stderr) == (0, f"{tmp_path / 'scored.csv'}: 4 rows\n", "")
+  with (tmp_path / "scored.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert [row["review"] for row in rows] == texts
+  classifier = imdb_jax.Classifier.load(trained, runtime=RuntimeConfig(platform="cpu"))
+  probabilities = classifier.predict_proba(texts)
+  assert [float(row["probability_positive"]) for row in rows] == pytest.approx(probabilities[:, 1].tolist(), rel=1e-6)
+  predicted = classifier.predict(texts).tolist()
+  assert [row["class"] for row in rows] == [predicted[0], "", *predicted[2:]]
+  # Without an output, the answers are printed.
+  code, stdout, _ = call("predict", trained, *flags)
+  assert [line.split()[1] for line in stdout.splitlines()] == [predicted[0], "unknown", *predicted[2:]]
+
+
+def test_a_text_without_a_known_word_has_the_shares_of_the_training_texts(trained, call):
+  shares = json.loads((trained / "classes.json").read_text())
+  code, stdout, _ = call("predict", trained, "--platform", "cpu", "--json", "zzzz qqqq", "--threshold", "0.01")
+  answer = json.loads(stdout)
+  assert (code, answer["class"], answer["known_words"]) == (0, None, 0)
+  total = sum(shares.values())
+  assert answer["probabilities"] == pytest.approx({name: count / total for name, count in shares.items()})

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from lstm import reference
 from lstm.contract import LstmContract
 
-from imdb_jax.lstm import lstm
+from imdb_jax.lstm import chunked, lstm
+from imdb_jax.lstm.shared import Weights
 
 # Five chunks. All sizes differ, so that shapes tell what an array is.
 B, T, E, H = 3, 90, 11, 7
@@ -132,3 +134,18 @@ def test_vmap_keeps_scalar_loop_bounds():
   stored = {tuple(sorted((2, 2, *shape))) for shape in stored}
   assert stored <= shapes(r"f32\[([\d,]+)\]")
   assert stored.isdisjoint(shapes(r"= f32\[([\d,]+)\]\S* select\("))
+
+
+def test_the_last_state_of_tokens_is_that_of_the_whole_padded_rows():
+  """Expected from NumPy in float64, over all positions; the longest row is shorter than the row of tokens."""
+  rng, t, v = np.random.default_rng(3), 12, 9
+  embedding, *weights = (rng.normal(size=shape).astype(np.float32) for shape in ((v, E), (E, 4 * H), (H, 4 * H), 4 * H))
+  for lengths in ([0, 0], [9, 4, 0, 1], [t, 3]):
+    tokens = np.zeros((len(lengths), t), np.int16)
+    for row, length in zip(tokens, lengths, strict=True):
+      row[t - length :] = rng.integers(1, v, length)
+    prepared = jax.jit(chunked.lookup, static_argnums=2)(embedding, Weights(*map(jnp.asarray, weights)), t)
+    found = jax.jit(chunked.last_hidden)(prepared, tokens, np.array(lengths, np.int32))
+    expected = reference.lstm(embedding[tokens], *weights)[:, -1]
+    # Rounding of float32 over twelve positions.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)

@@ -280,3 +280,28 @@ def test_a_run_that_was_never_started_may_have_any_precision(tmp_path):
     run_directory.create(config, "{}", "0" * 64)
   for precision in ("float32", "bfloat16"):
     run_directory.check(config.run_dir, precision=precision)
+
+
+@pytest.mark.parametrize(
+  ("content", "expected"),
+  [
+    ('{"b": 30, "a": 10}', {"b": 0.75, "a": 0.25}),
+    ('["b", "a", "c", "d"]', {"b": 0.25, "a": 0.25, "c": 0.25, "d": 0.25}),
+    (None, {"negative": 0.5, "positive": 0.5}),
+  ],
+)
+def test_shares_of_classes_come_in_the_order_of_the_labels(tmp_path, content, expected):
+  """Older runs have names alone, or no file."""
+  if content is not None:
+    (tmp_path / "classes.json").write_text(content)
+  found = run_directory.load_classes(tmp_path)
+  assert list(found.items()) == list(expected.items())
+
+
+@pytest.mark.parametrize(
+  "content", ['{"a": 1, "b": -1}', '{"a": 0, "b": 0}', '{"a": NaN, "b": 1}', '{"a": true, "b": 1}']
+)
+def test_impossible_numbers_of_texts_are_refused(tmp_path, content):
+  (tmp_path / "classes.json").write_text(content)
+  with pytest.raises(UsageError, match=r"classes\.json"):
+    run_directory.load_classes(tmp_path)
