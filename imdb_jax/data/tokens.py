@@ -84,6 +84,11 @@ class TokenData:
     rows = f"{len(self.train):,} train, {len(self.validation):,} validation, {len(self.test):,} test"
     return f"{rows}, {len(self.classes):,} classes"
 
+  @property
+  def counts(self) -> dict[str, int]:
+    """The number of training rows of each class, in the order of the labels."""
+    return {name: int(np.sum(self.train.labels == label)) for label, name in enumerate(self.classes)}
+
   def arrays(self) -> dict[str, np.ndarray]:
     """Return all arrays by their names, such as "train.tokens"."""
     return {f"{name}.{field}": getattr(getattr(self, name), field) for name in _SPLITS for field in _FIELDS}

@@ -34,7 +34,7 @@ def test_the_figures_are_those_of_the_files(tmp_path, call, rows):
   assert result["lengths"]["median"] == 5
   num_words = sum(len(text.split()) for text, _ in rows[:100] + rows[110:120])
   assert result["unknown_word_shares"]["train"] == pytest.approx(110 / num_words)
-  assert result["cut_share"] == pytest.approx((50 + 7) / 130)
+  assert result["cut_share"] == pytest.approx((50 + 8) / 130)
   assert (result["copies"], result["test_texts_in_train"], result["texts_with_several_labels"]) == (10, 10, 0)
   assert 0 < result["training_seconds"] < 60
   warnings = "\n".join(result["warnings"])
