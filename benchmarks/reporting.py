@@ -43,6 +43,12 @@ _TABLES = {
     *("rows={batch_size}", "positions={num_steps}", "units={hidden_size}", "gradients", "system"),
     *("recurrent dropout={recurrent_dropout}", "ms={ms_per_step:.3f}", _TIMES[1], "floor ms={floor_ms:.3f}"),
   ),
+  "own_data": (
+    "Texts of one's own, from CSV files",
+    *("data", "system", "seeds", "accuracy={accuracy:.4f}", "std={accuracy_std:.4f}", "train s={train_seconds:.1f}"),
+    *("of it fitting={fit_seconds:.1f}", "texts/s={texts_per_second:,.0f}", "MB to train={train_memory_mb:,.0f}"),
+    "MB to predict={predict_memory_mb:,.0f}",
+  ),
   "breakdown": ("A training step and its parts", "part", *_TIMES, "of the step={share:.0%}"),
 }
 _CEILING = "Ceiling: the step's matrix products at the speed of a large float32 product, {sgemm_gflops:.0f} GFLOP/s."
@@ -53,6 +59,8 @@ _NOTES = {
   "it; ≥: some runs do not, and count as a whole. to fast: training time divided by that of fast.",
   "cost_curves": f"Medians of {{windows}} windows. {_CEILING}",
   "recurrence": "Medians of {windows} windows. Floor: a GPU kernel that reads the recurrent weights at every position.",
+  "own_data": "Accuracy: mean and standard deviation over the seeds, after the last epoch; all else: medians. "
+  "train s: the whole command, with imports and compilation. texts/s: after a first call, in one process.",
   "breakdown": "Medians of {windows} windows.",
 }
 _COLORS = {"article": "#1f77b4", "masked": "#2ca02c", "less": "#7f7f7f"}
@@ -99,7 +107,7 @@ def _cell(form: str, row: Row) -> str:
 def problems(results: Results) -> dict[str, str]:
   """Return why there are no figures, by system."""
   rows = [*_rows(results), {"system": "sgemm", "problem": results["machine"].get("sgemm_problem")}]
-  names = ("system", "axis", "value")
+  names = ("data", "system", "axis", "value")
   return {" ".join(str(row[name]) for name in names if name in row): row["problem"] for row in rows if row["problem"]}
 
 
