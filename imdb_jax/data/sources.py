@@ -74,7 +74,9 @@ def find(
       name="the given texts",
       content=None,
       fingerprint=lambda: None,
-      load=lambda report: splits.split({name: tables.from_python(given, name, report) for name in given}, report),
+      load=lambda report: splits.split(
+        {name: tables.from_python(given, name, report) for name in given}, report, "data"
+      ),
     )
   if config.source != "imdb":
     fingerprint = functools.partial(_fingerprint, config)
@@ -103,7 +105,7 @@ def _load_own(config: DataConfig, report: Callable[[str], None]) -> dict[str, Re
   rows = {name: tables.read(path, config, report) for name, path in _paths(config).items()}
   if _fingerprint(config) != before:
     raise DataError(f"{config.source}: has changed while it was read; wait until it is complete.")
-  return splits.split(rows, report)
+  return splits.split(rows, report, config.source)
 
 
 def _load_official(cache_dir: Path, names: Sequence[str], report: Callable[[str], None]) -> dict[str, Reviews]:

@@ -17,8 +17,8 @@ from imdb_jax.errors import DataError
 TEST_SHARE = 0.2
 
 
-def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None]) -> dict[str, Reviews]:
-  """Return the reviews of "train" and "test", in canonical order.
+def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None], name: str) -> dict[str, Reviews]:
+  """Return the reviews of "train" and "test", in canonical order. `name` is that of the training texts in messages.
 
   Without test rows, about `TEST_SHARE` of the rows are for testing. A hash of the text decides, or of the group, so
   that further rows move none from one side to the other. Rows of the same text or group are on the same side. If
@@ -32,11 +32,12 @@ def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None
   train, test = rows["train"], rows.get("test")
   counts = collections.Counter(row.label for row in train)
   classes = tuple(sorted(counts, key=_order))
-  if not 2 <= len(classes) <= tables.MAX_CLASSES:
-    raise DataError(f"The texts have {len(classes):,} different labels: there must be 2 to {tables.MAX_CLASSES:,}.")
+  if len(classes) == 1:
+    raise DataError(f"{name}: all {len(train):,} labels are {classes[0]!r:.80}: at least two classes are needed.")
   for row in train:
     if counts[row.label] == 1:
-      raise DataError(f"{row.place}: the class {row.label!r:.80} has no other row: at least two are needed.")
+      counted = f"{len(classes):,} classes in {len(train):,} rows"
+      raise DataError(f"{name}: {row.place}: the class {row.label!r:.80} has no other row ({counted}); add one.")
   hashes = _hashes(train)
   if test is not None:
     if common := len({row.text for row in train} & {row.text for row in test}):
@@ -44,14 +45,15 @@ def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None
     return {"train": numbered(train, classes, hashes), "test": numbered(test, classes, name="test texts")}
   is_test = hashes < np.uint64(TEST_SHARE * 2**64)
   sides = {
-    name: numbered([row for row, chosen in zip(train, mask, strict=True) if chosen], classes, hashes[mask])
-    for name, mask in (("train", ~is_test), ("test", is_test))
+    side: numbered([row for row, chosen in zip(train, mask, strict=True) if chosen], classes, hashes[mask])
+    for side, mask in (("train", ~is_test), ("test", is_test))
   }
-  for number, name in enumerate(classes):
+  remedy = "add more, or choose yourself by --test-data."
+  for number, label in enumerate(classes):
     if number not in sides["train"].labels:
-      raise DataError(f"All rows of class {name!r:.80} are for testing: add more, or choose yourself by --test-data.")
+      raise DataError(f"{name}: all rows of class {label!r:.80} are for testing: {remedy}")
   if not len(sides["test"]):
-    raise DataError(f"None of the {len(train):,} rows is for testing: add more, or choose yourself by --test-data.")
+    raise DataError(f"{name}: none of the {len(train):,} rows is for testing: {remedy}")
   return sides
 
 

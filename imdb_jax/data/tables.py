@@ -264,7 +264,8 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
         if not values:
           continue
         if len(values) != len(header):
-          raise ValueError(f"line {lines.start:,}: has {len(values)} columns, the first line has {len(header)}")
+          hint = "; is a text with a delimiter not in double quotes?" if len(values) > len(header) else ""
+          raise ValueError(f"line {lines.start:,}: has {len(values)} columns, the first line has {len(header)}{hint}")
         yield Record(f"line {lines.start:,}", header, values)
   found = max(headers, key=len)
   raise ValueError(f"line 1: has no column {_missing(columns, found)!r}{_choices(found)}")
@@ -272,7 +273,7 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
 
 def _choices(names: Iterable[str]) -> str:
   names = [f"{name!r:.40}" for name in itertools.islice(names, 10)]
-  return f", only {', '.join(names)}; see --text-column and --label-column" if names else "; is it empty?"
+  return f", only {', '.join(names)}; see --text-column and --label-column" if names else ": it is empty"
 
 
 def _json_records(path: Path, columns: Sequence[str]) -> Generator[Record]:

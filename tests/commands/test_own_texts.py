@@ -110,7 +110,7 @@ def test_a_file_that_has_moved_is_resumed_and_one_that_has_changed_is_refused(fo
   ("content", "flags", "message"),
   [
     ("text,label\na,1\nb,\n", (), "line 3, column 'label': the label is empty"),
-    ("text,label\na,1\nb,1\n", (), "1 different labels"),
+    ("text,label\na,1\nb,1\n", (), "a.csv: all 2 labels are '1'"),
     ("text,label\na,1\nb,0\n", ("--label-column", "stars"), "line 1: has no column 'stars', only 'text', 'label'"),
   ],
 )

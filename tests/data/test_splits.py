@@ -22,7 +22,7 @@ def rows(num_rows: int, *, num_groups: int = 0, num_classes: int = 3, first: int
 
 def split(train: list[Row], test: list[Row] | None = None, lines: list[str] | None = None) -> dict[str, Reviews]:
   given = {"train": train} if test is None else {"train": train, "test": test}
-  return splits.split(given, [].append if lines is None else lines.append)
+  return splits.split(given, [].append if lines is None else lines.append, "a.csv")
 
 
 def sides(found: dict[str, Reviews]) -> dict[str, str]:
@@ -114,9 +114,9 @@ def test_classes_are_in_order(labels, classes):
 @pytest.mark.parametrize(
   ("given", "message"),
   [
-    (rows(30, num_classes=1), "The texts have 1 different labels: there must be 2 to 1,000"),
-    ([*rows(30, num_classes=2), Row("line 31", "text", "c")], "line 31: the class 'c' has no other row"),
-    ([Row("", f"text {i}", "ab"[i % 2]) for i in (0, 1, 2, 3)], "None of the 4 rows is for testing"),
+    (rows(30, num_classes=1), "a.csv: all 30 labels are '0': at least two classes are needed"),
+    ([*rows(30, num_classes=2), Row("line 31", "text", "c")], r"a.csv: line 31: .*'c' has no other row \(3 classes in 31 rows\)"),
+    ([Row("", f"text {i}", "ab"[i % 2]) for i in (0, 1, 2, 3)], "a.csv: none of the 4 rows is for testing"),
   ],
 )
 def test_too_few_are_refused(given, message):
@@ -126,7 +126,7 @@ def test_too_few_are_refused(given, message):
 
 def test_a_class_that_is_only_for_testing_is_refused():
   test = split(rows(100))["test"].texts[:2]
-  with pytest.raises(DataError, match="All rows of class 'x' are for testing: add more, or choose"):
+  with pytest.raises(DataError, match=r"a\.csv: all rows of class 'x' are for testing: add more, or choose"):
     split([*rows(100), *(Row("", text, "x") for text in test)])
 
 
