@@ -63,6 +63,9 @@ def read_docstrings() -> list[Row]:
         continue
       side = "test" if _share(module) < _TEST_SHARE else "train"
       for text in _paragraphs(path):
+        # As part of another word, which no pattern would cut out.
+        if package in text.lower():
+          continue
         known = found.setdefault(text, (side, module, text, package))
         if known is not None and known[3] != package:
           found[text] = None

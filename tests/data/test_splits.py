@@ -115,7 +115,10 @@ def test_classes_are_in_order(labels, classes):
   ("given", "message"),
   [
     (rows(30, num_classes=1), "a.csv: all 30 labels are '0': at least two classes are needed"),
-    ([*rows(30, num_classes=2), Row("line 31", "text", "c")], r"a.csv: line 31: .*'c' has no other row \(3 classes in 31 rows\)"),
+    (
+      [*rows(30, num_classes=2), Row("line 31", "text", "c")],
+      r"a.csv: line 31: .*'c' has no other row \(3 classes in 31 rows\)",
+    ),
     ([Row("", f"text {i}", "ab"[i % 2]) for i in (0, 1, 2, 3)], "a.csv: none of the 4 rows is for testing"),
   ],
 )

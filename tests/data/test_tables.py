@@ -102,7 +102,11 @@ FAULTS = {
   ),
   "two columns": ("a.csv", "text,label,text\na,1,b", r"line 1: has two columns 'text'"),
   "too few": ("a.csv", 'text,label\n"a\nb",1\nc\n', r"line 4: has 1 columns, the first line has 2"),
-  "too many": ("a.csv", "text,label\nhello, you,1", r"line 2: has 3 columns, the first line has 2; is a text with .* not in double quotes\?"),
+  "too many": (
+    "a.csv",
+    "text,label\nhello, you,1",
+    r"line 2: has 3 columns, the first line has 2; is a text with .* not in double quotes\?",
+  ),
   "no label": ("a.csv", "text,label\na,1\nb, \n", r"line 3, column 'label': the label is empty"),
   "an open quote": ("a.csv", 'text,label\na,1\n"b,1\nc,1\n', r"line 3: unexpected end of data"),
   "a stray quote": ("a.csv", 'text,label\n"a"b,1\n', r"line 2: ',' expected after '\"'"),
