@@ -53,7 +53,7 @@ def params(
   run_directory.check(run_dir)
   config, words = run_directory.load_config(run_dir), data.vocabulary.words
   known = {word: id for id, word in enumerate(Vocabulary.load(run_dir / "vocab.json", config.data).words, 1)}
-  classes = run_directory.load_classes(run_dir)
+  classes = tuple(run_directory.load_classes(run_dir))
   abstract = Program(config, program.mesh, classes=classes).abstract_state()
   with contextlib.closing(Checkpoints(run_dir, abstract, read_only=True)) as checkpoints:
     saved, state = checkpoints.restore("best")
