@@ -1,4 +1,4 @@
-"""Train sentiment classifiers with recurrent networks in JAX and Flax, fast."""
+"""Train text classifiers with recurrent networks in JAX and Flax, fast."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

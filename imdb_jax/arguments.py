@@ -71,7 +71,7 @@ def parse_config(prog: str, args: Sequence[str]) -> Config:
   parser = Parser(
     prog=prog,
     usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]",
-    description="Train a sentiment classifier, or resume its training.",
+    description="Train a text classifier, or resume its training.",
     epilog=f"""examples:
   {prog} --preset sample                      a demonstration without a download
   {prog} --preset fast                        better than the article, in seconds

@@ -1,4 +1,4 @@
-"""The commands train, check, evaluate, predict, serve, plot, prepare and compare: arguments to calls."""
+"""The commands of `imdb-jax`: arguments to calls."""
 
 import contextlib
 import functools
@@ -44,7 +44,7 @@ def run(name: str) -> None:
 
 
 def _train(prog: str, args: Sequence[str]) -> None:
-  """Train a sentiment classifier, or resume its training."""
+  """Train a text classifier, or resume its training."""
   config = arguments.parse_config(prog, args)
   exits.require_memory()
   from imdb_jax import processes
