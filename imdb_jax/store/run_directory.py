@@ -177,7 +177,7 @@ def load_classes(run_dir: Path) -> dict[str, float]:
   """Return the share of each class in the training texts, by name; equal shares for a run that has not saved them."""
   path = run_dir / "classes.json"
   value = read_json(path) if path.exists() else list(CLASSES)
-  if isinstance(value, list) and all(isinstance(name, str) for name in value):
+  if isinstance(value, list) and all(isinstance(name, str) for name in value) and len({*value}) == len(value):
     value = dict.fromkeys(value, 1)
   if not isinstance(value, dict) or len(value) < 2 or not all(type(each) in (int, float) for each in value.values()):
     raise UsageError(f"{path}: must be the number of texts by class.")

@@ -67,8 +67,9 @@ def _describe(config: Config, data: TokenData) -> dict[str, str]:
   shown = [f"{printable(name)} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
   more = f" and {len(shown) - 10:,} more" if len(shown) > 10 else ""
   group = config.data.group_column
-  how = f"the hash of column {group!r}" if group else "the hash of the text"
-  chosen = config.data.test_data or f"{len(data.test):,}, by {how}"
+  chosen = config.data.test_data or f"{len(data.test):,}"
+  if config.data.test_data is None and config.data.source != "python":
+    chosen += f", by the hash of column {group!r}" if group else ", by the hash of the text"
   return {"Texts": config.data.source, "Classes": ", ".join(shown[:10]) + more, "Test texts": printable(chosen)}
 
 

@@ -126,7 +126,7 @@ def test_test_texts_require_texts_of_ones_own(tmp_path, call: Call):
   assert_one_clear_line(result, 2, "--test-data", "requires texts of your own, not --data sample")
 
 
-@pytest.mark.parametrize("content", ["{}", '["a"]', '["a", "a"]', '["a", 1]', "[" * 10_000])
+@pytest.mark.parametrize("content", ["{}", '["a"]', '["a", "a"]', '["a", "b", "a"]', '["a", 1]', "[" * 10_000])
 def test_damaged_names_of_classes_are_refused(folder, tmp_path, call: Call, content):
   (tmp_path / "run").mkdir()
   for name in ("config.json", "vocab.json", "provenance.json"):
