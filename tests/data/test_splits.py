@@ -114,7 +114,7 @@ def test_classes_are_in_order(labels, classes):
 @pytest.mark.parametrize(
   ("given", "message"),
   [
-    (rows(30, num_classes=1), "a.csv: all 30 labels are '0': at least two classes are needed"),
+    (rows(30, num_classes=1), "a.csv: all 30 labels are 'a': at least two classes are needed"),
     (
       [*rows(30, num_classes=2), Row("line 31", "text", "c")],
       r"a.csv: line 31: .*'c' has no other row \(3 classes in 31 rows\)",
