@@ -141,7 +141,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 
 
 def _predict(prog: str, args: Sequence[str]) -> None:
-  """Tell whether reviews are positive, or which class they belong to."""
+  """Classify texts: those given, or all of a file."""
   parser = _parser(prog, _predict, restores=True)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("texts", metavar="TEXT", nargs="*", help="Reviews; without any, they are read from --file.")
@@ -225,7 +225,7 @@ def _plot(prog: str, args: Sequence[str]) -> None:
 
 
 def _check(prog: str, args: Sequence[str]) -> None:
-  """Describe labelled texts, and what may go wrong in training on them: check FILE, and flags of train."""
+  """Describe labelled texts before training, and warn of problems: check FILE, with flags of train."""
   flags = [each for each in args if each != "--json"]
   if not flags or (flags[0].startswith("-") and not {"-h", "--help"} & {*flags}):
     raise UsageError(f"FILE: missing. The command is {prog} FILE [--json] [--FLAG VALUE ...], with the flags of train.")
