@@ -18,6 +18,7 @@ from imdb_jax.validation import flag, options
 
 _COMMON = ("source", "archive", "run_dir", "epochs", "platform")
 _SEVERAL_MACHINES = ("distributed", "coordinator_address", "num_processes", "process_id")
+_TRAIN = "Train a text classifier, or resume its training."
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,12 +56,13 @@ def _similar(name: str, flags: list[str]) -> list[str]:
   return abbreviated or difflib.get_close_matches(name, flags, n=1, cutoff=0.75) or longer[:3]
 
 
-def parse_config(prog: str, args: Sequence[str]) -> Config:
+def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN) -> Config:
   """Return the settings that command-line arguments describe: those of the preset, and the other flags over them.
 
   Args:
     prog: name of the command, for the help.
     args: its arguments.
+    description: what the command does, for the help.
 
   Raises:
     UsageError: a flag or value is invalid.
@@ -71,7 +73,7 @@ def parse_config(prog: str, args: Sequence[str]) -> Config:
   parser = Parser(
     prog=prog,
     usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]",
-    description="Train a text classifier, or resume its training.",
+    description=description,
     epilog=f"""examples:
   {prog} --preset sample                      a demonstration without a download
   {prog} --preset fast                        better than the article, in seconds

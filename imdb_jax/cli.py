@@ -229,7 +229,8 @@ def _check(prog: str, args: Sequence[str]) -> None:
   flags = [each for each in args if each != "--json"]
   if not flags or (flags[0].startswith("-") and not {"-h", "--help"} & {*flags}):
     raise UsageError(f"FILE: missing. The command is {prog} FILE [--json] [--FLAG VALUE ...], with the flags of train.")
-  config = arguments.parse_config(prog, flags if flags[0].startswith("-") else ["--data", *flags])
+  flags = flags if flags[0].startswith("-") else ["--data", *flags]
+  config = arguments.parse_config(prog, flags, str(_check.__doc__))
   from imdb_jax import checking
 
   with exits.interruptible():

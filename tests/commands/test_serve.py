@@ -35,7 +35,7 @@ def test_answers_are_those_of_the_classifier(service, trained):
   found = [[answer["probabilities"][name] for name in classifier.classes] for answer in answers]
   np.testing.assert_allclose(found, expected, atol=1e-6)
   for answer, row, text in zip(answers, expected, texts, strict=True):
-    assert answer["known_words"] == len(classifier.vocabulary.ids(text))
+    assert answer["known_words"] == len(classifier.vocabulary.ids(text)[-classifier.config.data.sequence_length :])
     assert answer["class"] == (classifier.classes[row.argmax()] if answer["known_words"] else None)
   assert [answer["class"] for answer in answers[1:3]] == [None, None]
   assert None not in (answers[0]["class"], answers[3]["class"])
