@@ -6,9 +6,11 @@ no compiled programs. `own_data_sets.py` describes the data sets.
 
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,9 @@ def _run(python: Path, script: str, *arguments: str | Path, **settings: Any) -> 
   if not python.exists():
     raise _Problem(f"missing {python.name}: see --fasttext-python")
   command = [sys.executable, _WORKER, "measure", python, script, *arguments, *as_flags(settings)]
-  done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+  with tempfile.TemporaryDirectory(prefix="imdb_jax-benchmark-") as folder:
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
   *lines, figures = done.stdout.splitlines()
   answer = json.loads(figures)
   if answer["code"]:
@@ -146,13 +150,23 @@ def measure(options: Options, save: Save) -> None:
     runs.append(run)
     shown = run["problem"] or "accuracy {accuracy:.4f}, {train_seconds:.1f} s".format_map(run)
     measuring.say(f"{name}, {system}, seed {seed}: {shown}")
-    measured = [run for run in runs if not run["problem"]]
-    machine = measuring.describe_machine(measured, "; ".join(f"{name}: {num_rows[name]}" for name in names))
-    rows = [
-      summarize([run for run in runs if (run["data"], run["system"]) == row])
-      for row in dict.fromkeys((run["data"], run["system"]) for run in runs)
-    ]
-    save({"machine": machine, "rows": rows, "runs": runs})
+    save({"machine": _describe(options, runs, num_rows), "rows": _rows(runs), "runs": runs})
+
+
+def _describe(options: Options, runs: list[dict[str, Any]], num_rows: dict[str, str]) -> dict[str, Any]:
+  """Return the conditions of the results, without the paths of this machine."""
+  data = "; ".join(f"{name}: {num_rows[name]}" for name in dict.fromkeys(run["data"] for run in runs))
+  machine = measuring.describe_machine([run for run in runs if not run["problem"]], data)
+  for path in filter(None, (options.archive, options.fasttext_python, options.json)):
+    machine["command"] = machine["command"].replace(str(path), path.name)
+  return machine
+
+
+def _rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+  for run in runs:
+    grouped.setdefault((run["data"], run["system"]), []).append(run)
+  return [summarize(group) for group in grouped.values()]
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def test_every_system_has_its_figures(run, tmp_path):
   assert fasttext["problem"] == "missing absent: see --fasttext-python"
   assert f"docstrings fasttext: {fasttext['problem']}" in done.stdout
   assert {"python", "jax", "scikit-learn"} <= set(results["machine"]["versions"])
+  assert str(tmp_path) not in json.dumps(results), "a path of this machine"
 
 
 def test_a_row_has_the_mean_of_its_seeds(module):
