@@ -63,8 +63,9 @@ def _train(prog: str, args: Sequence[str]) -> None:
       return
     run_dir = shlex.quote(str(config.run_dir))
     before, _, after = prog.rpartition("train")
+    text = "A film I will not forget." if config.data.source in ("imdb", "sample") else "A text of yours."
     print(f"\nNext:\n  {before}evaluate{after} {run_dir}")
-    print(f'  {before}predict{after} {run_dir} "A film I will not forget."')
+    print(f'  {before}predict{after} {run_dir} "{text}"')
     print(f"  {config.run_dir / 'history.png'} shows the curves")
 
 

@@ -179,6 +179,17 @@ def test_calibration_finds_the_temperature_that_was_hidden():
   )
 
 
+def test_a_few_right_answers_do_not_make_the_model_certain():
+  """The loss alone has no minimum: it would make every probability 0 or 1."""
+  labels = np.arange(24, dtype=np.int32) % 2
+  logits = np.where(labels == 1, 3.0, -3.0).astype(np.float32)[None, :, None]
+  temperature = TASK.calibrate(logits, labels)
+  assert 0.5 < temperature < 1
+  # The slope of the loss and that of the prior, with the standard deviation 0.5, cancel.
+  x = 3 / temperature
+  assert 24 * x / (1 + np.exp(x)) == pytest.approx(-np.log(temperature) / 0.25, rel=1e-3)
+
+
 @pytest.mark.parametrize("labels", [[1, 1], [0, 0], [1, 0]])
 def test_calibration_of_perfect_or_useless_answers_is_bounded(labels):
   logits = np.array([[[4.0], [3.0]]], np.float32)
