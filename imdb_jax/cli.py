@@ -228,7 +228,7 @@ def _plot(prog: str, args: Sequence[str]) -> None:
 def _check(prog: str, args: Sequence[str]) -> None:
   """Describe labelled texts before training, and warn of problems: check FILE, with flags of train."""
   flags = [each for each in args if each != "--json"]
-  if not flags or (flags[0].startswith("-") and not {"-h", "--help"} & {*flags}):
+  if not flags or (flags[0].startswith("-") and flags[0] not in ("-h", "--help", "--version")):
     raise UsageError(f"FILE: missing. The command is {prog} FILE [--json] [--FLAG VALUE ...], with the flags of train.")
   flags = flags if flags[0].startswith("-") else ["--data", *flags]
   config = arguments.parse_config(prog, flags, str(_check.__doc__))
@@ -265,7 +265,7 @@ def _compare(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--rows", metavar="A,B,...", help="Models to compute. [all]")
   parser.add_argument("--num-seeds", type=int, default=1, metavar="N", help="Models per row, with different seeds. [1]")
   parser.add_argument("--quick", action="store_true", help="Small models on the sample, in two minutes.")
-  parser.add_argument("--data", metavar="{imdb,sample}", help="Reviews to use. [imdb]")
+  parser.add_argument("--data", help="imdb, sample, or a CSV or JSONL file or folder with two classes. [imdb]")
   parser.add_argument("--validation", default="test", metavar="{test,split}", help="Test or held-out reviews. [test]")
   parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder; otherwise it is downloaded.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")

@@ -44,15 +44,15 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
   """Return the value of a JSON file of at most `max_bytes`."""
-  return parse_json(read_bytes(path, max_bytes))
+  return parse_json(read_bytes(path, max_bytes), path.name)
 
 
-def parse_json(content: bytes) -> Any:
-  """Return the value of JSON in UTF-8."""
+def parse_json(content: bytes, name: str = "it") -> Any:
+  """Return the value of JSON in UTF-8; `name` is that of the file, for errors."""
   try:
     return json.loads(content.decode())
   except RecursionError as error:
-    raise ValueError("it is nested too deeply") from error
+    raise ValueError(f"{name} is nested too deeply") from error
 
 
 def sha256(path: Path) -> str:

@@ -72,7 +72,6 @@ def test_a_failed_row_gives_its_exit_code_after_the_others(call: Call, tmp_path,
     (("--num-seeds", "0"), ("--num-seeds 0: must be",)),
     (("--num-seeds", "x"), ("--num-seeds: invalid int value",)),
     (("--validation", "train"), ("--validation 'train': must be one of test, split",)),
-    (("--data", "imbd"), ("--data 'imbd': must be one of imdb, sample",)),
     (("--quick", "--archive", "x"), ("--archive x: requires --data imdb",)),
     (("--qiuck",), ("--qiuck: unknown", "--quick")),
   ],
@@ -80,6 +79,19 @@ def test_a_failed_row_gives_its_exit_code_after_the_others(call: Call, tmp_path,
 def test_wrong_flags_are_refused_in_one_line(flags, words, call: Call, tmp_path):
   assert_one_clear_line(call("compare", *flags, "--run-dir", tmp_path / "run"), 2, *words)
   assert not (tmp_path / "run").exists()
+
+
+def test_texts_of_ones_own_are_compared(call: Call, tmp_path):
+  rows = [f"{'good' if row % 3 else 'bad'} film {row},{'up' if row % 3 else 'down'}" for row in range(60)]
+  (tmp_path / "own.csv").write_text("\n".join(["text,label", *rows]))
+  flags = ("--data", tmp_path / "own.csv", "--rows", "majority,tfidf", "--run-dir", tmp_path / "run")
+  assert call("compare", *flags)[0] == 0
+  found = json.loads((tmp_path / "run" / "comparison.json").read_text())
+  assert [row["name"] for row in found["rows"]] == ["majority", "tfidf"]
+  assert found["rows"][1]["accuracy"] == 1 > found["rows"][0]["accuracy"]
+  assert_one_clear_line(
+    call("compare", "--data", "imbd", *flags[2:4], "--run-dir", tmp_path / "other"), 3, "imbd: no such file or folder"
+  )
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100])

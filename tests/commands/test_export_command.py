@@ -20,7 +20,7 @@ def test_a_run_leaves_the_house(call, trained, tmp_path):
     "model", "classes.json", "config.json", "model.json", "model.safetensors", "vocab.json",
   }  # fmt: skip
   _, stdout, _ = call("predict", trained, "--platform", "cpu", "--json", *TEXTS)
-  expected = [json.loads(line)["probability"] for line in stdout.splitlines()]
+  expected = [json.loads(line)["probabilities"]["positive"] for line in stdout.splitlines()]
   without = "import sys, runpy; sys.modules |= dict.fromkeys(['jax', 'imdb_jax']); del sys.argv[0];"
   code = f"{without} runpy.run_path(sys.argv[0], run_name='__main__')"
   example = [sys.executable, "-c", code, ROOT / "examples" / "predict_numpy.py"]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from reliability.sandbox import Failure, checkpoints_of, require
 
-from imdb_jax import cli, plots
+from imdb_jax import plots, scoring
 from imdb_jax.config import DataConfig, RuntimeConfig
 from imdb_jax.data import archive, reviews, sample, sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
@@ -71,8 +71,8 @@ def make_inputs(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]]:
     require(len(vocabulary.spans(text)) == len(vocabulary.ids(text)), "a known word has no span")
 
   def read_lines(path: Path) -> None:
-    for lines in cli._read_lines(str(path)):
-      vocabulary.encode(lines, 24)
+    for window in scoring.read(str(path), "text"):
+      vocabulary.encode([text for text, _ in window], 24)
 
   return {
     "vocab.json": ((whole / "vocab.json").read_bytes(), lambda path: Vocabulary.load(path, config)),
