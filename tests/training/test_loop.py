@@ -175,8 +175,12 @@ def test_a_run_is_calibrated_on_held_out_reviews_and_never_on_the_test_reviews(t
   source = sources.find(config.data, None, config.runtime.cache_dir)
   held_out = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir).validation
   logits, labels, temperature = classifier.logits(held_out), held_out.labels, classifier.temperature
-  others = [Classification().evaluate(logits, labels, factor * temperature).loss for factor in (0.9, 1.1)]
-  assert classifier.evaluate(held_out).loss < min(others)
+
+  def penalised_loss(temperature: float) -> float:
+    prior = (np.log(temperature) / 0.5) ** 2 / 2
+    return Classification().evaluate(logits, labels, temperature).loss + prior / len(labels)
+
+  assert penalised_loss(temperature) < min(penalised_loss(factor * temperature) for factor in (0.99, 1.01))
   uncalibrated = imdb_jax.Classifier.load(tmp_path, calibrate=False)
   assert uncalibrated.temperature == 1
   raw, scaled = (each.predict_proba(["A masterpiece."])[0, 1] for each in (uncalibrated, classifier))
