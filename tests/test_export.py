@@ -88,8 +88,8 @@ def exported(tmp_path_factory) -> Callable[[str], tuple[Classifier, Path]]:
 
 
 def models(*names: str) -> pytest.MarkDecorator:
-  """Run a test for these models; for all that differ only in settings that no preset has, slowly."""
-  presets = ("article", "fast", "strong", "three classes, n-grams")
+  """Run a test for these models; only two presets are quick enough for each run of the tests."""
+  presets = ("article", "fast")
   return pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in presets else pytest.mark.slow) for name in names]
   )

@@ -159,6 +159,7 @@ def test_clipping_and_weight_decay_are_those_of_the_papers():
       np.testing.assert_allclose(updates[name], -0.01 * (adam + 0.1 * value), rtol=1e-4, err_msg=f"{name}, step {t}")
 
 
+@pytest.mark.slow
 def test_one_step_with_clipping_and_weight_decay_leaves_padding_and_the_linear_model_alone():
   model = dataclasses.replace(NO_DROPOUT, mask_padding=True, ngrams=2)
   # A large epsilon, because Adam's first update does not depend on the scale of the gradient otherwise.

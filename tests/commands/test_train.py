@@ -42,6 +42,7 @@ def test_the_same_command_again_changes_nothing_and_other_settings_are_refused(t
   assert [path.name for path in before if after[path] != before[path]] == ["provenance.json"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_for_more_epochs_and_another_starts_from_it(trained, tmp_path, call):
   run_dir = copy_of(trained, tmp_path)
   assert_one_clear_line(call("train", *TINY, "--run-dir", run_dir, "--epochs", "1"), 2, "--epochs 1", "only be raised")

@@ -22,6 +22,9 @@ from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.training import report
 
+# Models are trained. The command is tested in tests/commands/test_compare.py.
+pytestmark = pytest.mark.slow
+
 MOST = ["majority", "tfidf", "nb-svm", "lstm", "fast"]
 
 

@@ -74,6 +74,7 @@ def test_predictions_are_the_mean_of_the_network_and_the_linear_model(num_device
   np.testing.assert_allclose(logits_of(both, params), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_without_the_linear_model_and_leaves_it_as_it_is():
   """An answer that is right already would leave the network nothing to learn."""
   both, network = (Program(config, mesh_of(3), num_steps=10) for config in (WITH, WITHOUT))

@@ -70,6 +70,7 @@ def test_a_signal_at_any_step(whole, step, tmp_path):
   assert_same_end(whole, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
 def test_other_cells_resume_within_an_epoch(cell, tmp_path):
   undisturbed, config = (change(tiny(tmp_path / name), "model", cell=cell) for name in ("undisturbed", "stopped"))

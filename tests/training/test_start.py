@@ -88,6 +88,7 @@ def test_a_run_starts_from_the_words_layers_and_head_of_another(small, tmp_path,
   assert (first["init_from"]["run_dir"], first["init_from"]["step"]) == (str(small.run_dir), step)
 
 
+@pytest.mark.slow
 def test_a_head_of_another_shape_is_new_and_all_recurrent_layers_are_taken(tmp_path, capsys):
   settings = {"cell": "gru", "directions": 2, "ngrams": 2}
   source = change(tiny(tmp_path / "source", epochs=1), "model", **settings)
