@@ -159,7 +159,7 @@ class TextClassifier(nn.Module):
 
   @property
   def has_lookup(self) -> bool:
-    """Whether `lookup` can prepare the model: only the last state counts, and padding is like a word."""
+    """Return whether `lookup` supports the model: only the last state counts, and padding is read like a word."""
     config = self.config
     is_plain = not config.mask_padding and config.directions == 1 and config.pooling == "last"
     return is_plain and self.implementation == "chunked"
