@@ -31,7 +31,7 @@ demo: setup  ## Train on the embedded sample, evaluate, plot, predict
 	$(BIN)/python scripts/plot.py runs/demo
 	$(BIN)/python scripts/predict.py runs/demo --platform cpu "I expected a masterpiece. It was a disaster." "Not bad at all, quite the opposite."
 
-test: setup  ## Run the tests, without the slow ones (four minutes)
+test: setup  ## Run the tests, without the slow ones (five minutes)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-all: setup  ## Run all tests

@@ -19,6 +19,9 @@ from imdb_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.program import Program, TrainState
 
+# The import of Keras takes long.
+pytestmark = pytest.mark.slow
+
 VOCABULARY_SIZE, LENGTH, BATCH_SIZE, NUM_STEPS = 30, 9, 8, 3
 CONFIG = ModelConfig(embedding_size=6, hidden_size=7, input_dropout_rate=0, recurrent_dropout_rate=0)
 CELLS = ("lstm", "gru", "rnn")

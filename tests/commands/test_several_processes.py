@@ -11,6 +11,9 @@ import pytest
 from reliability.processes import Server
 from running import ROOT, TINY, Result, assert_one_clear_line, history
 
+# Each test starts two processes that compile and train.
+pytestmark = pytest.mark.slow
+
 TRAIN = ROOT / "scripts" / "train.py"
 
 

@@ -19,7 +19,7 @@ from imdb_jax.processes import Interrupted
 from imdb_jax.training import report
 from imdb_jax.training.metrics import Recorder
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = [pytest.mark.usefixtures("shared_programs"), pytest.mark.slow]
 
 SEEDS = range(5, 8)
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")

@@ -17,6 +17,8 @@ from imdb_jax.errors import DataError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.training.console import Console
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(run_dir: Path, source: Path | None, **model) -> Config:
   """Return the settings of a tiny run on an archive, or on the sample, that leaves word vectors as they start."""
