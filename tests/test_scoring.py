@@ -1,4 +1,4 @@
-"""What was written with Python's csv or json comes back, with the answers beside it."""
+"""Rows written by Python's csv or json are repeated exactly, with the answers as additional columns."""
 
 import csv
 import gzip

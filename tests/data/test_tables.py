@@ -1,4 +1,4 @@
-"""What Python's csv and json wrote comes back, and every fault of a file is one line that says where it is."""
+"""Files written by Python's csv and json are read back exactly; each error is one line that says where the fault is."""
 
 import csv
 import gzip
