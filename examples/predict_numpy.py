@@ -29,7 +29,10 @@ class Model:
   def encode(self, text):
     """Return the ids of the last known words of a text, after padding if the model reads that."""
     text = re.sub("<[^>]+>", " ", text) if self.vocabulary["strip_html"] else text
-    words = re.split('[ !"#$%&()*+,./:;<=>?@[\\\\\\]^_`{|}~\t\n\ufeff-]', text.lower())
+    # Punctuation marks are words of their own, or separators.
+    replacement = r" \g<0> " if self.vocabulary.get("punctuation") else " "
+    text = re.sub('[!"#$%&()*+,./:;<=>?@[\\\\\\]^_`{|}~-]', replacement, text.lower())
+    words = re.split("[ \t\n\ufeff]", text)
     length = self.config["data"]["sequence_length"]
     known = [self.ids[word] for word in words if word in self.ids][-length:]
     return known if self.config["model"]["mask_padding"] else [0] * (length - len(known)) + known

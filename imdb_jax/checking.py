@@ -31,12 +31,10 @@ def check(config: Config) -> dict[str, Any]:
   source = sources.find(data, config.runtime.archive, config.runtime.cache_dir)
   splits = tokens.split(data, source.load(notes.append))
   train, test = splits["train"], splits["test"]
-  vocabulary = Vocabulary.fit(train.texts, size=data.vocabulary_size, strip_html=data.strip_html)
+  split = {"strip_html": data.strip_html, "punctuation": data.punctuation}
+  vocabulary = Vocabulary.fit(train.texts, size=data.vocabulary_size, **split)
   known = {name: np.array([len(vocabulary.ids(text)) for text in each.texts]) for name, each in splits.items()}
-  words = {
-    name: sum(len(split_words(text, strip_html=data.strip_html)) for text in each.texts)
-    for name, each in splits.items()
-  }
+  words = {name: sum(len(split_words(text, **split)) for text in each.texts) for name, each in splits.items()}
   lengths = np.concatenate([*known.values()])
   pairs = [(text, label) for each in splits.values() for text, label in zip(each.texts, each.labels, strict=True)]
   num_texts = len({text for text, _ in pairs})

@@ -52,9 +52,14 @@ class DataConfig(Settings):
   vocabulary_size: int = setting(4000, "Number of token ids, including one for padding.", ge=2, le=1_000_000)
   sequence_length: int = setting(400, "Keep the last N known words of a review.", ge=1, le=10_000)
   strip_html: bool = setting(True, "Remove HTML tags such as <br />.")
+  punctuation: bool = setting(
+    False, "Read punctuation marks as words, except the apostrophe, instead of dropping them."
+  )
 
   def __post_init__(self):
     super().__post_init__()
+    if "" in (self.source, self.test_data):
+      raise UsageError("--data and --test-data must not be empty.")
     # The run can be evaluated from another folder.
     for name in ("source", "test_data"):
       path = getattr(self, name)

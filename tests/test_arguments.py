@@ -61,6 +61,7 @@ def test_other_flags_override_the_preset_in_any_order(order):
     (["--limit", "7"], "data", "limit", 7),
     (["--limit=None"], "data", "limit", None),
     (["--no-strip-html"], "data", "strip_html", False),
+    (["--punctuation"], "data", "punctuation", True),
     (["--mask-padding"], "model", "mask_padding", True),
     (["--pooling", "max"], "model", "pooling", "max"),
     (["--learning-rate", "2e-3"], "optimizer", "learning_rate", 0.002),

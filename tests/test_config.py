@@ -61,8 +61,10 @@ def test_any_object_gives_the_config_that_it_describes_or_one_clear_line(data):
   except UsageError as error:
     assert len(str(error).splitlines()) == 1
   else:
-    # A section that lacks settings has their defaults.
+    # A section that lacks settings has their defaults, and paths are absolute.
     saved = restored.to_dict()
+    for name in {"source", "test_data"} & fields["data"].keys():
+      fields["data"][name] = getattr(DataConfig(**{name: fields["data"][name]}), name)
     assert saved == fields | {name: saved[name] | fields[name] for name in SECTIONS}
     assert 0 < float(restored.optimizer.learning_rate) < math.inf
 
@@ -245,6 +247,7 @@ OTHER_VALUES = {
     "vocabulary_size": 5,
     "sequence_length": 5,
     "strip_html": False,
+    "punctuation": True,
   },
   "model": {
     "embedding_size": 5,
@@ -283,6 +286,12 @@ OTHER_VALUES = {
     "matmul_precision": "bfloat16",
   },
 }
+
+
+def test_an_empty_path_is_not_this_folder():
+  for name in ("source", "test_data"):
+    with pytest.raises(UsageError, match="--data and --test-data must not be empty"):
+      DataConfig(**{name: ""})
 
 
 def test_every_setting_counts_as_a_difference():

@@ -42,16 +42,21 @@ OTHER_CELLS = {
   "rnn": dataclasses.replace(ARTICLE, cell="rnn", directions=2),
 }
 STRONG = dataclasses.replace(FAST, directions=2, ngrams=2)
-MODELS = {"article": ARTICLE, "fast": FAST, "strong": STRONG, **VARIANTS, **OTHER_CELLS}
+MODELS = {"article": ARTICLE, "fast": FAST, "strong": STRONG, "punctuation": FAST, **VARIANTS, **OTHER_CELLS}
 MODELS |= {"three classes": FAST, "three classes, n-grams": STRONG}
 
 
 def make_classifier(name: str, num_seeds: int = 2, temperature: float = 1.7) -> Classifier:
   """Return a model whose parameters are far from the initial ones, so that its answers are far from 1/2."""
   model, classes = MODELS[name], ("bad", "so-so", "good") if name.startswith("three") else CLASSES
+  vocabulary = VOCABULARY
+  if name == "punctuation":
+    vocabulary = dataclasses.replace(
+      VOCABULARY, words=("-", "/", ".", "'", ":", *VOCABULARY.words[5:]), punctuation=True
+    )
   config = dataclasses.replace(
     programs.config_of(model, training=TrainingConfig(num_seeds=num_seeds)),
-    data=DataConfig(vocabulary_size=VOCABULARY.size, sequence_length=LENGTH),
+    data=DataConfig(vocabulary_size=VOCABULARY.size, sequence_length=LENGTH, punctuation=vocabulary.punctuation),
     runtime=RuntimeConfig(platform="cpu", num_devices=1, implementation="scan"),
   )
   program = Program(config, programs.mesh_of(1), classes=classes)
@@ -62,7 +67,7 @@ def make_classifier(name: str, num_seeds: int = 2, temperature: float = 1.7) -> 
     tokens, _ = VOCABULARY.encode(TEXTS, LENGTH)
     fitted = ngrams.fit(tokens, np.arange(len(TEXTS)) % len(classes), model.ngrams, len(classes))
     params["ngrams"] = {name: np.stack([array] * num_seeds) for name, array in fitted.items()}
-  return Classifier(program, VOCABULARY, programs.put(program, params), step=3, temperature=temperature)
+  return Classifier(program, vocabulary, programs.put(program, params), step=3, temperature=temperature)
 
 
 def example(name: str) -> Any:
@@ -88,21 +93,21 @@ def exported(tmp_path_factory) -> Callable[[str], tuple[Classifier, Path]]:
 
 
 def models(*names: str) -> pytest.MarkDecorator:
-  """Run a test for these models; only two presets are quick enough for each run of the tests."""
-  presets = ("article", "fast")
+  """Run a test for these models; only three are quick enough for each run of the tests."""
+  presets = ("article", "fast", "punctuation")
   return pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in presets else pytest.mark.slow) for name in names]
   )
 
 
-@models("article", "fast", "three classes", *VARIANTS)
+@models("article", "fast", "punctuation", "three classes", *VARIANTS)
 def test_numpy_alone_computes_the_same_probabilities(name, exported):
   classifier, folder = exported(name)
   found = example("predict_numpy").Model(folder).predict_proba(TEXTS)
   np.testing.assert_allclose(found, classifier.predict_proba(TEXTS), atol=1e-6)
 
 
-@models("article", "strong", "three classes, n-grams", *OTHER_CELLS)
+@models("article", "strong", "punctuation", "three classes, n-grams", *OTHER_CELLS)
 def test_weights_are_restored_exactly(name, exported):
   classifier, folder = exported(name)
   restored = Classifier.from_safetensors(folder, runtime=RuntimeConfig(platform="cpu", num_devices=1))

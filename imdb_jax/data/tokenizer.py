@@ -17,19 +17,24 @@ from imdb_jax.store import files
 PADDING_ID = 0
 # The apostrophe is not a separator: "don't" is one word. Unlike in Keras, a byte order mark is one, because a file may
 # begin with it; no official review contains one.
-_SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n\ufeff', " "))
+_MARKS, _BLANKS = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~', str.maketrans(dict.fromkeys("\t\n\ufeff", " "))
+_SEPARATORS = _BLANKS | str.maketrans(dict.fromkeys(_MARKS, " "))
+_MARKS_APART = _BLANKS | str.maketrans({mark: f" {mark} " for mark in _MARKS})
 _TAG = re.compile(r"<[^>]+>")
-_WORD = re.compile("[^ ]+")
+_WORD, _WORD_OR_MARK = re.compile("[^ ]+"), re.compile("[{0}]|[^ {0}]+".format(re.escape(_MARKS)))
 _FORMAT = "imdb_jax vocabulary 1"
 # The official training reviews have 88,576 different words, which take 1 MB in a file.
 _MAX_WORDS, _MAX_FILE_BYTES = 2**22, 2**24
 
 
-def split_words(text: str, *, strip_html: bool) -> list[str]:
-  """Return the words of a text: replace tags by a space, lower-case, and split at separators."""
+def split_words(text: str, *, strip_html: bool, punctuation: bool = False) -> list[str]:
+  """Return the words of a text: replace tags by a space, lower-case, and split at separators.
+
+  With `punctuation`, each punctuation mark but the apostrophe is a word, too.
+  """
   if strip_html:
     text = _replace_tags(text, " ")
-  return [*filter(None, text.lower().translate(_SEPARATORS).split(" "))]
+  return [*filter(None, text.lower().translate(_MARKS_APART if punctuation else _SEPARATORS).split(" "))]
 
 
 def _replace_tags(text: str, replacement: str | Callable[[re.Match[str]], str]) -> str:
@@ -46,11 +51,13 @@ class Vocabulary:
     size: upper bound of the ids, exclusive; at most `size - 1` words are known.
     strip_html: whether to remove HTML tags from a text first.
     words: the known words.
+    punctuation: whether punctuation marks are words.
   """
 
   size: int
   strip_html: bool
   words: tuple[str, ...]
+  punctuation: bool = False
 
   @functools.cached_property
   def _ids(self) -> dict[str, int]:
@@ -65,10 +72,12 @@ class Vocabulary:
   def json(self) -> str:
     """JSON text that `load` reads."""
     fields = {"format": _FORMAT, "size": self.size, "strip_html": self.strip_html, "words": self.words}
+    # Files of older versions lack the field.
+    fields |= {"punctuation": True} if self.punctuation else {}
     return json.dumps(fields, ensure_ascii=False, indent=0)
 
   @classmethod
-  def fit(cls, texts: Iterable[str], *, size: int, strip_html: bool) -> "Vocabulary":
+  def fit(cls, texts: Iterable[str], *, size: int, strip_html: bool, punctuation: bool = False) -> "Vocabulary":
     """Rank the words of `texts` by count. Of words with equal counts, the one that appears first has the lower id.
 
     Raises:
@@ -76,20 +85,21 @@ class Vocabulary:
     """
     counts = collections.Counter()
     for text in texts:
-      counts.update(split_words(text, strip_html=strip_html))
+      counts.update(split_words(text, strip_html=strip_html, punctuation=punctuation))
       if len(counts) > _MAX_WORDS:
         raise DataError(f"the reviews have more than {_MAX_WORDS:,} different words; use the official archive")
     # sorted() is stable and a Counter keeps the order of first appearance. most_common(n) is not stable.
     ranked = sorted(counts, key=lambda word: -counts[word])
-    vocabulary = cls(size=size, strip_html=strip_html, words=tuple(ranked[: size - 1]))
+    vocabulary = cls(size=size, strip_html=strip_html, words=tuple(ranked[: size - 1]), punctuation=punctuation)
     if len(vocabulary.json.encode()) > _MAX_FILE_BYTES:
       raise DataError(f"the words of the reviews take more than {_MAX_FILE_BYTES:,} bytes; use the official archive")
     return vocabulary
 
   def ids(self, text: str) -> list[int]:
     """Return the ids of the known words of `text`. Unknown words are dropped, so the result may be empty."""
+    words = split_words(text, strip_html=self.strip_html, punctuation=self.punctuation)
     # No id is 0.
-    return [*filter(None, map(self._ids.get, split_words(text, strip_html=self.strip_html)))]
+    return [*filter(None, map(self._ids.get, words))]
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:
     """Return (id, start, end) of each known word, in order; the word is written as `text[start:end]`.
@@ -100,12 +110,13 @@ class Vocabulary:
       # As many spaces as the tag has characters, so that all positions are those in `text`.
       text = _replace_tags(text, lambda tag: " " * len(tag[0]))
     # Lower-cased as a whole, because a final sigma depends on its neighbours.
-    lowered = text.lower().translate(_SEPARATORS)
+    table, pattern = (_BLANKS, _WORD_OR_MARK) if self.punctuation else (_SEPARATORS, _WORD)
+    lowered = text.lower().translate(table)
     # A lower-cased character may be several: "İ" becomes "i" and a combining dot.
     origins = [i for i, character in enumerate(text) for _ in character.lower()]
     return [
       (self._ids[word[0]], origins[word.start()], origins[word.end() - 1] + 1)
-      for word in _WORD.finditer(lowered)
+      for word in pattern.finditer(lowered)
       if word[0] in self._ids
     ]
 
@@ -137,10 +148,12 @@ class Vocabulary:
     """
     try:
       fields = files.read_json(path, _MAX_FILE_BYTES)
-      if not isinstance(fields, dict) or fields.keys() != {"format", "size", "strip_html", "words"}:
-        raise ValueError("not a JSON object with the keys format, size, strip_html, words")
-      size, strip_html, words = config.vocabulary_size, config.strip_html, fields["words"]
-      for name, value in {"format": _FORMAT, "size": size, "strip_html": strip_html}.items():
+      names = {"format", "size", "strip_html", "words"} | ({"punctuation"} if config.punctuation else set())
+      if not isinstance(fields, dict) or fields.keys() != names:
+        raise ValueError(f"not a JSON object with the keys {', '.join(sorted(names))}")
+      size, strip_html, words = config.vocabulary_size, config.strip_html, fields.pop("words")
+      expected = {"format": _FORMAT, "size": size, "strip_html": strip_html, "punctuation": True}
+      for name, value in {name: expected[name] for name in fields}.items():
         if type(fields[name]) is not type(value) or fields[name] != value:
           raise ValueError(f"{name} must be {value!r}")
       if not isinstance(words, list) or len(words) >= size or not all(isinstance(word, str) for word in words):
@@ -151,4 +164,4 @@ class Vocabulary:
       "".join(words).encode()
     except (OSError, ValueError) as error:
       raise UsageError(f"{path}: not a usable vocabulary: {error}") from error
-    return cls(size=size, strip_html=strip_html, words=tuple(words))
+    return cls(size=size, strip_html=strip_html, words=tuple(words), punctuation=config.punctuation)

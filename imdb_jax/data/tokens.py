@@ -145,7 +145,9 @@ def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
   """Fit the vocabulary on the training reviews alone and encode every split; raise as `split` does."""
   splits = split(config, reviews)
   texts = splits["train"].texts
-  vocabulary = Vocabulary.fit(texts, size=config.vocabulary_size, strip_html=config.strip_html)
+  vocabulary = Vocabulary.fit(
+    texts, size=config.vocabulary_size, strip_html=config.strip_html, punctuation=config.punctuation
+  )
   encoded = {name: _encode(each, vocabulary, config) for name, each in splits.items()}
   return TokenData.of(encoded, vocabulary, splits["train"].classes)
 

@@ -44,6 +44,7 @@ def test_second_load_does_not_read_the_source(corpus, cache_dir, config):
     {"sequence_length": 3},
     {"limit": 4},
     {"strip_html": False},
+    {"punctuation": True},
     {"validation": "split"},
     {"validation_fraction": 0.2},
   ],

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import string
 import subprocess
 import sys
 import time
@@ -80,6 +81,21 @@ def test_words(text, words):
 def test_tags(text, stripped, kept):
   assert split_words(text, strip_html=True) == stripped
   assert split_words(text, strip_html=False) == kept
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("Good!! (1/10), don't.", ["good", "!", "!", "(", "1", "/", "10", ")", ",", "don't", "."]),
+    ("<br />a-b_c \\ ^", ["a", "-", "b", "_", "c", "\\", "^"]),
+    ("\ta\n\ufeffb", ["a", "b"]),
+    ("\u2026 \u201ca\u201d", ["\u2026", "\u201ca\u201d"]),
+  ],
+)
+def test_punctuation_marks_may_be_words(text, words):
+  assert split_words(text, strip_html=True, punctuation=True) == words
+  vocabulary = Vocabulary(size=99, strip_html=True, words=tuple(dict.fromkeys(words)), punctuation=True)
+  assert [text[start:end].lower() for _, start, end in vocabulary.spans(text)] == words
 
 
 @settings(max_examples=300, deadline=None)
@@ -222,16 +238,18 @@ def test_unknown_words_have_no_span():
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=TEXTS, known=TEXTS, strip_html=st.booleans())
-def test_spans_of_any_text(text, known, strip_html):
+@given(text=TEXTS, known=TEXTS, strip_html=st.booleans(), punctuation=st.booleans())
+def test_spans_of_any_text(text, known, strip_html, punctuation):
   """Every id has its place; only the form of a sigma may depend on the text around it."""
-  vocabulary = fit(text[::2], known, strip_html=strip_html)
+  vocabulary = Vocabulary.fit([text[::2], known], size=100, strip_html=strip_html, punctuation=punctuation)
   spans = vocabulary.spans(text)
   assert [number for number, _, _ in spans] == vocabulary.ids(text)
   positions = [position for _, start, end in spans for position in (start, end)]
   assert positions == sorted(positions)
   for number, start, end in spans:
-    (word,) = split_words(text[start:end], strip_html=False)
+    (word,) = split_words(text[start:end], strip_html=False, punctuation=punctuation)
+    if word in string.punctuation:
+      continue
     assert word.replace("\u03c2", "\u03c3") == vocabulary.words[number - 1].replace("\u03c2", "\u03c3")
     # The word is whole: both neighbours are separators. "<" and ">" of tags are separators, too.
     for neighbour in (text[max(start - 1, 0) : start], text[end : end + 1]):

@@ -26,6 +26,18 @@ def test_vocabulary_survives_its_file(tmp_path, strip_html):
   assert Vocabulary.load(path, DataConfig(vocabulary_size=50, strip_html=strip_html)) == vocabulary
 
 
+def test_vocabulary_with_punctuation_is_not_taken_for_one_without(tmp_path):
+  vocabulary = Vocabulary.fit(["a, b!"], size=10, strip_html=True, punctuation=True)
+  path = tmp_path / "vocab.json"
+  path.write_text(vocabulary.json, encoding="utf-8")
+  assert Vocabulary.load(path, DataConfig(vocabulary_size=10, punctuation=True)) == vocabulary
+  with pytest.raises(UsageError, match=r"keys format, size, strip_html, words"):
+    Vocabulary.load(path, CONFIG)
+  path.write_text(fit("a b").json, encoding="utf-8")
+  with pytest.raises(UsageError, match=r"keys format, punctuation, size"):
+    Vocabulary.load(path, DataConfig(vocabulary_size=10, punctuation=True))
+
+
 @pytest.mark.parametrize(
   ("limit", "value", "words"),
   [("_MAX_WORDS", 3, "more than 3 different"), ("_MAX_FILE_BYTES", 99, "more than 99 bytes")],
