@@ -20,6 +20,8 @@ from imdb_jax.validation import Settings, flag, setting
 FORMAT = 3
 # Other sources of texts are paths. Texts given to `fit` from Python are "python".
 NAMED_SOURCES = ("imdb", "sample", "python")
+# Settings of `DataConfig` that hold paths.
+PATHS = ("source", "test_data", "unlabelled_data")
 
 
 def default_cache_dir() -> Path:
@@ -41,6 +43,7 @@ class DataConfig(Settings):
     "imdb (50,000 film reviews), sample (a small generated corpus), or your own: a CSV or JSONL file, or a folder.",
   )
   test_data: str | None = setting(None, "Test texts of your own; by default 20% of --data, by a hash of the text.")
+  unlabelled_data: str | None = setting(None, "More texts of your own, for --unlabelled: a CSV or JSONL file.")
   text_column: str = setting("text", "Column of the texts.")
   label_column: str = setting("label", "Column of the labels.")
   group_column: str | None = setting(None, "Column whose equal values stay on one side of every split.")
@@ -58,12 +61,12 @@ class DataConfig(Settings):
 
   def __post_init__(self):
     super().__post_init__()
-    if "" in (self.source, self.test_data):
-      raise UsageError("--data and --test-data must not be empty.")
     # The run can be evaluated from another folder.
-    for name in ("source", "test_data"):
+    for name in PATHS:
       path = getattr(self, name)
-      if path is not None and (name == "test_data" or path not in NAMED_SOURCES):
+      if path == "":
+        raise UsageError(f"--{name.replace('_', '-').replace('source', 'data')}: must not be empty.")
+      if path is not None and (name != "source" or path not in NAMED_SOURCES):
         object.__setattr__(self, name, os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111
 
 
@@ -128,8 +131,8 @@ class TrainingConfig(Settings):
   batch_size: int = setting(32, "Reviews per step, over all devices together.", ge=1, le=65_536)
   seed: int = setting(0, "Seed of the parameters, the order of the reviews and the dropout masks.", ge=0, le=2**31 - 1)
   num_seeds: int = setting(1, "Train an ensemble of N models at once, with consecutive seeds.", ge=1, le=1024)
-  class_weights: Literal["none", "balanced"] = setting(
-    "none", "balanced weighs the loss of a review by how rare its class is."
+  class_weights: str = setting(
+    "none", "Weights of the losses: none, balanced (the rarer a class, the more), or NAME=WEIGHT,... (others 1)."
   )
   bucket_by_length: bool = setting(False, "Form batches of similar length; saves time with --mask-padding.")
   matmul_precision: Literal["auto", "float32", "tensorfloat32", "bfloat16"] = setting(
@@ -214,6 +217,8 @@ class Config(Settings):
       raise UsageError(f"--preset {self.preset!r:.80}: must be a plain name of letters, digits, _ and -.")
     if self.runtime.archive is not None and self.data.source != "imdb":
       raise UsageError(f"--archive {self.runtime.archive}: requires --data imdb, not {self.data.source}.")
+    if self.data.unlabelled_data is not None and not self.model.unlabelled:
+      raise UsageError(f"--unlabelled-data {self.data.unlabelled_data}: requires --unlabelled.")
     if self.runtime.word_vectors is not None and self.model.embedding != "file":
       raise UsageError(f"--word-vectors {self.runtime.word_vectors}: requires --embedding file.")
 
@@ -257,7 +262,7 @@ def differing_fields(saved: Config, wanted: Config) -> list[str]:
   Files may have moved: the digest of the data tells whether they are the same.
   """
   old, new = saved.settings(), wanted.settings()
-  for name in ("source", "test_data"):
+  for name in PATHS:
     if all(Path(settings["data"][name] or "").is_absolute() for settings in (old, new)):
       del old["data"][name]
   return [

@@ -107,11 +107,14 @@ class Program:
       classes: names of the labels.
 
     Raises:
-      UsageError: the named implementation does not support the model or the device, or there are too many classes.
+      UsageError: the named implementation does not support the model or the device, there are too many classes, or
+        --class-weights names another one.
     """
     self.config, self.mesh, self.task = config, mesh, Classification(classes)
     if config.model.ngrams and len(classes) > ngrams.MAX_CLASSES:
       raise UsageError(f"--ngrams {config.model.ngrams}: allows {ngrams.MAX_CLASSES} classes, not {len(classes):,}.")
+    # Raises before a run directory is made.
+    self.task.loss_weights(np.zeros(0, np.int32), config.training.class_weights)
     precision = config.training.matmul_precision
     self._matmul_precision = "float32" if precision == "auto" else precision
     self.choice = _choose(config, mesh.devices.flat[0])
@@ -188,8 +191,9 @@ class Program:
   def put_split(self, split: TokenSplit) -> Examples:
     """Place the reviews of a split on every device."""
     arrays = {"tokens": split.tokens, "lengths": split.lengths, "labels": split.labels}
-    if self.config.training.class_weights != "none":
-      arrays["loss_weights"] = self.task.balanced(split.labels).astype(np.float32)
+    loss_weights = self.task.loss_weights(split.labels, self.config.training.class_weights)
+    if loss_weights is not None:
+      arrays["loss_weights"] = loss_weights.astype(np.float32)
     return devices.put(arrays, devices.replicated(self.mesh))
 
   def put_rows(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """The learning task: size of the head, loss and metrics."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from scipy import optimize, special
 
 from imdb_jax.data.reviews import CLASSES
+from imdb_jax.errors import UsageError, printable
 
 # Bins of the calibration error, from 0 to 1.
 _NUM_BINS = 15
@@ -75,10 +77,33 @@ class Classification:
     self.classes = classes
     self.head_size = 1 if len(classes) == 2 else len(classes)
 
-  def balanced(self, labels: np.ndarray) -> np.ndarray:
-    """Return weights f64[n] of reviews with labels int[n], in inverse proportion to the size of the class; mean 1."""
-    counts = np.bincount(labels, minlength=len(self.classes))
-    return len(labels) / (np.count_nonzero(counts) * counts[labels])
+  def loss_weights(self, labels: np.ndarray, wanted: str) -> np.ndarray | None:
+    """Return weights f64[n] of the losses of reviews with labels int[n]; None if all are 1.
+
+    Args:
+      labels: of the training reviews.
+      wanted: "none"; "balanced", in inverse proportion to the size of the class and with a mean of 1; or weights of
+        some classes, such as "spam=3,ham=0.5".
+
+    Raises:
+      UsageError: `wanted` is none of these, or names an unknown class.
+    """
+    if wanted == "none":
+      return None
+    if wanted == "balanced":
+      counts = np.bincount(labels, minlength=len(self.classes))
+      return len(labels) / (np.count_nonzero(counts) * counts[labels])
+    weights = np.ones(len(self.classes))
+    for part in wanted.split(","):
+      name, _, weight = part.rpartition("=")
+      if name not in self.classes or not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", weight):
+        known = ", ".join(map(printable, self.classes[:10]))
+        raise UsageError(
+          f"--class-weights {wanted!r:.80}: must be none, balanced, or NAME=WEIGHT,... with weights from 0 to 999,999 "
+          f"and names of classes ({known}{', ...' if len(self.classes) > 10 else ''})."
+        )
+      weights[self.classes.index(name)] = float(weight)
+    return weights[labels]
 
   def sums(
     self, logits: jax.Array, labels: jax.Array, weights: jax.Array, loss_weights: jax.Array | None = None

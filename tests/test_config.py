@@ -63,7 +63,7 @@ def test_any_object_gives_the_config_that_it_describes_or_one_clear_line(data):
   else:
     # A section that lacks settings has their defaults, and paths are absolute.
     saved = restored.to_dict()
-    for name in {"source", "test_data"} & fields["data"].keys():
+    for name in {*config.PATHS} & fields["data"].keys():
       fields["data"][name] = getattr(DataConfig(**{name: fields["data"][name]}), name)
     assert saved == fields | {name: saved[name] | fields[name] for name in SECTIONS}
     assert 0 < float(restored.optimizer.learning_rate) < math.inf
@@ -238,6 +238,7 @@ OTHER_VALUES = {
   "data": {
     "source": "sample",
     "test_data": "/tests.csv",
+    "unlabelled_data": "/more.csv",
     "text_column": "review",
     "label_column": "stars",
     "group_column": "film",
@@ -261,7 +262,7 @@ OTHER_VALUES = {
     "directions": 2,
     "pooling": "max",
     "embedding": "svd",
-    "unlabelled": True,
+    "unlabelled": False,
     "ngrams": 2,
   },
   "optimizer": {
@@ -289,15 +290,15 @@ OTHER_VALUES = {
 
 
 def test_an_empty_path_is_not_this_folder():
-  for name in ("source", "test_data"):
-    with pytest.raises(UsageError, match="--data and --test-data must not be empty"):
+  for name, flag in (("source", "--data"), ("test_data", "--test-data"), ("unlabelled_data", "--unlabelled-data")):
+    with pytest.raises(UsageError, match=f"^{flag}: must not be empty"):
       DataConfig(**{name: ""})
 
 
 def test_every_setting_counts_as_a_difference():
   """A new setting belongs into the table above."""
-  # `unlabelled` requires word vectors that are computed.
-  base = Config(model=ModelConfig(embedding="skipgram"))
+  # `unlabelled_data` requires `unlabelled`, which requires word vectors that are computed.
+  base = Config(model=ModelConfig(embedding="skipgram", unlabelled=True))
   saved = base.settings()
   assert {section: set(values) for section, values in OTHER_VALUES.items()} == {
     section: set(values) for section, values in saved.items()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
+from imdb_jax.errors import UsageError
 from imdb_jax.task import Classification, Evaluation, Metrics, bootstrap_interval
 
 TASK = Classification()
@@ -288,14 +289,28 @@ class TestThreeClasses:
     assert self.TASK.evaluate(3 * honest[None], labels, temperature).calibration_error < 0.01
 
 
+def test_classes_may_have_weights_by_name():
+  task, labels = Classification(("a=b", "c", "d")), np.array([0, 2, 1, 0])
+  assert task.loss_weights(labels, "none") is None
+  np.testing.assert_array_equal(task.loss_weights(labels, "d=2.5,a=b=0"), [0, 2.5, 1, 0])
+
+
+@pytest.mark.parametrize("wanted", ["", "c", "c=", "c=-1", "c=nan", "c=1e3", "e=1", "c=1,", "c=1;d=2", "Balanced"])
+def test_other_weights_are_refused_in_one_line_that_names_the_classes(wanted):
+  task = Classification(("c", "d\n"))
+  with pytest.raises(UsageError, match=r"^--class-weights .* none, balanced, or NAME=WEIGHT.* \(c, d.+\)\.$"):
+    task.loss_weights(np.array([0, 1]), wanted)
+
+
 @pytest.mark.parametrize("names", [("a", "b"), ("a", "b", "c"), ("a", "b", "c", "unseen")])
 def test_balanced_losses_are_those_of_sklearn(names):
   rng, size = np.random.default_rng(0), min(len(names), 3)
   task, labels = Classification(names), rng.choice(size, 100, p=[0.7, 0.2, 0.1] if size == 3 else [0.8, 0.2])
   logits = rng.standard_normal((100, task.head_size)).astype(np.float32)
   weights = sklearn.utils.class_weight.compute_sample_weight("balanced", labels)
-  np.testing.assert_allclose(task.balanced(labels), weights)
-  assert task.balanced(labels).mean() == pytest.approx(1)
+  balanced = task.loss_weights(labels, "balanced")
+  np.testing.assert_allclose(balanced, weights)
+  assert np.mean(balanced) == pytest.approx(1)
   sums = task.sums(logits, labels.astype(np.int32), np.ones(100, np.float32), weights.astype(np.float32))
   probabilities = task.probabilities(logits[None])
   expected = sklearn.metrics.log_loss(labels, probabilities, sample_weight=weights, labels=range(len(names)))

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from imdb_jax.config import NAMED_SOURCES, DataConfig
+from imdb_jax.config import DataConfig
 from imdb_jax.data import archive as archive_reader
 from imdb_jax.data import imdb, sample, splits, tables
 from imdb_jax.data.download import download
-from imdb_jax.data.reviews import Reviews
+from imdb_jax.data.reviews import Reviews, canonical
 from imdb_jax.errors import DataError, UsageError
 from imdb_jax.store import files
 
@@ -55,8 +55,9 @@ def find(
     DataError: the settings are those of a run on texts from Python, but none are given.
     UsageError: there are test texts, but no training texts of the same kind.
   """
-  if config.test_data is not None and config.source in NAMED_SOURCES:
-    raise UsageError(f"--test-data {config.test_data}: requires texts of your own, not --data {config.source}.")
+  for name, path in (("--test-data", config.test_data), ("--unlabelled-data", config.unlabelled_data)):
+    if path is not None and config.source in ("imdb", "sample"):
+      raise UsageError(f"{name} {path}: requires texts of your own, not --data {config.source}.")
   if config.source == "sample":
     return Source(name="the embedded sample", content=None, fingerprint=lambda: None, load=lambda report: sample.load())
   if archive is not None:
@@ -67,20 +68,15 @@ def find(
       load=lambda report: archive_reader.read_archive(archive),
       load_unlabelled=lambda report: archive_reader.read_archive(archive, ("test", "unsupervised")),
     )
+  own: dict[str, Any] = {"name": config.source, "fingerprint": functools.partial(_fingerprint, config)}
+  load = functools.partial(_load_own, config)
   if config.source == "python":
     if given is None:
       raise DataError("The run was trained on texts given from Python: name texts to evaluate, as by --data FILE.")
-    return Source(
-      name="the given texts",
-      content=None,
-      fingerprint=lambda: None,
-      load=lambda report: splits.split(
-        {name: tables.from_python(given, name, report) for name in given}, report, "data"
-      ),
-    )
+    own = {"name": "the given texts", "fingerprint": lambda: None}
+    load = functools.partial(_load_given, given)
   if config.source != "imdb":
-    fingerprint = functools.partial(_fingerprint, config)
-    return Source(name=config.source, content=None, fingerprint=fingerprint, load=functools.partial(_load_own, config))
+    return Source(**own, content=None, load=load, load_unlabelled=functools.partial(_load_unlabelled, config, load))
   return Source(
     name="the prepared store, or the download",
     content=imdb.CONTENT,
@@ -106,6 +102,19 @@ def _load_own(config: DataConfig, report: Callable[[str], None]) -> dict[str, Re
   if _fingerprint(config) != before:
     raise DataError(f"{config.source}: has changed while it was read; wait until it is complete.")
   return splits.split(rows, report, config.source)
+
+
+def _load_given(given: Mapping[str, Sequence[Any]], report: Callable[[str], None]) -> dict[str, Reviews]:
+  return splits.split({name: tables.from_python(given, name, report) for name in given}, report, "data")
+
+
+def _load_unlabelled(config: DataConfig, load: Callable[..., Any], report: Callable[[str], None]) -> dict[str, Reviews]:
+  del report
+  if config.unlabelled_data is None:
+    return {}
+  texts = [text for text, _ in tables.records(Path(config.unlabelled_data), config.text_column)]
+  # What `load` reports has been reported before.
+  return {"test": load(lambda line: None)["test"], "unsupervised": canonical(texts, [0] * len(texts))}
 
 
 def _load_official(cache_dir: Path, names: Sequence[str], report: Callable[[str], None]) -> dict[str, Reviews]:

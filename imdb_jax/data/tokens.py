@@ -205,7 +205,8 @@ def load_unlabelled(
   texts = found["unsupervised"].texts[: config.limit] if found else ()
   if not texts:
     raise DataError(
-      f"--unlabelled: {source.name} has no unlabelled reviews, unlike the official archive; see --no-unlabelled."
+      f"--unlabelled: {source.name} has no unlabelled texts, unlike the official archive: name a file of your own by "
+      "--unlabelled-data, or see --no-unlabelled."
     )
   if count := len({*texts} & {*found["test"].texts}):
     report(f"Warning: {count:,} of the {len(texts):,} unlabelled texts are also test texts; see --no-unlabelled.")

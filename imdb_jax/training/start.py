@@ -107,6 +107,8 @@ def _fitted(
     console.line(f"The file has {np.count_nonzero(vectors.any(axis=1)):,} of {len(data.vocabulary.words):,} words")
   if model.ngrams:
     console.line("Fitting the linear model of n-grams")
-    loss_weights = program.task.balanced(train.labels) if config.training.class_weights == "balanced" else 1.0
-    fitted["ngrams"] = ngrams.fit(train.tokens, train.labels, model.ngrams, len(data.classes), loss_weights)
+    loss_weights = program.task.loss_weights(train.labels, config.training.class_weights)
+    fitted["ngrams"] = ngrams.fit(
+      train.tokens, train.labels, model.ngrams, len(data.classes), 1.0 if loss_weights is None else loss_weights
+    )
   return fitted

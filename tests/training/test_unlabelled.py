@@ -1,5 +1,6 @@
 """Word vectors from unlabelled reviews as well, and by skip-gram; a signal while they are computed loses nothing."""
 
+import csv
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from reliability.sandbox import newest_state
 from training.tiny import assert_same_end, change, tiny
 
 import imdb_jax
-from imdb_jax.config import Config, ModelConfig
+from imdb_jax.config import Config, DataConfig, ModelConfig
 from imdb_jax.data import archive, imdb, word_vectors
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import DataError, UsageError
@@ -72,8 +73,31 @@ def test_a_source_without_unlabelled_reviews_is_named(tmp_path, has_archive):
   members = {name: content for name, content in make_members().items() if "unsup" not in name}
   source = pack(tmp_path / "a.tar", members) if has_archive else None
   name = str(source) if source else "the embedded sample"
-  with pytest.raises(DataError, match=f"--unlabelled: {name} has no unlabelled reviews, .* see --no-unlabelled"):
+  with pytest.raises(DataError, match=f"--unlabelled: {name} has no unlabelled texts, .* see --no-unlabelled"):
     imdb_jax.fit(config_of(tmp_path, source))
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_texts_of_your_own_may_be_unlabelled_too(tmp_path, capsys, is_file):
+  given = [f"{word} film number {i}" for i, word in enumerate(("good", "bad") * 20)], ["yes", "no"] * 20
+  test = ["a good film", "a bad film"], ["yes", "no"]
+  more = ["a good and dull film", "", "a bad film", "not a good plot"]
+  for name, columns in (("train", given), ("test", test), ("more", [more])):
+    with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+      csv.writer(file).writerows([("text", "label")[: len(columns)], *zip(*columns, strict=True)])
+  config = change(config_of(tmp_path, None), "data", source=str(tmp_path / "train.csv"), limit=None, vocabulary_size=20)
+  config = change(config, "data", test_data=str(tmp_path / "test.csv"), unlabelled_data=str(tmp_path / "more.csv"))
+  imdb_jax.fit(config, data=None if is_file else {"train": given, "test": test})
+  assert "Warning: 1 of the 4 unlabelled texts are also test texts" in capsys.readouterr().out
+  vocabulary = Vocabulary.load(config.run_dir / "vocab.json", config.data)
+  # The order of texts does not matter to the vectors, except for rounding.
+  seen = vocabulary.encode(given[0] + more, 16)[0]
+  np.testing.assert_allclose(vectors_of(config), word_vectors.svd(seen, 20, 4), atol=1e-6)
+
+
+def test_a_file_of_unlabelled_texts_has_a_use():
+  with pytest.raises(UsageError, match=r"--unlabelled-data /more\.csv: requires --unlabelled\.$"):
+    Config(data=DataConfig(source="/a.csv", unlabelled_data="/more.csv"))
 
 
 @pytest.mark.parametrize("embedding", ["random", "file"])
