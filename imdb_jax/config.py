@@ -304,7 +304,7 @@ PRESETS: dict[str, Config] = {
   # The most accurate model from the labelled reviews alone: two directions, beside a linear model of phrases.
   "strong": Config(
     preset="strong",
-    data=DataConfig(vocabulary_size=30_000, sequence_length=600),
+    data=DataConfig(vocabulary_size=30_000, sequence_length=700, punctuation=True),
     model=ModelConfig(
       hidden_size=64,
       input_dropout_rate=0.3,
