@@ -44,6 +44,7 @@ RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "bi-lstm": ("article", {"model": {"directions": 2}}),
   "fast": ("fast", {}),
   "strong": ("strong", {}),
+  "pretrained": ("pretrained", {}),
 }
 ROWS = (*LINEAR, *RECURRENT)
 
@@ -115,10 +116,12 @@ def _configure(base: Config, row: str, number: int, quick: bool) -> Config:
   config = sample if quick and name == "article" else PRESETS[name]
   changed = {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in overrides.items()}
   config = dataclasses.replace(config, **changed)
-  data, training = (sample if quick else config).data, config.training
+  data, model, training = (sample if quick else config).data, config.model, config.training
   return dataclasses.replace(
     config,
     data=dataclasses.replace(data, source=base.data.source, validation=base.data.validation),
+    # Only IMDB has unlabelled reviews.
+    model=dataclasses.replace(model, unlabelled=model.unlabelled and base.data.source == "imdb"),
     training=dataclasses.replace(training, seed=number * training.num_seeds),
     runtime=dataclasses.replace(base.runtime, run_dir=base.run_dir / f"{row}-seed{number}"),
   )

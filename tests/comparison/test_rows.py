@@ -1,5 +1,6 @@
 """A comparison is computed row by row, resumes, and survives rows that fail."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from comparison.few import RECURRENT, TINY, base, few_reviews
 
 from imdb_jax import Classifier
 from imdb_jax.comparison import results, rows, table
-from imdb_jax.config import Config
+from imdb_jax.config import Config, DataConfig
 from imdb_jax.data import sample, sources, tokens
 from imdb_jax.data.reviews import canonical
 from imdb_jax.errors import PlatformError, UsageError
@@ -297,7 +298,8 @@ def test_a_second_comparison_in_the_same_folder_is_refused(copied):
 def test_an_unknown_row_is_refused_before_anything_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(sample, "load", lambda: pytest.fail("was read"))
   with pytest.raises(
-    UsageError, match=r"--rows ltsm: unknown\. There are majority, tfidf, nb-svm, rnn, gru, lstm, bi-lstm, fast, strong"
+    UsageError,
+    match=r"--rows ltsm: unknown\. There are majority, tfidf, nb-svm, rnn, .*, fast, strong, pretrained\.$",
   ):
     rows.compare(base(tmp_path / "run"), ["majority", "ltsm"])
   assert not (tmp_path / "run").exists()
@@ -341,5 +343,8 @@ def test_a_quick_comparison_uses_the_small_preset(tmp_path, monkeypatch):
   monkeypatch.setitem(rows.RECURRENT, "fast", ("fast", {}))
   config = rows._configure(base(tmp_path), "fast", 0, True)
   assert (config.preset, config.data.sequence_length, config.data.vocabulary_size) == ("fast", 64, 1000)
+  for source, is_used in (("sample", False), ("imdb", True)):
+    given = dataclasses.replace(base(tmp_path), data=DataConfig(source=source))
+    assert rows._configure(given, "pretrained", 0, False).model.unlabelled == is_used
   config = rows._configure(base(tmp_path), "lstm", 3, False)
   assert (config.preset, config.data.sequence_length, config.training.seed) == ("article", 400, 3)
