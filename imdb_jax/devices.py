@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import platformdirs
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -78,7 +79,29 @@ def start(runtime: RuntimeConfig, batch_size: int) -> Mesh:
   devices = _choose(runtime, batch_size)
   if runtime.deterministic and devices[0].platform == "gpu" and has_started and not is_deterministic:
     raise UsageError(f"--deterministic: JAX has started already; set XLA_FLAGS={_DETERMINISTIC_FLAG} before it does.")
+  if devices[0].platform != "cpu":
+    require_arithmetic(next(device for device in devices if device.process_index == jax.process_index()))
   return Mesh(np.array(devices), (AXIS,))
+
+
+def require_arithmetic(device: jax.Device) -> None:
+  """Raise PlatformError if a device computes wrongly, as some GPUs do with some versions of JAX (jax#40633)."""
+  x = np.linspace(-4, 4, 256, dtype=np.float32).reshape(16, 16)
+  with jax.default_device(device), jax.default_matmul_precision("float32"):
+    y, drawn = jnp.asarray(x), np.asarray(jax.random.normal(jax.random.key(0), (1024,)))
+    pairs = {
+      "tanh": (jnp.tanh(y), np.tanh(x)),
+      "sqrt": (jnp.sqrt(jnp.abs(y)), np.sqrt(np.abs(x))),
+      "add": (y + 1, x + 1),
+      "sum": (jnp.sum(y, axis=0), x.sum(axis=0)),
+      "matmul": (y @ y.T, x @ x.T),
+      # Four standard errors.
+      "random.normal": (np.array([drawn.mean(), drawn.std() - 1]) / 8, np.zeros(2)),
+    }
+    wrong = [name for name, (found, right) in pairs.items() if not np.allclose(found, right, rtol=1e-3, atol=0.016)]
+  if wrong:
+    versions = f"jax {jax.__version__}, {device.client.platform_version}"
+    raise PlatformError(f"{device.device_kind} computes wrongly: {', '.join(wrong)} ({versions}). Try another jax.")
 
 
 def num_cores() -> int:

@@ -98,6 +98,7 @@ def pretend(monkeypatch, *counts: int) -> None:
   """Make JAX see so many devices in each process, those of the last process first."""
   found = [Device(8 * process + i, process) for process, count in enumerate(counts) for i in range(count)]
   monkeypatch.setattr(jax, "devices", lambda *platform: found[::-1])
+  monkeypatch.setattr(devices, "require_arithmetic", lambda device: None)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,35 @@ def test_deterministic_sets_the_flag_before_jax_starts(flags, expected, monkeypa
   monkeypatch.setattr(jax.config, "update", lambda name, value: None)
   devices.start(RuntimeConfig(deterministic=True), 32)
   assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_a_gpu_is_checked_before_it_is_used(monkeypatch):
+  gpu_mesh(monkeypatch, None)
+  monkeypatch.setattr(devices, "require_arithmetic", lambda device: pytest.fail(f"checked: {device.platform}"))
+  with pytest.raises(pytest.fail.Exception, match="checked: gpu"):
+    devices.start(RuntimeConfig(), 32)
+
+
+WRONG = {
+  "tanh": lambda right: lambda x: right(x) + 0.1,
+  "sqrt": lambda right: lambda x: 0 * x,
+  "sum": lambda right: lambda x, axis: right(x, axis=1 - axis),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_device_that_computes_wrongly_is_not_used(name, monkeypatch):
+  devices.require_arithmetic(jax.devices()[0])
+  monkeypatch.setattr(devices.jnp, name, WRONG[name](getattr(devices.jnp, name)))
+  with pytest.raises(PlatformError, match=rf"^cpu computes wrongly: {name} \(jax {jax.__version__}, .*Try another jax"):
+    devices.require_arithmetic(jax.devices()[0])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 0.0])
+def test_a_device_that_draws_wrongly_is_not_used(wrong, monkeypatch):
+  monkeypatch.setattr(jax.random, "normal", lambda key, shape: np.full(shape, wrong, np.float32))
+  with pytest.raises(PlatformError, match=r"computes wrongly: random\.normal"):
+    devices.require_arithmetic(jax.devices()[0])
 
 
 def test_a_cpu_is_deterministic_at_any_time(monkeypatch):
