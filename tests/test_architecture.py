@@ -23,7 +23,7 @@ LAYERS = (
   (("data",), ("lstm",), ("plots",)),
   (("task", "model", "processes", "devices"),),
   (("program",), ("store",)),
-  (("evaluation",), ("checking",)),
+  (("evaluation",), ("checking",), ("report",)),
   (("prediction", "export"), ("training",)),
   (("comparison",), ("serving",), ("scoring",)),
   (("arguments", "exits", "cli"),),
@@ -51,6 +51,7 @@ ONLY_IN = {
   "starlette": {"serving"},
   "uvicorn": {"serving"},
   "argparse": {"arguments"},
+  "jinja2": {"report"},
 }
 WITHOUT_JAX = {
   *("errors", "validation", "config", "arguments", "exits", "data", "plots", "checking", "scoring"),

@@ -26,14 +26,45 @@ _RANGES = {
 }
 # Enough for an epoch's line with 1,024 seeds, the most that a run may have.
 _MAX_LINE_BYTES = 2**20
+MAX_STEP_LINES = 2000
 
 Line = dict[str, Any]
 
 
 def read_history(run_dir: Path) -> list[Line]:
-  """Return the lines of the finished epochs of a run, or raise UsageError if its files are damaged."""
-  config = run_directory.load_config(run_dir)
-  return [line for _, line in _read(run_dir / "metrics.jsonl", config) if line["kind"] == "epoch"]
+  """Return the lines of the finished epochs of a run; raise as `read` does."""
+  return read(run_dir)[0]
+
+
+def read(run_dir: Path) -> tuple[list[Line], list[Line]]:
+  """Return the lines of the finished epochs of a run, and up to `MAX_STEP_LINES` of the others, at equal distances.
+
+  Raises:
+    UsageError: a file of the run is damaged.
+  """
+  config, history, steps, distance = run_directory.load_config(run_dir), [], [], 1
+  num_steps = 0
+  for _, line in _read(run_dir / "metrics.jsonl", config):
+    if line["kind"] == "epoch":
+      history.append(line)
+      continue
+    if num_steps % distance == 0:
+      steps.append(line)
+    num_steps += 1
+    if len(steps) > MAX_STEP_LINES:
+      # The file may be longer than the memory allows.
+      steps, distance = steps[::2], 2 * distance
+  return history, steps
+
+
+def best_epoch(history: list[Line]) -> Line:
+  """Return the epoch with the highest validation accuracy, the first of equals: that of the best checkpoint."""
+  return max(history, key=lambda line: line["val_accuracy"])
+
+
+def decimal(value: float) -> str:
+  """Format a metric with four decimals, or with four digits if it is huge."""
+  return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:

@@ -22,9 +22,10 @@ from imdb_jax.data import batches, sources, tokens
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
+from imdb_jax.report import page
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
-from imdb_jax.store.metrics_log import Line, MetricsLog
+from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch
 from imdb_jax.training import report, start
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
@@ -52,7 +53,7 @@ class FitResult:
   @property
   def best(self) -> Line:
     """The epoch with the highest validation accuracy, which `Classifier.load` restores by default."""
-    return report.best_epoch(self.history)
+    return best_epoch(self.history)
 
 
 def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitResult:
@@ -164,6 +165,8 @@ class _Trainer:
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
     self._saved_at = time.monotonic()
+    # Of the best epoch, unless that was before the run was resumed.
+    self._answers: page.Answers | None = None
 
   def run(self, saved: Saved, state: TrainState) -> FitResult:
     """Train from a checkpoint to the end of the run."""
@@ -197,7 +200,9 @@ class _Trainer:
     console.end_epoch()
     if jax.process_index() == 0:
       report.write(self._config, history)
-    report.show(self._config, history, console)
+      note = () if self._answers else ("Answers to reviews are left out: imdb-jax report computes them.",)
+      page.write(self._config, self._program.task, self._answers, notes=note)
+    console.line("\n".join(page.summary(self._config, history)))
     return FitResult(
       run_dir=self._config.run_dir, history=history, compile_seconds=compile_seconds, late_signal=self._stop.signal
     )
@@ -288,6 +293,10 @@ class _Trainer:
     # Not on the test reviews, which are for reporting.
     is_held_out = self._config.data.validation == "split"
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out else {}
+    if line is best_epoch(self._recorder.log.history):
+      name, words = "validation" if is_held_out else "test", self._data.vocabulary
+      temperature = progress.get("temperature", 1.0)
+      self._answers = page.Answers(split=name, reviews=split, logits=logits, temperature=temperature, vocabulary=words)
     self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:
