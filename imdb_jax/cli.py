@@ -226,24 +226,21 @@ def _plot(prog: str, args: Sequence[str]) -> None:
 
 
 def _report(prog: str, args: Sequence[str]) -> None:
-  """Write a page about a run: figures, mistakes and what trained it."""
+  """Write a page about a run, or one that compares several."""
   parser = _parser(prog, _report, restores=True, several=False)
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to show.")
-  parser.add_argument("--output", type=_path, help="Page to write. [RUN_DIR/report.html]")
-  parser.add_argument("--figures", type=_path, metavar="FOLDER", help="Also write its figures here, as PNG and SVG.")
+  parser.add_argument("more", metavar="RUN_DIR", type=_path, nargs="*", help="Runs to compare with the first one.")
+  parser.add_argument("--output", type=_path, help="Page to write. [RUN_DIR/report.html; of several: comparison.html]")
+  parser.add_argument("--figures", type=_path, metavar="FOLDER", help="Write the figures of a run as PNG and SVG, too.")
   parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder of the reviews.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
-  (classifier,) = _load(given, archive=given.archive, cache_dir=given.cache_dir).classifiers
-  from imdb_jax.report import page
+  given.others, show = given.more, functools.partial(print, file=sys.stderr)
+  classifiers = _load(given, archive=given.archive, cache_dir=given.cache_dir).classifiers
+  from imdb_jax.comparison import runs
 
   with exits.interruptible():
-    answers, notes = classifier.answers(given.split, functools.partial(print, file=sys.stderr))
-    print(
-      page.write(
-        classifier.config, classifier.program.task, answers, notes=notes, output=given.output, figures_dir=given.figures
-      )
-    )
+    print(runs.write(classifiers, given.split, show, given.output, given.figures))
 
 
 def _check(prog: str, args: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Figures of runs and comparisons, in one style. They need no display."""
 
 import functools
-import math
+import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +14,11 @@ from imdb_jax.errors import UsageError, printable
 
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE = 60
+# Width and height in inches of figures of which three are side by side.
+_SMALL = (3.7, 3.5)
 # The style sheet of the reports has a variable of each name, for light and dark.
 COLORS = {"text": "#1d1d1b", "soft": "#6b6b66", "grid": "#e3e3dd", "accent": "#2563a8", "other": "#b8561f"}
-_STYLE = {
+_STYLE: Any = {
   "font.size": 10,
   "text.color": COLORS["text"],
   "axes.titlesize": 11,
@@ -70,8 +72,6 @@ def _count_in_whole_numbers(axes: Any) -> None:
 @_styled
 def svg(figure: Any) -> str:
   """Return a figure as an element of a page, whose style sheet has the colours as variables."""
-  import io
-
   file = io.StringIO()
   figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
   text = file.getvalue()
@@ -174,12 +174,17 @@ def _finite(values: Any) -> np.ndarray:
 
 
 @_styled
-def curves(shown: Sequence[Curve], title: str, xlabel: str, ylabel: str, *, is_unit: bool = False) -> Any:
-  """Return the figure of some curves. `is_unit`: both axes are from 0 to 1, and the legend has a place outside."""
-  figure = _figure(4.2, 3.8) if is_unit else _figure()
+def curves(
+  shown: Sequence[Curve], title: str, xlabel: str, ylabel: str, *, is_square: bool = False, has_diagonal: bool = False
+) -> Any:
+  """Return the figure of some curves. If it is square, or has a diagonal, both axes are from 0 to 1."""
+  is_unit = is_square or has_diagonal
+  figure = _figure(*_SMALL) if is_unit else _figure()
   axes = figure.subplots()
+  if has_diagonal:
+    axes.plot([0, 1], [0, 1], linewidth=1, linestyle=":", **SOFT)
   for label, x, y, style in shown:
-    axes.plot(x, _finite(y), label=label, **style)
+    axes.plot(x, _finite(y), label=printable(label), **style)
   axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
   if is_unit:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
@@ -189,76 +194,46 @@ def curves(shown: Sequence[Curve], title: str, xlabel: str, ylabel: str, *, is_u
 
 
 @_styled
-def histogram(edges: np.ndarray, counts: Mapping[str, np.ndarray], title: str, xlabel: str) -> Any:
-  """Return the figure of one histogram or two over each other, by name."""
-  figure = _figure()
+def histogram(parts: Mapping[str, np.ndarray], xlabel: str) -> Any:
+  """Return the figure of the probabilities of two groups of reviews, by name, in 40 bins from 0 to 1."""
+  figure = _figure(*_SMALL)
   axes = figure.subplots()
-  for (label, values), style in zip(counts.items(), (OTHER, ACCENT), strict=False):
-    axes.stairs(values, edges, fill=True, alpha=0.3, **style)
-    axes.stairs(values, edges, label=label, linewidth=1.5, **style)
-  axes.set(title=title, xlabel=xlabel, ylabel="reviews", yscale="log", ylim=(0.7, None))
-  axes.legend(loc="best")
+  for (label, values), style in zip(parts.items(), (OTHER, ACCENT), strict=True):
+    counts, edges = np.histogram(values, bins=40, range=(0, 1))
+    axes.stairs(counts, edges, fill=True, alpha=0.3, **style)
+    axes.stairs(counts, edges, label=label, linewidth=1.5, **style)
+  axes.set(title="Probabilities", xlabel=xlabel, ylabel="reviews", yscale="log", ylim=(0.7, None))
+  axes.legend(loc="upper center")
   return figure
 
 
 @_styled
-def groups(names: Sequence[str], rows: Sequence[tuple[float, float, float, int]], title: str, xlabel: str) -> Any:
+def groups(names: Sequence[Any], rows: Sequence[tuple[float, float, float, int]], title: str, xlabel: str) -> Any:
   """Return the figure of the accuracies of groups of reviews: rate, low and high end of its interval, and count."""
-  figure = _figure()
+  figure = _figure(*_SMALL)
   axes, places = figure.subplots(), np.arange(len(names))
-  rates, low, high, sizes = (100 * np.array(column, np.float64) for column in zip(*rows, strict=True))
-  axes.vlines(places, low, high, linewidth=6, alpha=0.25, **ACCENT)
-  axes.plot(places, rates, marker="o", **ACCENT, linewidth=1)
-  axes.set_xticks(places, [f"{name}\n{size / 100:,.0f}" for name, size in zip(names, sizes, strict=True)], fontsize=8)
-  axes.set(title=title, xlabel=f"{xlabel}; number of reviews", ylabel="accuracy (%)")
+  rates, low, high, sizes = zip(*rows, strict=True)
+  axes.vlines(places, *(100 * np.array(ends) for ends in (low, high)), linewidth=6, alpha=0.25, **ACCENT)
+  axes.plot(places, 100 * np.array(rates), marker="o", **ACCENT, linewidth=1)
+  axes.set_xticks(places, [f"{name}\n{size:,}" for name, size in zip(names, sizes, strict=True)], fontsize=7)
+  axes.set(title=title, xlabel=xlabel, ylabel="accuracy (%)")
   axes.grid(axis="x", visible=False)
   return figure
 
 
 @_styled
-def accuracy_by_time(points: Sequence[tuple[str, float, float, float]]) -> Any:
-  """Return the figure of accuracy against training time, one point per model; the legend has their names.
-
-  Args:
-    points: name, seconds above 0, accuracy, and its standard deviation or 0.
-  """
-  from matplotlib.ticker import LogFormatter
-
+def models(shown: Sequence[Curve], title: str, xlabel: str, *, is_log: bool = False) -> Any:
+  """Return the figure of the accuracies of models in percent, whose names are in the legend, in this order."""
   figure = _figure(8, 4.5)
   axes = figure.subplots()
-  # The names in the legend have the order of the points, from top to bottom.
-  for name, seconds, accuracy, spread in sorted(points, key=lambda point: -point[2]):
-    axes.errorbar(seconds, 100 * accuracy, 100 * spread or None, fmt="o", capsize=4, label=printable(name))
-  axes.set(xscale="log", xlabel="seconds to train", ylabel="accuracy (%)", title="Accuracy and training time")
+  for (label, x, y, style), number in zip(shown, range(len(shown)), strict=True):
+    axes.errorbar(x, y, label=printable(label), color=f"C{number % 10}", marker="o", capsize=4, **style)
+  axes.set(title=title, xlabel=xlabel, ylabel="accuracy (%)")
   axes.margins(x=0.15, y=0.15)
-  axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
-  axes.xaxis.set_minor_formatter(LogFormatter())
-  figure.legend(loc="outside right upper")
-  return figure
-
-
-@_styled
-def learning_curves(shown: Mapping[str, Sequence[Sequence[float]]]) -> Any:
-  """Return the figure of validation accuracy by epoch, side by side, with the range of the seeds; the others in gray.
-
-  Args:
-    shown: by name, the accuracies after each epoch of each seed.
-  """
-  num_columns = min(len(shown), 4)
-  num_rows = math.ceil(len(shown) / num_columns)
-  figure = _figure(max(2.8 * num_columns, 5), 3 * num_rows)
-  figure.supylabel("validation accuracy (%)", fontsize="medium", color=COLORS["soft"])
-  grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).ravel()
-  for axes, (name, seeds) in zip(grid, shown.items(), strict=False):
-    for other in shown.values():
-      mean = 100 * np.mean(other, axis=0)
-      axes.plot(range(1, len(mean) + 1), mean, marker=".", color=COLORS["grid"])
-    mean, epochs = 100 * np.mean(seeds, axis=0), range(1, len(seeds[0]) + 1)
-    axes.vlines(epochs, 100 * np.min(seeds, axis=0), 100 * np.max(seeds, axis=0), alpha=0.4, **ACCENT)
-    axes.plot(epochs, mean, marker="o", markersize=4, **ACCENT)
-    axes.set_title(printable(name), parse_math=False)
-    axes.set_xlabel("epoch")
+  if is_log:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+  else:
     _count_in_whole_numbers(axes)
-  for axes in grid[len(shown) :]:
-    axes.remove()
+  figure.legend(loc="outside right upper")
   return figure

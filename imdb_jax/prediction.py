@@ -215,18 +215,10 @@ class Classifier:
         if not np.array_equal(texts.labels, split.labels):
           raise DataError(f"{source.name} has other reviews than the cache")
       except DataError as error:
-        texts = None
-        notes.append(f"Texts: {first_line(error)}.")
-    answers = Answers(
-      split="test" if data.validation == "test" and name == "validation" else name,
-      reviews=split,
-      logits=self.logits(split),
-      temperature=self.temperature,
-      vocabulary=self.vocabulary,
-      texts=texts and texts.texts,
-      stars=texts and texts.stars,
-    )
-    return answers, notes
+        texts, notes = None, [f"Texts: {first_line(error)}."]
+    name = "test" if data.validation == "test" and name == "validation" else name
+    logits, known = self.logits(split), {"temperature": self.temperature, "vocabulary": self.vocabulary}
+    return Answers(split=name, encoded=split, logits=logits, reviews=texts, **known), notes
 
   def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
     """Return the encoded texts of another labelled file or folder; see `tokens.read`."""

@@ -67,6 +67,7 @@ def canonical(
   labels: Sequence[int],
   groups: Sequence[int] | np.ndarray | None = None,
   classes: tuple[str, ...] = CLASSES,
+  *,
   stars: np.ndarray | None = None,
 ) -> Reviews:
   """Sort reviews by the SHA-256 of their text, then by label and group.
@@ -77,8 +78,8 @@ def canonical(
   digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
   order = sorted(range(len(texts)), key=lambda i: (digests[i], labels[i], 0 if groups is None else groups[i]))
   array = groups if groups is None or isinstance(groups, np.ndarray) else np.asarray(groups, np.int32)
-  labels = np.asarray(labels, np.int32)
-  return Reviews(texts=tuple(texts), labels=labels, groups=array, classes=classes, stars=stars).take(order)
+  numbers = np.asarray(labels, np.int32)
+  return Reviews(texts=tuple(texts), labels=numbers, groups=array, classes=classes, stars=stars).take(order)
 
 
 def content(splits: Mapping[str, Reviews]) -> str:

@@ -54,7 +54,7 @@ def accuracy_in_groups(is_correct: np.ndarray, groups: np.ndarray) -> list[tuple
   return found
 
 
-def in_ranges(values: np.ndarray, num_groups: int = 6) -> tuple[Sequence[str], np.ndarray]:
+def in_ranges(values: np.ndarray, num_groups: int = 5) -> tuple[Sequence[str], np.ndarray]:
   """Divide int[n] into ranges with about as many reviews each; return their names and the group of each value."""
   edges = np.unique(np.quantile(values, np.linspace(0, 1, num_groups + 1)[1:], method="higher"))
   groups = np.searchsorted(edges, values)

@@ -12,31 +12,29 @@ import numpy as np
 
 from imdb_jax import plots
 from imdb_jax.config import PRESETS, Config, differing_fields
+from imdb_jax.data.reviews import Reviews
 from imdb_jax.data.tokenizer import Vocabulary, split_words
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError, printable
 from imdb_jax.report import numbers
 from imdb_jax.store import files, metrics_log, run_directory
 from imdb_jax.store.metrics_log import METRICS, Line
-from imdb_jax.task import NUM_BINS, Classification, Metrics
+from imdb_jax.task import NUM_BINS, Classification
 from imdb_jax.validation import flag
 
-# The log of the article, docs/article.md, and the best linear model of docs/comparison.md, on the test reviews.
+# The article's log (docs/article.md), and the best linear model of docs/comparison.md, on the 25,000 test reviews.
 ARTICLE = {
   "loss": [0.4717, 0.4018, 0.3529, 0.3112, 0.2917, 0.2511, 0.1873, 0.1521, 0.1294, 0.1057],
   "accuracy": [0.7756, 0.8249, 0.8511, 0.8731, 0.8787, 0.8952, 0.9259, 0.9416, 0.9505, 0.9614],
   "val_loss": [0.3846, 0.3525, 0.3682, 0.3416, 0.3375, 0.2835, 0.2971, 0.3253, 0.3328, 0.3696],
   "val_accuracy": [0.8360, 0.8562, 0.8457, 0.8574, 0.8654, 0.8844, 0.8794, 0.8796, 0.8786, 0.8832],
 }
-LINEAR_ACCURACY = 0.9147
-_NUM_REVIEWS, _EXCERPT, _MAX_CLASSES = 20, 4000, 20
+_REFERENCES = {"Linear model (NB-SVM)": 0.9147, "The article (Keras LSTM)": ARTICLE["val_accuracy"][-1]}
+_NUM_REVIEWS, _MAX_TEXT = 20, 4000
 _CHOSEN_ON = {
   "test": "chosen on the test reviews, as in the article, which flatters",
   "split": "chosen on reviews held out of training",
 }
-
-# Returns HTML for each text, with its words coloured by what they contribute.
-Explain = Callable[[Sequence[str]], list[str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,65 +43,67 @@ class Answers:
 
   Attributes:
     split: "test", "validation" or "train".
-    reviews: n encoded reviews with labels.
+    encoded: n encoded reviews with labels.
     logits: f32[seeds, n, head_size], without temperature.
     temperature: by which the logits are divided.
     vocabulary: the words of the run.
-    texts: the reviews as texts; None if they are not at hand.
-    stars: int[n], the ratings from 1 to 10 that came with the reviews; None if unknown.
-    explain: colours the words of texts; None if the model is not at hand.
+    reviews: the same reviews as texts; None if they are not at hand.
+    explain: returns HTML for each text, with its words coloured; None if the model is not at hand.
   """
 
   split: str
-  reviews: TokenSplit
+  encoded: TokenSplit
   logits: np.ndarray
   temperature: float
   vocabulary: Vocabulary
-  texts: Sequence[str] | None = None
-  stars: np.ndarray | None = None
-  explain: Explain | None = None
+  reviews: Reviews | None = None
+  explain: Callable[[Sequence[str]], list[str]] | None = None
 
 
 def write(
   config: Config,
   task: Classification,
   answers: Answers | None,
-  *,
   notes: Sequence[str] = (),
   output: Path | None = None,
   figures_dir: Path | None = None,
 ) -> Path:
-  """Write the report of a run and return its path: of report.html, with report.md beside it, or of `output` alone.
+  """Write report.html and report.md into the directory of a run, or `output` alone; return the path of the page.
 
-  Args:
-    config: settings of the run, which has its directory.
-    task: classes of the run.
-    answers: what the run answers; None leaves out all that depends on it.
-    notes: lines that say what is left out, and why.
-    output: another file to write.
-    figures_dir: existing folder for the figures as PNG and SVG; None for none.
+  Without answers, all that depends on them is left out. `notes` are lines that say what else is left out, and why.
+  Into `figures_dir`, an existing folder, the figures are written as PNG and SVG.
 
   Raises:
     UsageError: a file of the run is damaged, or cannot be written.
   """
   history, steps = metrics_log.read(config.run_dir)
-  figures, notes = _curves(config, history, steps), [*notes]
-  found: dict[str, Any] = {"metrics": None}
-  if answers is not None:
-    found = _answered(config, task, answers, figures, notes)
-  if not history:
-    notes.append("The run has not finished an epoch, so there are no curves by epoch.")
-  context = {"config": config, "name": printable(config.run_dir.resolve().name), "history": history, "notes": notes}
-  context |= _origin(config, history) | found
-  shown = {name: plots.svg(figure) for name, figure in figures.items()}
+  notes, figures = [*notes], _curves(config, history, steps)
+  preset = PRESETS.get(config.preset, PRESETS["article"])
+  context = {
+    "config": config,
+    "name": printable(config.run_dir.resolve().name),
+    "history": history,
+    "best": metrics_log.best_epoch(history) if history else None,
+    "summary": summary(config, history),
+    "chosen_on": _CHOSEN_ON[config.data.validation],
+    "changes": differing_fields(preset, config),
+    "command": _command(config, preset),
+    "run_dir": shlex.quote(str(config.run_dir)),
+    "provenance": run_directory.load_provenance(config.run_dir),
+    "classes": task.classes,
+    "notes": notes,
+    "metrics": None,
+  }
+  context |= _answered(config, task, answers, figures, notes) if answers else {}
   target = output or config.run_dir / "report.html"
   try:
+    shown = {name: plots.svg(figure) for name, figure in figures.items()}
     files.write(target, render("run.html", **context, figures=shown))
     if output is None:
-      files.write(config.run_dir / "report.md", render("run.md", **context, summary=summary(config, history)))
+      files.write(config.run_dir / "report.md", render("run.md", **context))
     for name, figure in figures.items() if figures_dir else ():
       for suffix in ("png", "svg"):
-        plots.save(figure, figures_dir / f"{name}.{suffix}")
+        plots.save(figure, Path(str(figures_dir), f"{name}.{suffix}"))
   except OSError as error:
     raise UsageError(f"{target}: cannot be written: {error}.") from error
   return target
@@ -113,20 +113,17 @@ def render(template: str, **context: Any) -> str:
   """Return a page from a template of this folder. Values are escaped in .html."""
   import jinja2
 
+  loader = jinja2.FileSystemLoader(Path(__file__).parent)
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=jinja2.select_autoescape(),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
+    loader=loader, autoescape=jinja2.select_autoescape(), undefined=jinja2.StrictUndefined
   )
-  environment.filters |= {"percent": lambda value, digits=2: f"{100 * value:.{digits}f}%", "printable": printable}
-  environment.filters |= {"decimal": metrics_log.decimal}
+  environment.trim_blocks = environment.lstrip_blocks = environment.keep_trailing_newline = True
+  environment.filters |= {"printable": printable, "decimal": metrics_log.decimal}
+  environment.filters["percent"] = lambda value, digits=2: f"{100 * value:.{digits}f}%"
   return environment.get_template(template).render(metrics_names=METRICS, **context)
 
 
-def val_accuracy(line: Line) -> str:
+def _val_accuracy(line: Line) -> str:
   """Return the validation accuracy; with several seeds, also their mean and sample standard deviation."""
   shown = f"val_accuracy {line['val_accuracy']:.4f}"
   values = [seed["val_accuracy"] for seed in line["seeds"]]
@@ -141,14 +138,26 @@ def summary(config: Config, history: list[Line]) -> list[str]:
   if not history:
     return []
   best, last, training = metrics_log.best_epoch(history), history[-1], config.training
-  lines = [
-    f"Last epoch: {val_accuracy(last)}",
-    f"Best epoch {best['epoch']}: {val_accuracy(best)} ({_CHOSEN_ON[config.data.validation]})",
-  ]
+  best_line = f"Best epoch {best['epoch']}: {_val_accuracy(best)} ({_CHOSEN_ON[config.data.validation]})"
+  lines = [f"Last epoch: {_val_accuracy(last)}", best_line]
   if training.early_stopping is None or len(history) == training.epochs:
     return lines
   reason = f"none was better than epoch {best['epoch']} (--early-stopping {training.early_stopping})."
   return [f"Stopped early, after epoch {len(history)} of {training.epochs}: {reason}", *lines]
+
+
+def _command(config: Config, preset: Config) -> str:
+  """Return the command that trains a run again."""
+  arguments = ["imdb-jax", "train", "--preset", preset.preset]
+  for section, values in config.settings().items():
+    for name, value in values.items():
+      if value != preset.settings()[section][name]:
+        is_off = value is False
+        arguments += [
+          f"--no-{flag(name)[2:]}" if is_off else flag(name),
+          *([] if type(value) is bool else [str(value)]),
+        ]
+  return shlex.join([*arguments, "--run-dir", str(config.run_dir)])
 
 
 def _is_imdb(config: Config) -> bool:
@@ -157,16 +166,14 @@ def _is_imdb(config: Config) -> bool:
 
 def _curves(config: Config, history: list[Line], steps: list[Line]) -> dict[str, Any]:
   """Return the figures by epoch and by step."""
-  found: dict[str, Any] = {}
   validation = {"test": "test", "split": "held-out reviews"}[config.data.validation]
   reference = ARTICLE if config.preset == "article" and _is_imdb(config) else {}
-  for name in ("accuracy", "loss") if history else ():
-    found[name] = plots.metric(history, name, validation, reference)
-  for name, title in (("loss", "Loss by step"), ("learning_rate", "Learning rate by step")):
-    shown = [line for line in steps if name in line]
-    if len(shown) > 1:
-      curve = ("", [line["step"] for line in shown], [line[name] for line in shown], plots.ACCENT)
-      found[f"{name}_by_step"] = plots.curves([curve], f"{title}, training", "step", "")
+  names = ("accuracy", "loss") if history else ()
+  found = {name: plots.metric(history, name, validation, reference) for name in names}
+  for name in ("loss", "learning_rate"):
+    if points := [(line["step"], line[name]) for line in steps if name in line]:
+      title = f"{name.replace('_', ' ').capitalize()} by step, training"
+      found[f"{name}_by_step"] = plots.curves([("", *zip(*points, strict=True), plots.ACCENT)], title, "step", "")
   return found
 
 
@@ -174,146 +181,89 @@ def _answered(
   config: Config, task: Classification, answers: Answers, figures: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
   """Return the values of the page that depend on answers; add their figures, and notes of what is left out."""
-  labels, reviews = answers.reviews.labels, answers.reviews
-  metrics = task.evaluate(answers.logits, labels, answers.temperature)
-  uncalibrated = task.evaluate(answers.logits, labels) if answers.temperature != 1 else None
-  probabilities = task.probabilities(answers.logits, answers.temperature).astype(np.float64)
-  is_correct = probabilities.argmax(axis=1) == labels
+  reviews, lengths, labels = answers.reviews, answers.encoded.lengths, answers.encoded.labels
+  temperatures = {"after temperature": answers.temperature, "before": 1.0}
+  if answers.temperature == 1:
+    temperatures = {"": 1.0}
+  metrics = [task.evaluate(answers.logits, labels, each) for each in temperatures.values()]
+  found = [task.probabilities(answers.logits, each).astype(np.float64) for each in temperatures.values()]
+  probabilities, is_correct = found[0], found[0].argmax(axis=1) == labels
   _draw_scores(task, probabilities, labels, is_correct, figures, notes)
-  before = task.probabilities(answers.logits).max(axis=1).astype(np.float64) if uncalibrated else None
-  figures["reliability"] = _reliability(probabilities.max(axis=1), before, is_correct)
-  grouped = {"length": ("Accuracy by length", "known words that the model reads", *numbers.in_ranges(reviews.lengths))}
-  if answers.texts is None:
-    notes.append("The texts were not at hand: reviews are shown as the words that the model reads.")
+  curves = [
+    (label, *numbers.reliability(each.max(axis=1), is_correct, NUM_BINS), style | {"marker": "o", "markersize": 4})
+    for label, each, style in zip(temperatures, found, (plots.ACCENT, plots.OTHER), strict=False)
+  ]
+  figures["reliability"] = plots.curves(curves, "Reliability", "confidence", "accuracy", has_diagonal=True)
+  grouped = {"length": ("known words that the model reads", *numbers.in_ranges(lengths))}
+  if reviews is None:
+    notes.append("Texts: not at hand here. Reviews are shown as the words that the model reads.")
   else:
-    counts = np.array([len(split_words(text, strip_html=config.data.strip_html)) for text in answers.texts])
-    dropped = np.maximum(counts - reviews.lengths, 0)
-    grouped["dropped"] = ("Accuracy by dropped words", "words unknown or cut off", *numbers.in_ranges(dropped))
-  if answers.stars is not None:
-    stars, groups = np.unique(answers.stars, return_inverse=True)
-    grouped["stars"] = ("Accuracy by stars", "stars that the reviewer gave", stars.tolist(), groups)
-  elif _is_imdb(config):
-    notes.append("The stars were not at hand: they are in an aclImdb archive or folder, see --archive.")
-  for name, (title, xlabel, names, groups) in grouped.items():
-    figures[f"accuracy_by_{name}"] = plots.groups(names, numbers.accuracy_in_groups(is_correct, groups), title, xlabel)
+    counts = [len(split_words(text, strip_html=config.data.strip_html)) for text in reviews.texts]
+    grouped["dropped words"] = ("words unknown or cut off", *numbers.in_ranges(np.maximum(counts - lengths, 0)))
+    if reviews.stars is not None:
+      stars, groups = np.unique(reviews.stars, return_inverse=True)
+      grouped["stars"] = ("stars that the reviewer gave", stars.tolist(), groups)
+  if _is_imdb(config) and "stars" not in grouped:
+    notes.append("Accuracy by stars: an aclImdb archive or folder has them, see --archive.")
+  for name, (xlabel, names, groups) in grouped.items():
+    rows = numbers.accuracy_in_groups(is_correct, groups)
+    figures[f"accuracy_by_{name.replace(' ', '_')}"] = plots.groups(names, rows, f"Accuracy by {name}", xlabel)
   ordered, wrong = np.sort(probabilities, axis=1), np.flatnonzero(~is_correct)
   mistakes = wrong[np.argsort(-ordered[wrong, -1], kind="stable")][:_NUM_REVIEWS]
   unsure = np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")[:_NUM_REVIEWS]
   return {
-    "metrics": metrics,
-    "uncalibrated": uncalibrated,
+    "metrics": metrics[0],
+    "uncalibrated": metrics[-1] if len(metrics) > 1 else None,
     "split": answers.split,
-    "references": _references(config, answers.split),
-    "config_classes": task.classes,
-    "confusion": _confusion(task, metrics),
+    "references": _REFERENCES if _is_imdb(config) and answers.split == "test" else {},
     "mistakes": _shown(task, answers, probabilities, mistakes),
     "unsure": _shown(task, answers, probabilities, unsure),
   }
 
 
-def _references(config: Config, split: str) -> list[tuple[str, float]]:
-  if not _is_imdb(config) or split != "test":
-    return []
-  return [("Linear model (NB-SVM)", LINEAR_ACCURACY), ("The article (Keras LSTM)", ARTICLE["val_accuracy"][-1])]
-
-
 def _draw_scores(
-  task: Classification,
-  probabilities: np.ndarray,
-  labels: np.ndarray,
-  is_correct: np.ndarray,
-  figures: dict[str, Any],
-  notes: list[str],
+  task: Classification, scores: np.ndarray, labels: np.ndarray, is_correct: np.ndarray, figures: Any, notes: list[str]
 ) -> None:
   """Add the histogram of probabilities and, of two classes, the ROC and precision–recall curves."""
-  edges = np.linspace(0, 1, 41)
   if len(task.classes) > 2:
-    parts = {"wrong": ~is_correct, "right": is_correct}
-    values, xlabel = probabilities.max(axis=1), "probability of the answer"
-    notes.append("ROC and precision–recall curves are those of two classes, so they are left out.")
+    parts, values, xlabel = {"wrong": ~is_correct, "right": is_correct}, scores.max(axis=1), "probability of the answer"
   else:
     names = [printable(name)[:20] for name in task.classes]
-    parts = {names[label]: labels == label for label in (0, 1)}
-    values, xlabel = probabilities[:, 1], f"probability of {names[1]}"
-    if 0 < labels.sum() < len(labels):
-      chance = ("", [0, 1], [0, 1], plots.SOFT | {"linewidth": 1, "linestyle": ":"})
-      curve = ("", *numbers.roc(values, labels == 1), plots.ACCENT)
-      figures["roc"] = plots.curves([chance, curve], "ROC", "false positive rate", "true positive rate", is_unit=True)
-      curve = ("", *numbers.precision_recall(values, labels == 1), plots.ACCENT)
-      figures["precision_recall"] = plots.curves([curve], "Precision–recall", "recall", "precision", is_unit=True)
-    else:
-      notes.append("All reviews have the same label: ROC and precision–recall curves are not defined.")
-  counts = {name: np.histogram(values[rows], edges)[0] for name, rows in parts.items()}
-  figures["probabilities"] = plots.histogram(edges, counts, "Probabilities", xlabel)
+    parts, values, xlabel = (
+      {name: labels == i for i, name in enumerate(names)},
+      scores[:, 1],
+      f"probability of {names[1]}",
+    )
+  if len(task.classes) == 2 and 0 < labels.sum() < len(labels):
+    curve = ("", *numbers.roc(values, labels == 1), plots.ACCENT)
+    figures["roc"] = plots.curves([curve], "ROC", "false positive rate", "true positive rate", has_diagonal=True)
+    curve = ("", *numbers.precision_recall(values, labels == 1), plots.ACCENT)
+    figures["precision_recall"] = plots.curves([curve], "Precision–recall", "recall", "precision", is_square=True)
+  else:
+    notes.append("ROC and precision–recall curves: they need two classes, with reviews of both.")
+  figures["probabilities"] = plots.histogram({name: values[rows] for name, rows in parts.items()}, xlabel)
 
 
-def _reliability(confidence: np.ndarray, before: np.ndarray | None, is_correct: np.ndarray) -> Any:
-  curves: list[plots.Curve] = [("", [0, 1], [0, 1], plots.SOFT | {"linewidth": 1, "linestyle": ":"})]
-  if before is not None:
-    style = plots.OTHER | {"marker": "o", "markersize": 3, "linewidth": 1}
-    curves.append(("before temperature", *numbers.reliability(before, is_correct, NUM_BINS), style))
-  style = plots.ACCENT | {"marker": "o", "markersize": 4}
-  label = "after temperature" if before is not None else ""
-  curves.append((label, *numbers.reliability(confidence, is_correct, NUM_BINS), style))
-  return plots.curves(curves, "Reliability", "confidence", "accuracy", is_unit=True)
-
-
-def _confusion(task: Classification, metrics: Metrics) -> list[list[int]] | None:
-  """Return reviews by label and answer, or None for so many classes that nobody could read them."""
-  found = metrics.confusion_matrix
-  if len(task.classes) == 2:
-    cells: Any = (metrics.true_negatives, metrics.false_positives, metrics.false_negatives, metrics.true_positives)
-    found = [[*cells[:2]], [*cells[2:]]]
-  return found if len(task.classes) <= _MAX_CLASSES else None
+def excerpt(answers: Answers, row: int) -> str:
+  """Return the text of a review, or else the known words that the model reads, up to a length for people."""
+  if answers.reviews is not None:
+    return printable(re.sub(r"<br ?/?>", " ", answers.reviews.texts[row][:_MAX_TEXT]))
+  ids = answers.encoded.tokens[row]
+  return " ".join(answers.vocabulary.words[id - 1] for id in ids[ids > 0])[:_MAX_TEXT]
 
 
 def _shown(task: Classification, answers: Answers, probabilities: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
   """Return some reviews with label and answer."""
-  words = np.array(["", *answers.vocabulary.words], object)
-  texts = [
-    printable(re.sub(r"<br ?/?>", " ", answers.texts[row][: 2**14]))
-    if answers.texts is not None
-    else " ".join(words[answers.reviews.tokens[row][answers.reviews.tokens[row] > 0]])
-    for row in rows
-  ]
-  coloured = answers.explain(texts) if answers.explain is not None else [None] * len(rows)
+  texts = [excerpt(answers, row) for row in rows]
+  coloured = answers.explain(texts) if answers.explain else [""] * len(texts)
   return [
     {
       "number": int(row),
-      "label": task.classes[answers.reviews.labels[row]],
+      "label": task.classes[answers.encoded.labels[row]],
       "answer": task.classes[probabilities[row].argmax()],
       "probability": float(probabilities[row].max()),
-      "text": text[:_EXCERPT],
+      "text": text,
       "html": html,
     }
     for row, text, html in zip(rows, texts, coloured, strict=True)
   ]
-
-
-def _origin(config: Config, history: list[Line]) -> dict[str, Any]:
-  """Return what trained a run, and the commands to repeat and to use it."""
-  provenance, preset = run_directory.load_provenance(config.run_dir), PRESETS.get(config.preset, PRESETS["article"])
-  starts, run_dir = provenance["starts"], shlex.quote(str(config.run_dir))
-  last = starts[-1] if starts else {}
-  versions = last.get("versions", {})
-  arguments = ["imdb-jax", "train", "--preset", preset.preset]
-  for section, values in config.settings().items():
-    for name, value in values.items():
-      if value != preset.settings()[section][name]:
-        arguments += (
-          [flag(name) if value else f"--no-{flag(name)[2:]}"] if type(value) is bool else [flag(name), str(value)]
-        )
-  return {
-    "seconds": sum(line["seconds"] for line in history),
-    "evaluation_seconds": sum(line["evaluation_seconds"] for line in history),
-    "best": metrics_log.best_epoch(history) if history else None,
-    "chosen_on": _CHOSEN_ON[config.data.validation],
-    "changes": differing_fields(preset, config),
-    "devices": str(last.get("devices", "unknown"))[:80],
-    "versions": {str(name)[:40]: str(each)[:40] for name, each in versions.items()} if type(versions) is dict else {},
-    "digest": provenance["data_digest"][:80],
-    "data": str(provenance.get("data", ""))[:200],
-    "resumed_at": [str(start.get("step"))[:20] for start in starts[1:]],
-    "repeat": f"{shlex.join(arguments)} --run-dir {run_dir}" if config.data.source != "python" else "",
-    "use": f'imdb-jax predict {run_dir} "A text of yours."',
-  }

@@ -296,7 +296,7 @@ class _Trainer:
     if line is best_epoch(self._recorder.log.history):
       name, words = "validation" if is_held_out else "test", self._data.vocabulary
       temperature = progress.get("temperature", 1.0)
-      self._answers = page.Answers(split=name, reviews=split, logits=logits, temperature=temperature, vocabulary=words)
+      self._answers = page.Answers(split=name, encoded=split, logits=logits, temperature=temperature, vocabulary=words)
     self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:
