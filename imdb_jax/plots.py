@@ -223,17 +223,20 @@ def groups(names: Sequence[Any], rows: Sequence[tuple[float, float, float, int]]
 
 @_styled
 def models(shown: Sequence[Curve], title: str, xlabel: str, *, is_log: bool = False) -> Any:
-  """Return the figure of the accuracies of models in percent, whose names are in the legend, in this order."""
-  figure = _figure(8, 4.5)
+  """Return the figure of the accuracies of models in percent, whose names are in the legend."""
+  from matplotlib.ticker import LogFormatter
+
+  figure = _figure(5.2, 4.2)
   axes = figure.subplots()
-  for (label, x, y, style), number in zip(shown, range(len(shown)), strict=True):
-    axes.errorbar(x, y, label=printable(label), color=f"C{number % 10}", marker="o", capsize=4, **style)
+  for label, x, y, style in shown:
+    axes.errorbar(x, y, label=printable(label), marker="o", capsize=4, **style)
   axes.set(title=title, xlabel=xlabel, ylabel="accuracy (%)")
   axes.margins(x=0.15, y=0.15)
   if is_log:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter())
   else:
     _count_in_whole_numbers(axes)
-  figure.legend(loc="outside right upper")
+  figure.legend(loc="outside lower center", ncols=3)
   return figure

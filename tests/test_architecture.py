@@ -52,6 +52,7 @@ ONLY_IN = {
   "uvicorn": {"serving"},
   "argparse": {"arguments"},
   "jinja2": {"report"},
+  "tensorboardX": {"store.metrics_log"},
 }
 WITHOUT_JAX = {
   *("errors", "validation", "config", "arguments", "exits", "data", "plots", "checking", "scoring"),
@@ -296,7 +297,7 @@ def test_every_imported_package_is_declared():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
   requirements = project["dependencies"]
   requirements += [
-    requirement for name in ("compare", "serve") for requirement in project["optional-dependencies"][name]
+    requirement for name in ("compare", "serve", "tensorboard") for requirement in project["optional-dependencies"][name]
   ]
   declared = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
   packages = {name.split(".")[0] for module in MODULES for name in imported(read(module))}

@@ -51,8 +51,9 @@ def _difference(points: float, low: float, high: float) -> str:
 
 
 def _cells(rows: Sequence[Row], reference: str = REFERENCE) -> list[list[str]]:
-  shown = [["-" if row[field] is None else form(row) for _, field, form in _COLUMNS] for row in rows]
-  return [[heading.format(reference) for heading, _, _ in _COLUMNS], *shown]
+  columns = [each for each in _COLUMNS if any(row[each[1]] is not None for row in rows)] if rows else _COLUMNS
+  shown = [["-" if row[field] is None else form(row) for _, field, form in columns] for row in rows]
+  return [[heading.format(reference) for heading, _, _ in columns], *shown]
 
 
 def lines(rows: Sequence[Row], failures: Mapping[str, Any], width: int | None = None) -> list[str]:
@@ -119,13 +120,24 @@ def page(
 
   `context` has the title, the notes, the failures, and the name of the reference.
   """
+  colors = {name: {"color": f"C{place % 10}"} for place, name in enumerate(results)}
   points = [
-    (row["name"], row["train_seconds"], 100 * row["accuracy"], {"yerr": 100 * (row["accuracy_std"] or 0) or None})
-    for row in sorted(rows, key=lambda row: -row["accuracy"])
+    (
+      row["name"],
+      row["train_seconds"],
+      100 * row["accuracy"],
+      colors[row["name"]] | {"yerr": 100 * (row["accuracy_std"] or 0)},
+    )
+    for row in rows
     if row["train_seconds"] > 0
   ]
   curves = [
-    (row, range(1, len(each[0].val_accuracy) + 1), 100 * np.mean([one.val_accuracy for one in each], axis=0), {})
+    (
+      row,
+      range(1, len(each[0].val_accuracy) + 1),
+      100 * np.mean([one.val_accuracy for one in each], axis=0),
+      colors[row],
+    )
     for row, each in results.items()
     if each[0].val_accuracy
   ]

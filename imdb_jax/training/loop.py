@@ -21,7 +21,7 @@ from imdb_jax.config import Config
 from imdb_jax.data import batches, sources, tokens
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
 from imdb_jax.processes import Interrupted, StopRequest
-from imdb_jax.program import Program, TrainState
+from imdb_jax.program import Program, TrainState, schedule
 from imdb_jax.report import page
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
@@ -111,9 +111,11 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
         if is_first:
           for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
             console.line(f"Changed {change}")
-        recorder = Recorder(config, console, log, saved.progress)
+        recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
         stack.callback(console.end_epoch)
-        return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
+        trainer = _Trainer(program, loaded, checkpoints, recorder, stop)
+        with trainer.trace:
+          return trainer.run(saved, state)
     except OSError as error:
       raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. Saved steps were not touched.") from error
 
@@ -165,6 +167,7 @@ class _Trainer:
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
     self._saved_at = time.monotonic()
+    self.trace, self._traced_from = contextlib.ExitStack(), 0
     # Of the best epoch, unless that was before the run was resumed.
     self._answers: page.Answers | None = None
 
@@ -257,6 +260,7 @@ class _Trainer:
       done = self._step - first_step
       if done == len(rows):
         break
+      self._profile()
       number, is_due = self._poll() if dispatch % poll_every == 0 else (None, False)
       is_due |= runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0
       # The first step of an epoch, or of a resumed run, is saved already.
@@ -274,6 +278,18 @@ class _Trainer:
       self._step += num_steps
     self._recorder.flush()
     self._evaluate(time.perf_counter() - started, poll_every)
+
+  def _profile(self) -> None:
+    """Trace the steps of `--profile`, from the first dispatch of this process."""
+    num_steps, self._traced_from = self._config.runtime.profile, self._traced_from or self._step + 1
+    if num_steps is None or jax.process_index() > 0:
+      return
+    if self._step + 1 == self._traced_from:
+      folder = self._config.run_dir / "profile"
+      self.trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
+    elif self._step + 1 >= self._traced_from + num_steps:
+      jax.block_until_ready(self._state)
+      self.trace.close()
 
   def _evaluate(self, seconds: float, poll_every: int) -> None:
     """Evaluate at the end of an epoch, write the epoch's line and save."""

@@ -6,6 +6,8 @@ of one process can deadlock (jaxlib 0.10.2): calls that wait for a free slot occ
 """
 
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,9 +58,16 @@ class Sums:
 class Recorder:
   """Sums of metrics that feed `console` and `log`. Reading a non-finite step raises DivergenceError."""
 
-  def __init__(self, config: Config, console: Console, log: MetricsLog, progress: dict[str, Any]):
-    """Continue from the `progress` of a checkpoint; {} for a new run."""
-    self.console, self.log, self._config = console, log, config
+  def __init__(
+    self,
+    config: Config,
+    console: Console,
+    log: MetricsLog,
+    progress: dict[str, Any],
+    learning_rate: Callable[[int], Any],
+  ):
+    """Continue from the `progress` of a checkpoint; {} for a new run. `learning_rate` is that of the steps done."""
+    self.console, self.log, self._config, self._learning_rate = console, log, config, learning_rate
     self._seeds = config.training.seeds
     num_seeds = len(self._seeds)
     try:
@@ -75,6 +84,7 @@ class Recorder:
   def start_epoch(self, epoch: int, step: int, num_steps: int) -> None:
     """Start or continue an epoch of `num_steps` steps, `step` steps into the run."""
     self._epoch, self._num_steps, self._num_reviews = epoch, num_steps, 0
+    self._logged = time.time(), 0
     self._first_step = (epoch - 1) * num_steps
     self.console.start_epoch(epoch, self._config.training.epochs, num_steps=num_steps, done=step - self._first_step)
 
@@ -113,7 +123,13 @@ class Recorder:
     done = step - self._first_step
     is_logged = step % self._config.runtime.log_every == 0 or done == self._num_steps
     if is_logged:
-      self.log.write({"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means()})
+      (before, num_before), now = self._logged, time.time()
+      line = {"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means(), "time": round(now, 3)}
+      line["learning_rate"] = float(self._learning_rate(step - 1))
+      line["grad_norm"] = float(values["grad_norm"].mean())
+      line["reviews_per_second"] = round((self._num_reviews - num_before) / max(now - before, 1e-6), 1)
+      self.log.write(line)
+      self._logged = now, self._num_reviews
       self._window_sums = Sums({}, len(self._seeds))
     self.console.show_step(done, self._epoch_sums.means(), self._num_reviews, is_logged=is_logged)
 
