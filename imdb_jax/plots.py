@@ -21,6 +21,8 @@ COLORS = {"text": "#1d1d1b", "soft": "#6b6b66", "grid": "#e3e3dd", "accent": "#2
 _STYLE: Any = {
   "font.size": 10,
   "text.color": COLORS["text"],
+  # Names may hold dollar signs, which are not formulas.
+  "text.parse_math": False,
   "axes.titlesize": 11,
   "axes.titlelocation": "left",
   "axes.edgecolor": COLORS["soft"],
@@ -78,7 +80,7 @@ def svg(figure: Any) -> str:
   # Names are unique in a page, except those that clip paths and markers refer to, which follow from their content.
   text = re.sub(r' id="(?![mpC][0-9a-f_]{9})[^"]*"', "", text[text.index("<svg") :])
   for name, color in COLORS.items():
-    text = text.replace(color, f"var(--{name})")
+    text = text.replace(color, f"var(--{name}, {color})")
   # A file needs these, a page does not.
   return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
@@ -99,39 +101,33 @@ def save(figure: Any, output: Path) -> None:
 
 
 @_styled
-def history(lines: list[dict[str, Any]], title: str) -> Any:
-  """Return the figure of accuracy and loss by epoch, side by side.
+def history(
+  lines: list[dict[str, Any]],
+  title: str = "",
+  validation: str = "validation",
+  reference: Mapping[str, Sequence[float]] | None = None,
+  names: Sequence[str] = ("accuracy", "loss"),
+) -> Any:
+  """Return the figure of some metrics by epoch, side by side.
 
   Args:
     lines: one dict per epoch, see `store.metrics_log`.
     title: name of the run.
+    validation: what the validation reviews are.
+    reference: the metrics of the article by epoch, if they are to be shown.
+    names: the metrics.
 
   Raises:
     UsageError: there are no lines.
   """
   if not lines:
     raise UsageError(f"{title}: no epoch has been finished yet.")
-  figure = _figure(11, 4.2)
-  for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-    _draw_metric(axes, lines, name, "validation", {})
-  shown = printable(title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…")
-  # The name of a folder may hold dollar signs, which are not formulas.
-  figure.suptitle(f"{shown}: {len(lines)} epoch{'s' if len(lines) != 1 else ''}", parse_math=False)
-  return figure
-
-
-@_styled
-def metric(lines: list[dict[str, Any]], name: str, validation: str, reference: Mapping[str, Sequence[float]]) -> Any:
-  """Return the figure of "accuracy" or "loss" by epoch.
-
-  Args:
-    lines: one dict per epoch, at least one.
-    name: the metric.
-    validation: what the validation reviews are.
-    reference: the same metrics of the article, by their names; may be empty.
-  """
-  figure = _figure()
-  _draw_metric(figure.subplots(), lines, name, validation, reference)
+  figure = _figure(5.2 * len(names), 3.4)
+  for axes, name in zip(figure.subplots(1, len(names), squeeze=False).ravel(), names, strict=True):
+    _draw_metric(axes, lines, name, validation, reference or {})
+  if title:
+    shown = printable(title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…")
+    figure.suptitle(f"{shown}: {len(lines)} epoch{'s' if len(lines) != 1 else ''}")
   return figure
 
 
@@ -150,17 +146,11 @@ def _draw_metric(
       axes.plot(range(1, len(shown) + 1), shown, **style, linewidth=1, linestyle=":", label=f"article, {label}")
   values = _finite([line[f"val_{name}"] for line in lines])
   if not np.isnan(values).all():
-    best = int(np.nanargmax(values) if name == "accuracy" else np.nanargmin(values))
-    axes.plot(epochs[best], values[best], marker="o", markersize=8, markerfacecolor="none", **ACCENT)
-    axes.annotate(
-      f"{values[best]:.4f}",
-      (epochs[best], values[best]),
-      textcoords="offset points",
-      xytext=(0, 8 if name == "accuracy" else -8),
-      ha="center",
-      va="bottom" if name == "accuracy" else "top",
-      **ACCENT,
-    )
+    best, offset = (np.nanargmax(values), 8) if name == "accuracy" else (np.nanargmin(values), -8)
+    place: Any = epochs[best], values[best]
+    axes.plot(*place, marker="o", markersize=8, markerfacecolor="none", **ACCENT)
+    style = {"ha": "center", "va": "bottom" if offset > 0 else "top", **ACCENT}
+    axes.annotate(f"{values[best]:.4f}", place, textcoords="offset points", xytext=(0, offset), **style)
   axes.set(title=f"{name.capitalize()} by epoch", xlabel="epoch")
   axes.margins(x=0.08, y=0.15)
   _count_in_whole_numbers(axes)
@@ -203,6 +193,7 @@ def histogram(parts: Mapping[str, np.ndarray], xlabel: str) -> Any:
     axes.stairs(counts, edges, fill=True, alpha=0.3, **style)
     axes.stairs(counts, edges, label=label, linewidth=1.5, **style)
   axes.set(title="Probabilities", xlabel=xlabel, ylabel="reviews", yscale="log", ylim=(0.7, None))
+  axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
   axes.legend(loc="upper center")
   return figure
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -16,6 +17,7 @@ from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line
 from imdb_jax.program import Program
+from imdb_jax.report import page
 from imdb_jax.report.page import Answers
 from imdb_jax.store import arrays, run_directory, safetensors
 from imdb_jax.store.checkpoints import Checkpoints
@@ -125,6 +127,9 @@ class Classifier:
       f"Classifier({', '.join(self.classes)}; preset {name}, {seeds} seed{'s' * (seeds > 1)}, step {self.step:,}; "
       f"{len(self.vocabulary.words):,} words, {self.num_parameters:,} parameters)"
     )
+
+  def _repr_html_(self) -> str:
+    return f"<p>{html.escape(repr(self))}</p>{page.notebook(self.config.run_dir)}"
 
   @property
   def num_parameters(self) -> int:

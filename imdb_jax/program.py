@@ -53,11 +53,11 @@ class TrainState:
   key: jax.Array
 
 
-def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Return the learning rate as a function of the number of steps done."""
+def schedule(config: OptimizerConfig, num_steps: int) -> optax.ScalarOrSchedule:
+  """Return the learning rate, as a function of the number of steps done if it changes."""
   if config.schedule == "one_cycle":
     return optax.schedules.cosine_onecycle_schedule(num_steps, config.learning_rate)
-  return optax.schedules.constant_schedule(config.learning_rate)
+  return config.learning_rate
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
@@ -93,9 +93,9 @@ class Program:
     choice: implementation of the recurrence, and why.
     train_steps: jitted `(state, split, rows, num_steps) -> (state, sums)`: several training steps in one dispatch.
       It donates the buffers of the state. `split` and `rows` come from `put_split` and `put_rows`. The sums are those
-      of `Classification.sums`, `is_finite` (1 if loss, gradients and parameters are finite, else 0) and `grad_norm`
-      (of the mean loss, over all parameters, before clipping), f32[seeds, k] each; entries beyond `num_steps` are 0. One program makes any number of steps up to k, so that a
-      run's result does not depend on where it stops.
+      of `Classification.sums`, `is_finite` (1 if loss, gradients and parameters are finite, else 0) and `grad_norm` (of
+      the mean loss, over all parameters, before clipping), f32[seeds, k] each; entries beyond `num_steps` are 0. One
+      program makes any number of steps up to k, so that a run's result does not depend on where it stops.
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`. It is faster with
       parameters from `prepare`.
     features: jitted likewise, with the inputs of the head as the result, f32[seeds, b, n].

@@ -109,6 +109,13 @@ def write(
   return target
 
 
+def notebook(run_dir: Path) -> str:
+  """Return table and curves of a run as HTML for a notebook."""
+  config, (history, _) = run_directory.load_config(run_dir), metrics_log.read(run_dir)
+  curves = plots.svg(plots.history(history)) if history else ""
+  return render("notebook.html", history=history, curves=curves, summary=summary(config, history))
+
+
 def render(template: str, **context: Any) -> str:
   """Return a page from a template of this folder. Values are escaped in .html."""
   import jinja2
@@ -169,7 +176,7 @@ def _curves(config: Config, history: list[Line], steps: list[Line]) -> dict[str,
   validation = {"test": "test", "split": "held-out reviews"}[config.data.validation]
   reference = ARTICLE if config.preset == "article" and _is_imdb(config) else {}
   names = ("accuracy", "loss") if history else ()
-  found = {name: plots.metric(history, name, validation, reference) for name in names}
+  found = {name: plots.history(history, "", validation, reference, [name]) for name in names}
   for name in ("loss", "learning_rate"):
     if points := [(line["step"], line[name]) for line in steps if name in line]:
       title = f"{name.replace('_', ' ').capitalize()} by step, training"

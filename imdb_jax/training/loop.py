@@ -50,6 +50,9 @@ class FitResult:
   compile_seconds: float
   late_signal: signal.Signals | None
 
+  def _repr_html_(self) -> str:
+    return page.notebook(self.run_dir)
+
   @property
   def best(self) -> Line:
     """The epoch with the highest validation accuracy, which `Classifier.load` restores by default."""

@@ -7,7 +7,6 @@ of one process can deadlock (jaxlib 0.10.2): calls that wait for a free slot occ
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,9 +63,9 @@ class Recorder:
     console: Console,
     log: MetricsLog,
     progress: dict[str, Any],
-    learning_rate: Callable[[int], Any],
+    learning_rate: Any,
   ):
-    """Continue from the `progress` of a checkpoint; {} for a new run. `learning_rate` is that of the steps done."""
+    """Continue from the `progress` of a checkpoint; {} for a new run and a `program.schedule`."""
     self.console, self.log, self._config, self._learning_rate = console, log, config, learning_rate
     self._seeds = config.training.seeds
     num_seeds = len(self._seeds)
@@ -123,9 +122,9 @@ class Recorder:
     done = step - self._first_step
     is_logged = step % self._config.runtime.log_every == 0 or done == self._num_steps
     if is_logged:
-      (before, num_before), now = self._logged, time.time()
+      (before, num_before), now, rate = self._logged, time.time(), self._learning_rate
       line = {"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means(), "time": round(now, 3)}
-      line["learning_rate"] = float(self._learning_rate(step - 1))
+      line["learning_rate"] = float(rate(step - 1) if callable(rate) else rate)
       line["grad_norm"] = float(values["grad_norm"].mean())
       line["reviews_per_second"] = round((self._num_reviews - num_before) / max(now - before, 1e-6), 1)
       self.log.write(line)
