@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -165,21 +165,31 @@ def _finite(values: Any) -> np.ndarray:
 
 @_styled
 def curves(
-  shown: Sequence[Curve], title: str, xlabel: str, ylabel: str, *, is_square: bool = False, has_diagonal: bool = False
+  shown: Sequence[Curve], title: str, xlabel: str, ylabel: str, kind: Literal["", "unit", "diagonal", "log"] = ""
 ) -> Any:
-  """Return the figure of some curves. If it is square, or has a diagonal, both axes are from 0 to 1."""
-  is_unit = is_square or has_diagonal
+  """Return the figure of some curves.
+
+  Its kind may be "unit", whose axes are from 0 to 1; "diagonal", which has the diagonal as well; or "log", with a
+  logarithmic horizontal axis.
+  """
+  is_unit = kind in ("unit", "diagonal")
   figure = _figure(*_SMALL) if is_unit else _figure()
   axes = figure.subplots()
-  if has_diagonal:
+  if kind == "diagonal":
     axes.plot([0, 1], [0, 1], linewidth=1, linestyle=":", **SOFT)
   for label, x, y, style in shown:
     axes.plot(x, _finite(y), label=printable(label), **style)
   axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
   if is_unit:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+  elif kind == "log":
+    axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+      axis(lambda value, _: f"{value:g}")
+  else:
+    _count_in_whole_numbers(axes)
   if any(label for label, *_ in shown):
-    axes.legend(loc="best")
+    figure.legend(loc="outside lower center", ncols=3) if len(shown) > 2 else axes.legend(loc="best")
   return figure
 
 
@@ -199,35 +209,13 @@ def histogram(parts: Mapping[str, np.ndarray], xlabel: str) -> Any:
 
 
 @_styled
-def groups(names: Sequence[Any], rows: Sequence[tuple[float, float, float, int]], title: str, xlabel: str) -> Any:
-  """Return the figure of the accuracies of groups of reviews: rate, low and high end of its interval, and count."""
+def groups(names: Sequence[Any], rows: np.ndarray, title: str, xlabel: str) -> Any:
+  """Return the figure of the accuracies of groups of reviews, from `report.numbers.accuracy_in_groups`."""
   figure = _figure(*_SMALL)
-  axes, places = figure.subplots(), np.arange(len(names))
-  rates, low, high, sizes = zip(*rows, strict=True)
-  axes.vlines(places, *(100 * np.array(ends) for ends in (low, high)), linewidth=6, alpha=0.25, **ACCENT)
-  axes.plot(places, 100 * np.array(rates), marker="o", **ACCENT, linewidth=1)
-  axes.set_xticks(places, [f"{name}\n{size:,}" for name, size in zip(names, sizes, strict=True)], fontsize=7)
+  axes, places, (rates, low, high, sizes) = figure.subplots(), range(len(names)), rows
+  axes.vlines(places, 100 * low, 100 * high, linewidth=6, alpha=0.25, **ACCENT)
+  axes.plot(places, 100 * rates, marker="o", **ACCENT, linewidth=1)
+  axes.set_xticks(places, [f"{name}\n{size:,.0f}" for name, size in zip(names, sizes, strict=True)], fontsize=7)
   axes.set(title=title, xlabel=xlabel, ylabel="accuracy (%)")
   axes.grid(axis="x", visible=False)
-  return figure
-
-
-@_styled
-def models(shown: Sequence[Curve], title: str, xlabel: str, *, is_log: bool = False) -> Any:
-  """Return the figure of the accuracies of models in percent, whose names are in the legend."""
-  from matplotlib.ticker import LogFormatter
-
-  figure = _figure(5.2, 4.2)
-  axes = figure.subplots()
-  for label, x, y, style in shown:
-    axes.errorbar(x, y, label=printable(label), marker="o", capsize=4, **style)
-  axes.set(title=title, xlabel=xlabel, ylabel="accuracy (%)")
-  axes.margins(x=0.15, y=0.15)
-  if is_log:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
-    axes.xaxis.set_minor_formatter(LogFormatter())
-  else:
-    _count_in_whole_numbers(axes)
-  figure.legend(loc="outside lower center", ncols=3)
   return figure

@@ -55,9 +55,8 @@ class TrainState:
 
 def schedule(config: OptimizerConfig, num_steps: int) -> optax.ScalarOrSchedule:
   """Return the learning rate, as a function of the number of steps done if it changes."""
-  if config.schedule == "one_cycle":
-    return optax.schedules.cosine_onecycle_schedule(num_steps, config.learning_rate)
-  return config.learning_rate
+  is_constant, rate = config.schedule == "constant", config.learning_rate
+  return rate if is_constant else optax.schedules.cosine_onecycle_schedule(num_steps, rate)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

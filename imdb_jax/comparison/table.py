@@ -120,29 +120,15 @@ def page(
 
   `context` has the title, the notes, the failures, and the name of the reference.
   """
-  colors = {name: {"color": f"C{place % 10}"} for place, name in enumerate(results)}
-  points = [
-    (
-      row["name"],
-      row["train_seconds"],
-      100 * row["accuracy"],
-      colors[row["name"]] | {"yerr": 100 * (row["accuracy_std"] or 0)},
-    )
-    for row in rows
-    if row["train_seconds"] > 0
-  ]
-  curves = [
-    (
-      row,
-      range(1, len(each[0].val_accuracy) + 1),
-      100 * np.mean([one.val_accuracy for one in each], axis=0),
-      colors[row],
-    )
-    for row, each in results.items()
-    if each[0].val_accuracy
-  ]
-  figures = [plots.models(points, "Accuracy and training time", "seconds to train", is_log=True)] if points else []
-  figures += [plots.models(curves, "Validation accuracy by epoch", "epoch")] if curves else []
+  styles = {name: {"color": f"C{place % 10}", "marker": "o"} for place, name in enumerate(results)}
+  timed = [row for row in rows if row["train_seconds"] > 0]
+  points = [(row["name"], row["train_seconds"], 100 * row["accuracy"], styles[row["name"]]) for row in timed]
+  learnt = {row: [each.val_accuracy for each in models] for row, models in results.items() if models[0].val_accuracy}
+  means = {row: 100 * np.mean(each, axis=0) for row, each in learnt.items()}
+  curves = [(row, range(1, len(mean) + 1), mean, styles[row]) for row, mean in means.items()]
+  time, epochs = ("Accuracy and training time", "seconds to train"), ("Validation accuracy by epoch", "epoch")
+  figures = [plots.curves(points, *time, "accuracy (%)", "log")] if points else []
+  figures += [plots.curves(curves, *epochs, "accuracy (%)")] if curves else []
   return report.render(
     "comparison.html",
     **context,

@@ -1,7 +1,5 @@
 """The numbers behind the figures of a report."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 # Standard normal quantile of a 95% interval.
@@ -42,24 +40,17 @@ def reliability(confidence: np.ndarray, is_correct: np.ndarray, num_bins: int) -
   return mean, accuracy
 
 
-def accuracy_in_groups(is_correct: np.ndarray, groups: np.ndarray) -> list[tuple[float, float, float, int]]:
-  """Return rate, low and high end of its 95% interval (Wilson 1927), and count, of each group 0, 1, ... int[n]."""
-  sizes = np.bincount(groups)
-  found = []
-  for hits, n in zip(np.bincount(groups, is_correct).tolist(), sizes.tolist(), strict=True):
-    rate, z2 = hits / n, _Z**2
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * np.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
-    found.append((rate, float(centre - half), float(centre + half), n))
-  return found
+def accuracy_in_groups(is_correct: np.ndarray, groups: np.ndarray) -> np.ndarray:
+  """Return rate, low and high end of its 95% interval (Wilson 1927) and count of each group 0, 1, ...: f64[4, k]."""
+  n = np.bincount(groups)
+  rate = np.bincount(groups, is_correct) / n
+  centre, half = rate + _Z**2 / (2 * n), _Z * np.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n**2))
+  return np.stack([rate, (centre - half) / (1 + _Z**2 / n), (centre + half) / (1 + _Z**2 / n), n])
 
 
-def in_ranges(values: np.ndarray, num_groups: int = 5) -> tuple[Sequence[str], np.ndarray]:
+def in_ranges(values: np.ndarray, num_groups: int = 5) -> tuple[list[str], np.ndarray]:
   """Divide int[n] into ranges with about as many reviews each; return their names and the group of each value."""
   edges = np.unique(np.quantile(values, np.linspace(0, 1, num_groups + 1)[1:], method="higher"))
   groups = np.searchsorted(edges, values)
-  names = []
-  for group in range(len(edges)):
-    low, high = values[groups == group].min(), values[groups == group].max()
-    names.append(f"{low:,}" if low == high else f"{low:,}–{high:,}")
-  return names, groups
+  ends = [(values[groups == group].min(), edge) for group, edge in enumerate(edges)]
+  return [f"{low:,}" if low == high else f"{low:,}–{high:,}" for low, high in ends], groups

@@ -101,6 +101,8 @@ def write(
     files.write(target, render("run.html", **context, figures=shown))
     if output is None:
       files.write(config.run_dir / "report.md", render("run.md", **context))
+      if history:
+        plots.save(plots.history(history, config.run_dir.resolve().name), config.run_dir / "history.png")
     for name, figure in figures.items() if figures_dir else ():
       for suffix in ("png", "svg"):
         plots.save(figure, Path(str(figures_dir), f"{name}.{suffix}"))
@@ -200,7 +202,7 @@ def _answered(
     (label, *numbers.reliability(each.max(axis=1), is_correct, NUM_BINS), style | {"marker": "o", "markersize": 4})
     for label, each, style in zip(temperatures, found, (plots.ACCENT, plots.OTHER), strict=False)
   ]
-  figures["reliability"] = plots.curves(curves, "Reliability", "confidence", "accuracy", has_diagonal=True)
+  figures["reliability"] = plots.curves(curves, "Reliability", "confidence", "accuracy", "diagonal")
   grouped = {"length": ("known words that the model reads", *numbers.in_ranges(lengths))}
   if reviews is None:
     notes.append("Texts: not at hand here. Reviews are shown as the words that the model reads.")
@@ -243,9 +245,9 @@ def _draw_scores(
     )
   if len(task.classes) == 2 and 0 < labels.sum() < len(labels):
     curve = ("", *numbers.roc(values, labels == 1), plots.ACCENT)
-    figures["roc"] = plots.curves([curve], "ROC", "false positive rate", "true positive rate", has_diagonal=True)
+    figures["roc"] = plots.curves([curve], "ROC", "false positive rate", "true positive rate", "diagonal")
     curve = ("", *numbers.precision_recall(values, labels == 1), plots.ACCENT)
-    figures["precision_recall"] = plots.curves([curve], "Precision–recall", "recall", "precision", is_square=True)
+    figures["precision_recall"] = plots.curves([curve], "Precision–recall", "recall", "precision", "unit")
   else:
     notes.append("ROC and precision–recall curves: they need two classes, with reviews of both.")
   figures["probabilities"] = plots.histogram({name: values[rows] for name, rows in parts.items()}, xlabel)

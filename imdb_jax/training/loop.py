@@ -23,7 +23,7 @@ from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState, schedule
 from imdb_jax.report import page
-from imdb_jax.store import run_directory
+from imdb_jax.store import metrics_log, run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
 from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch
 from imdb_jax.training import report, start
@@ -116,9 +116,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
             console.line(f"Changed {change}")
         recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
         stack.callback(console.end_epoch)
-        trainer = _Trainer(program, loaded, checkpoints, recorder, stop)
-        with trainer.trace:
-          return trainer.run(saved, state)
+        return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
     except OSError as error:
       raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. Saved steps were not touched.") from error
 
@@ -170,12 +168,16 @@ class _Trainer:
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
     self._saved_at = time.monotonic()
-    self.trace, self._traced_from = contextlib.ExitStack(), 0
+    self._trace, self._traced_from = contextlib.ExitStack(), 0
     # Of the best epoch, unless that was before the run was resumed.
     self._answers: page.Answers | None = None
 
   def run(self, saved: Saved, state: TrainState) -> FitResult:
     """Train from a checkpoint to the end of the run."""
+    with self._trace:
+      return self._run(saved, state)
+
+  def _run(self, saved: Saved, state: TrainState) -> FitResult:
     self._step, self._state = saved.step, state
     seconds = saved.progress.get("seconds", 0.0)
     if type(seconds) is not float or not 0 <= seconds < 1e9:
@@ -205,7 +207,7 @@ class _Trainer:
       ) from error
     console.end_epoch()
     if jax.process_index() == 0:
-      report.write(self._config, history)
+      metrics_log.write_csv(self._config.run_dir, history)
       note = () if self._answers else ("Answers to reviews are left out: imdb-jax report computes them.",)
       page.write(self._config, self._program.task, self._answers, notes=note)
     console.line("\n".join(page.summary(self._config, history)))
@@ -289,10 +291,10 @@ class _Trainer:
       return
     if self._step + 1 == self._traced_from:
       folder = self._config.run_dir / "profile"
-      self.trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
+      self._trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
     elif self._step + 1 >= self._traced_from + num_steps:
       jax.block_until_ready(self._state)
-      self.trace.close()
+      self._trace.close()
 
   def _evaluate(self, seconds: float, poll_every: int) -> None:
     """Evaluate at the end of an epoch, write the epoch's line and save."""

@@ -57,16 +57,10 @@ class Sums:
 class Recorder:
   """Sums of metrics that feed `console` and `log`. Reading a non-finite step raises DivergenceError."""
 
-  def __init__(
-    self,
-    config: Config,
-    console: Console,
-    log: MetricsLog,
-    progress: dict[str, Any],
-    learning_rate: Any,
-  ):
-    """Continue from the `progress` of a checkpoint; {} for a new run and a `program.schedule`."""
-    self.console, self.log, self._config, self._learning_rate = console, log, config, learning_rate
+  def __init__(self, config: Config, console: Console, log: MetricsLog, progress: dict[str, Any], learning_rate: Any):
+    """Continue from the `progress` of a checkpoint; {} for a new run. `learning_rate` is a `program.schedule`."""
+    self.console, self.log, self._config = console, log, config
+    self._learning_rate: Any = learning_rate if callable(learning_rate) else lambda step: learning_rate
     self._seeds = config.training.seeds
     num_seeds = len(self._seeds)
     try:
@@ -111,7 +105,7 @@ class Recorder:
       self._add(step, {name: value[:, i] for name, value in values.items()})
 
   def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
-    is_finite = values["is_finite"] > 0
+    is_finite, grad_norm = values["is_finite"] > 0, float(values["grad_norm"].mean())
     self._num_skipped = (self._num_skipped + 1) * ~is_finite
     if not is_finite.all():
       self._skip(step, values["loss"])
@@ -122,10 +116,9 @@ class Recorder:
     done = step - self._first_step
     is_logged = step % self._config.runtime.log_every == 0 or done == self._num_steps
     if is_logged:
-      (before, num_before), now, rate = self._logged, time.time(), self._learning_rate
+      (before, num_before), now = self._logged, time.time()
       line = {"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means(), "time": round(now, 3)}
-      line["learning_rate"] = float(rate(step - 1) if callable(rate) else rate)
-      line["grad_norm"] = float(values["grad_norm"].mean())
+      line |= {"learning_rate": float(self._learning_rate(step - 1)), "grad_norm": grad_norm}
       line["reviews_per_second"] = round((self._num_reviews - num_before) / max(now - before, 1e-6), 1)
       self.log.write(line)
       self._logged = now, self._num_reviews

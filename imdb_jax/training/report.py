@@ -1,18 +1,16 @@
-"""What is shown of a run while it trains, and the files history.csv and history.png."""
+"""What is shown of a run while it trains."""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-from imdb_jax import plots
 from imdb_jax.config import NAMED_SOURCES, Config
 from imdb_jax.data import batches
 from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokens import TokenData
 from imdb_jax.errors import printable
 from imdb_jax.program import Program
-from imdb_jax.store import metrics_log
 from imdb_jax.store.metrics_log import METRICS, Line, decimal
 from imdb_jax.training.console import Console
 
@@ -81,9 +79,3 @@ def early_end(history: list[Line], patience: int | None) -> Line | None:
     elif line["epoch"] - best[0]["epoch"] == patience:
       return line
   return None
-
-
-def write(config: Config, history: list[Line]) -> None:
-  """Write history.csv and history.png into the run directory."""
-  metrics_log.write_csv(config.run_dir, history)
-  plots.save(plots.history(history, config.run_dir.resolve().name), config.run_dir / "history.png")

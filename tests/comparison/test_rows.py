@@ -100,10 +100,9 @@ def test_the_written_table_states_reviews_machine_and_versions(finished):
   text = (finished / "comparison.md").read_text()
   for words in ("60 test reviews of sample", "cores, python 3.", f"jax {jax.__version__}", "paired bootstrap"):
     assert words in text
-  for name in ("accuracy_by_time.png", "learning_curves.png"):
-    assert f"({name})" in text
-    assert (finished / name).read_bytes().startswith(b"\x89PNG")
-  assert (finished / "disagreements.md").read_text().count("## Review ") == 20
+  page = (finished / "comparison.html").read_text()
+  assert page.count("<svg") == 2
+  assert page.count("label: ") == 20
 
 
 def test_a_finished_comparison_computes_nothing(copied, computed):

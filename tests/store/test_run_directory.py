@@ -205,7 +205,7 @@ def test_a_file_outside_is_not_written_through_a_hard_link(name, run, tmp_path):
 
 
 def test_a_report_replaces_hard_links_to_files_outside(run, tmp_path):
-  names = ("history.csv", "history.png", "report.md")
+  names = ("history.csv", "history.png", "report.html", "report.md")
   for name in names:
     (tmp_path / name).write_text("dear")
     (run.run_dir / name).unlink()
