@@ -183,12 +183,14 @@ class _Trainer:
     if type(seconds) is not float or not 0 <= seconds < 1e9:
       raise CheckpointError(f"Step {saved.step:,}: the checkpoint's progress has invalid seconds.")
     console, history = self._recorder.console, self._recorder.log.history
-    is_over = self._is_over()
+    is_over, page_path = self._is_over(), self._config.run_dir / "report.html"
     if is_over:
       console.line("Nothing is left to train")
     elif self._config.runtime.init_from is not None and self._checkpoints.is_empty():
       # From now on, the result does not depend on the other run.
       self._save({"seconds": seconds}, score=None)
+    if not is_over and jax.process_index() == 0:
+      page_path.unlink(missing_ok=True)
     compile_seconds = 0.0 if is_over else self._compile()
     try:
       while not is_over:
@@ -208,8 +210,10 @@ class _Trainer:
     console.end_epoch()
     if jax.process_index() == 0:
       metrics_log.write_csv(self._config.run_dir, history)
-      note = () if self._answers else ("Answers to reviews are left out: imdb-jax report computes them.",)
-      page.write(self._config, self._program.task, self._answers, notes=note)
+      # A report of all epochs may be one of `imdb-jax report`, which has more.
+      if not page_path.exists():
+        notes = [] if self._answers else ["All that depends on reviews: imdb-jax report computes it."]
+        page.write(self._config, self._program.task, self._answers, notes)
     console.line("\n".join(page.summary(self._config, history)))
     return FitResult(
       run_dir=self._config.run_dir, history=history, compile_seconds=compile_seconds, late_signal=self._stop.signal

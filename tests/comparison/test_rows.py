@@ -21,6 +21,7 @@ from imdb_jax.data import sample, sources, tokens
 from imdb_jax.data.reviews import canonical
 from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.processes import Interrupted
+from imdb_jax.report import page
 from imdb_jax.training import report
 
 # Models are trained. The command is tested in tests/commands/test_compare.py.
@@ -152,13 +153,13 @@ def test_a_row_that_was_interrupted_continues(finished, tmp_path, computed, monk
 
 
 def test_a_signal_during_the_last_epoch_stops_before_the_next_row(tmp_path, computed, monkeypatch):
-  write = report.write
+  write = page.write
 
-  def write_then_stop(config, history):
-    write(config, history)
+  def write_then_stop(*arguments):
+    write(*arguments)
     os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(report, "write", write_then_stop)
+  monkeypatch.setattr(page, "write", write_then_stop)
   with pytest.raises(Interrupted) as stop:
     rows.compare(base(tmp_path / "run"), ["lstm", "fast"])
   assert stop.value.signal == signal.SIGTERM
