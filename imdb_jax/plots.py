@@ -13,7 +13,7 @@ import numpy as np
 from imdb_jax.errors import UsageError, printable
 
 _FORMATS = (".png", ".pdf", ".svg")
-_MAX_TITLE = 60
+_MAX_TITLE, _MAX_SEEDS = 60, 100
 # Width and height in inches of figures of which three are side by side.
 _SMALL = (3.7, 3.5)
 # The style sheet of the reports has a variable of each name, for light and dark.
@@ -139,7 +139,7 @@ def _draw_metric(
   for field, label, style in ((name, "training", SOFT), (f"val_{name}", validation, ACCENT)):
     seeds = _finite([[seed[field] for seed in line["seeds"]] for line in lines])
     if seeds.shape[1] > 1:
-      axes.plot(epochs, seeds, **style, linewidth=0.7, alpha=0.45, marker="." if len(epochs) == 1 else "")
+      axes.plot(epochs, seeds[:, :_MAX_SEEDS], **style, linewidth=0.7, alpha=0.45, marker="." if len(epochs) == 1 else "")
     axes.plot(epochs, _finite([line[field] for line in lines]), **style, marker="o", markersize=3.5, label=label)
     if field in reference:
       shown = reference[field]
