@@ -139,7 +139,8 @@ def _draw_metric(
   for field, label, style in ((name, "training", SOFT), (f"val_{name}", validation, ACCENT)):
     seeds = _finite([[seed[field] for seed in line["seeds"]] for line in lines])
     if seeds.shape[1] > 1:
-      axes.plot(epochs, seeds[:, :_MAX_SEEDS], **style, linewidth=0.7, alpha=0.45, marker="." if len(epochs) == 1 else "")
+      thin = {"linewidth": 0.7, "alpha": 0.45, "marker": "." if len(epochs) == 1 else "", **style}
+      axes.plot(epochs, seeds[:, :_MAX_SEEDS], **thin)
     axes.plot(epochs, _finite([line[field] for line in lines]), **style, marker="o", markersize=3.5, label=label)
     if field in reference:
       shown = reference[field]

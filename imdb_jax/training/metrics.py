@@ -118,7 +118,9 @@ class Recorder:
     if is_logged:
       (before, num_before), now = self._logged, time.time()
       line = {"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means(), "time": round(now, 3)}
-      line |= {"learning_rate": float(self._learning_rate(step - 1)), "grad_norm": grad_norm}
+      # As in the steps themselves, optax mixes types.
+      with jax.numpy_dtype_promotion("standard"):
+        line |= {"learning_rate": float(self._learning_rate(step - 1)), "grad_norm": grad_norm}
       line["reviews_per_second"] = round((self._num_reviews - num_before) / max(now - before, 1e-6), 1)
       self.log.write(line)
       self._logged = now, self._num_reviews
