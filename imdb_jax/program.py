@@ -65,10 +65,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
   optax adds its epsilon after bias correction of the second moment. There, an epsilon of epsilon / sqrt(1 - b2^t) gives
   Keras's form exactly. Gradients are clipped before it (Pascanu et al. 2013, algorithm 1), and weight decay adds
   lr weight_decay params (Loshchilov and Hutter 2019, algorithm 2). If they are off, the optimizer has no state of them.
-
-  Args:
-    config: constants and schedule.
-    num_steps: steps of the whole run, over which a schedule extends.
+  A schedule extends over `num_steps`, the steps of the whole run.
   """
 
   def epsilon(count: jax.Array) -> jax.Array:
@@ -247,8 +244,7 @@ class Program:
         state, step_sums = self._train_step(state, self._gather(split, rows[i]))
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), sums, step_sums)
 
-      names = ("loss", "correct", "weight", "is_finite", "grad_norm")
-      sums = {name: jnp.zeros(len(rows), jnp.float32) for name in names}
+      sums = dict.fromkeys(("loss", "correct", "weight", "is_finite", "grad_norm"), jnp.zeros(len(rows), jnp.float32))
       return jax.lax.fori_loop(0, num_steps, step, (state, sums))
 
     # Seeds outside, steps inside: XLA would copy a state with a seed axis on every step.
