@@ -26,13 +26,13 @@ _TABLES = {
   "epoch_time": (
     "Time of a training step",
     *("system", "work", "computes", *_TIMES, "s/epoch={seconds_per_epoch:.1f}", "compile s={compile_seconds:.1f}"),
-    *("memory MB={peak_memory_mb:.0f}", "to ours={ratio_to_ours:.2f}×", "of ceiling={share_of_ceiling:.0%}"),  # noqa: RUF001
+    *("memory MB={peak_memory_mb:.0f}", "to ours={ratio_to_ours:.2f}×", "of ceiling={share_of_ceiling:.0%}"),
   ),
   "time_to_accuracy": (
     "Training to a test accuracy",
     *("system", "reached={reached} of {seeds}", "training s={at_least}{training_seconds}"),
     *("evaluation s={at_least}{evaluation_seconds}", "compile s={compile_seconds}", "last accuracy={last_accuracy}"),
-    "to fast={at_least}{ratio_to_fast:.1f}×",  # noqa: RUF001
+    "to fast={at_least}{ratio_to_fast:.1f}×",
   ),
   "cost_curves": (
     "Time of a training step by its sizes",

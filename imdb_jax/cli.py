@@ -66,7 +66,7 @@ def _train(prog: str, args: Sequence[str]) -> None:
     text = "A film I will not forget." if config.data.source in ("imdb", "sample") else "A text of yours."
     print(f"\nNext:\n  {before}evaluate{after} {run_dir}")
     print(f'  {before}predict{after} {run_dir} "{text}"')
-    print(f"  {config.run_dir / 'history.png'} shows the curves")
+    print(f"  {config.run_dir / 'report.html'} shows figures and reviews")
 
 
 def _path(text: str) -> Path:
@@ -219,10 +219,28 @@ def _plot(prog: str, args: Sequence[str]) -> None:
 
   output = given.output or given.run_dir / "history.png"
   try:
-    plots.plot_history(metrics_log.read_history(given.run_dir), given.run_dir.resolve().name, output)
+    plots.save(plots.history(metrics_log.read_history(given.run_dir), given.run_dir.resolve().name), output)
   except OSError as error:
     raise UsageError(f"--output {output}: cannot be written: {error}.") from error
   print(output)
+
+
+def _report(prog: str, args: Sequence[str]) -> None:
+  """Write a page about a run, or one that compares several."""
+  parser = _parser(prog, _report, restores=True, several=False)
+  parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to show.")
+  parser.add_argument("more", metavar="RUN_DIR", type=_path, nargs="*", help="Runs to compare with the first one.")
+  parser.add_argument("--output", type=_path, help="Page to write. [RUN_DIR/report.html; of several: comparison.html]")
+  parser.add_argument("--figures", type=_path, metavar="FOLDER", help="Write the figures of a run as PNG and SVG, too.")
+  parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder of the reviews.")
+  parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
+  given = parser.parse_args(args)
+  given.others, show = given.more, functools.partial(print, file=sys.stderr)
+  classifiers = _load(given, archive=given.archive, cache_dir=given.cache_dir).classifiers
+  from imdb_jax.comparison import runs
+
+  with exits.interruptible():
+    print(runs.write(classifiers, given.split, show, given.output, given.figures))
 
 
 def _check(prog: str, args: Sequence[str]) -> None:
@@ -291,4 +309,4 @@ def _compare(prog: str, args: Sequence[str]) -> None:
 
 
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "serve": _serve, "export": _export}
-_COMMANDS |= {"check": _check, "plot": _plot, "prepare": _prepare, "compare": _compare}
+_COMMANDS |= {"check": _check, "plot": _plot, "report": _report, "prepare": _prepare, "compare": _compare}

@@ -1,107 +1,92 @@
-"""Figures of runs. They need no display."""
+"""Figures of runs and comparisons, in one style. They need no display."""
 
-import math
+import functools
+import io
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from imdb_jax.errors import UsageError, printable
 
 _FORMATS = (".png", ".pdf", ".svg")
-_MAX_TITLE = 60
-_TRAIN_COLOR, _VALIDATION_COLOR = "#1f77b4", "#d62728"
+_MAX_TITLE, _MAX_SEEDS = 60, 100
+# Width and height in inches of figures of which three are side by side.
+_SMALL = (3.7, 3.5)
+# The style sheet of the reports has a variable of each name, for light and dark.
+COLORS = {"text": "#1d1d1b", "soft": "#6b6b66", "grid": "#e3e3dd", "accent": "#2563a8", "other": "#b8561f"}
+_STYLE: Any = {
+  "font.size": 10,
+  "text.color": COLORS["text"],
+  # Names may hold dollar signs, which are not formulas.
+  "text.parse_math": False,
+  "axes.titlesize": 11,
+  "axes.titlelocation": "left",
+  "axes.edgecolor": COLORS["soft"],
+  "axes.labelcolor": COLORS["soft"],
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "grid.color": COLORS["grid"],
+  "xtick.color": COLORS["soft"],
+  "ytick.color": COLORS["soft"],
+  "lines.linewidth": 1.8,
+  "legend.frameon": False,
+  "svg.fonttype": "none",
+  "svg.hashsalt": "imdb_jax",
+}
+# Label, x, y and the style of a curve.
+Curve = tuple[str, Any, Any, dict[str, Any]]
+ACCENT, OTHER, SOFT = ({"color": COLORS[name]} for name in ("accent", "other", "soft"))
 
 
-def plot_history(history: list[dict[str, Any]], title: str, output: Path) -> None:
-  """Plot accuracy and loss by epoch, training against validation, with the range of the seeds.
+def _styled(function: Callable[..., Any]) -> Any:
+  """Apply the style to what a function draws or writes; matplotlib takes long to import, and is seldom needed."""
 
-  Args:
-    history: one dict per epoch, see `store.metrics_log`.
-    title: name of the run.
-    output: PNG, PDF or SVG file to write.
+  @functools.wraps(function)
+  def styled(*args: Any, **kwargs: Any) -> Any:
+    import matplotlib
 
-  Raises:
-    UsageError: the history is empty, `output` has another suffix, or is a link.
-  """
-  if not history:
-    raise UsageError(f"{title}: no epoch has been finished yet.")
-  figure = _figure(11, 4.5)
-  for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-    _plot_metric(axes, history, name)
-  has_seeds = len(history[0]["seeds"]) > 1
-  shown = printable(title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…")
-  # The name of a folder may hold dollar signs, which are not formulas.
-  figure.suptitle(
-    f"{shown}: {len(history)} epoch{'s' if len(history) != 1 else ''}"
-    f"{', with the range of the seeds' if has_seeds else ''}",
-    parse_math=False,
-  )
-  _save(figure, output)
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+      # The font lacks many letters that a name may have.
+      warnings.filterwarnings("ignore", "Glyph", UserWarning)
+      return function(*args, **kwargs)
+
+  return styled
 
 
-def plot_accuracy_by_time(points: Sequence[tuple[str, float, float, float]], output: Path) -> None:
-  """Plot accuracy against training time, one point per model; the legend has their names.
-
-  Args:
-    points: name, seconds above 0, accuracy, and its standard deviation or 0.
-    output: file to write, as for `plot_history`.
-  """
-  from matplotlib.ticker import LogFormatter
-
-  figure = _figure(8, 5)
-  axes = figure.subplots()
-  # The names in the legend have the order of the points, from top to bottom.
-  for name, seconds, accuracy, spread in sorted(points, key=lambda point: -point[2]):
-    axes.errorbar(seconds, 100 * accuracy, 100 * spread or None, fmt="o", capsize=4, label=name)
-  axes.set(xscale="log", xlabel="seconds to train", ylabel="accuracy (%)", title="Accuracy and training time")
-  axes.margins(x=0.15, y=0.15)
-  axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
-  axes.xaxis.set_minor_formatter(LogFormatter())
-  axes.grid(alpha=0.3)
-  figure.legend(loc="outside right upper")
-  _save(figure, output)
-
-
-def plot_learning_curves(curves: Mapping[str, Sequence[Sequence[float]]], output: Path) -> None:
-  """Plot validation accuracy by epoch, the models side by side, with the range of their seeds; the others in gray.
-
-  Args:
-    curves: by name, the accuracies after each epoch of each seed.
-    output: file to write, as for `plot_history`.
-  """
-  from matplotlib.ticker import MaxNLocator
-
-  num_columns = min(len(curves), 4)
-  num_rows = math.ceil(len(curves) / num_columns)
-  figure = _figure(max(2.8 * num_columns, 5), 3 * num_rows)
-  figure.supylabel("validation accuracy (%)", fontsize="medium")
-  grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).ravel()
-  for axes, (name, seeds) in zip(grid, curves.items(), strict=False):
-    for other in curves.values():
-      mean = 100 * np.mean(other, axis=0)
-      axes.plot(range(1, len(mean) + 1), mean, marker=".", color="0.85")
-    mean, epochs = 100 * np.mean(seeds, axis=0), range(1, len(seeds[0]) + 1)
-    axes.vlines(epochs, 100 * np.min(seeds, axis=0), 100 * np.max(seeds, axis=0), color=_VALIDATION_COLOR, alpha=0.4)
-    axes.plot(epochs, mean, marker="o", markersize=4, color=_VALIDATION_COLOR)
-    axes.set(title=name, xlabel="epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.3)
-  for axes in grid[len(curves) :]:
-    axes.remove()
-  _save(figure, output)
-
-
-def _figure(width: float, height: float) -> Any:
-  # matplotlib takes long to import, and training needs it only at the end.
+def _figure(width: float = 5.2, height: float = 3.4) -> Any:
   from matplotlib.figure import Figure
 
   return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, output: Path) -> None:
+def _count_in_whole_numbers(axes: Any) -> None:
+  from matplotlib.ticker import MaxNLocator
+
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+@_styled
+def svg(figure: Any) -> str:
+  """Return a figure as an element of a page, whose style sheet has the colours as variables."""
+  file = io.StringIO()
+  figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+  text = file.getvalue()
+  # Names are unique in a page, except those that clip paths and markers refer to, which follow from their content.
+  text = re.sub(r' id="(?![mpC][0-9a-f_]{9})[^"]*"', "", text[text.index("<svg") :])
+  for name, color in COLORS.items():
+    text = text.replace(color, f"var(--{name}, {color})")
+  # A file needs these, a page does not.
+  return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+@_styled
+def save(figure: Any, output: Path) -> None:
   """Write a figure; raise UsageError if the file has another suffix, or is a link."""
   if output.suffix.lower() not in _FORMATS:
     raise UsageError(f"{output}: its name must end in one of {', '.join(_FORMATS)}.")
@@ -110,41 +95,128 @@ def _save(figure: Any, output: Path) -> None:
   unfinished = output.with_name(f"{output.name}.new")
   unfinished.unlink(missing_ok=True)
   # What is at `output` is replaced and not written through: it may be a pipe or linked to another file.
-  with unfinished.open("xb") as file, warnings.catch_warnings():
-    # The font lacks many letters that a name may have.
-    warnings.filterwarnings("ignore", "Glyph", UserWarning)
-    figure.savefig(file, format=output.suffix[1:].lower(), dpi=120)
+  with unfinished.open("xb") as file:
+    figure.savefig(file, format=output.suffix[1:].lower(), dpi=150)
   unfinished.replace(output)
 
 
-def _plot_metric(axes: Any, history: list[dict[str, Any]], name: str) -> None:
-  """Plot one metric by epoch, and mark the best validation value."""
-  from matplotlib.ticker import MaxNLocator
+@_styled
+def history(
+  lines: list[dict[str, Any]],
+  title: str = "",
+  validation: str = "validation",
+  reference: Mapping[str, Sequence[float]] | None = None,
+  names: Sequence[str] = ("accuracy", "loss"),
+) -> Any:
+  """Return the figure of some metrics by epoch, side by side.
 
-  epochs = [line["epoch"] for line in history]
-  for field, label, color in ((name, "training", _TRAIN_COLOR), (f"val_{name}", "validation", _VALIDATION_COLOR)):
-    axes.plot(epochs, [line[field] for line in history], marker="o", color=color, label=label)
-    if len(history[0]["seeds"]) > 1:
-      seeds = [[seed[field] for seed in line["seeds"]] for line in history]
-      low, high = list(map(min, seeds)), list(map(max, seeds))
-      axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-      if len(history) == 1:
-        # The band of a single epoch has no width.
-        axes.vlines(epochs, low, high, color=color, alpha=0.2, linewidth=12)
-  best, offset = (max, 10) if name == "accuracy" else (min, -10)
-  top = best(history, key=lambda line: line[f"val_{name}"])
-  axes.annotate(
-    f"{top[f'val_{name}']:.4f}",
-    (top["epoch"], top[f"val_{name}"]),
-    textcoords="offset points",
-    xytext=(0, offset),
-    ha="center",
-    va="bottom" if offset > 0 else "top",
-    color=_VALIDATION_COLOR,
-    bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-  )
-  axes.set(title=f"{name.capitalize()} by epoch", xlabel="epoch", ylabel=name)
+  Args:
+    lines: one dict per epoch, see `store.metrics_log`.
+    title: name of the run.
+    validation: what the validation reviews are.
+    reference: the metrics of the article by epoch, if they are to be shown.
+    names: the metrics.
+
+  Raises:
+    UsageError: there are no lines.
+  """
+  if not lines:
+    raise UsageError(f"{title}: no epoch has been finished yet.")
+  figure = _figure(5.2 * len(names), 3.4)
+  for axes, name in zip(figure.subplots(1, len(names), squeeze=False).ravel(), names, strict=True):
+    _draw_metric(axes, lines, name, validation, reference or {})
+  if title:
+    shown = printable(title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…")
+    figure.suptitle(f"{shown}: {len(lines)} epoch{'s' if len(lines) != 1 else ''}")
+  return figure
+
+
+def _draw_metric(
+  axes: Any, lines: list[dict[str, Any]], name: str, validation: str, reference: Mapping[str, Sequence[float]]
+) -> None:
+  """Draw a metric by epoch: seeds as thin lines, their mean or ensemble in bold, and the best validation value."""
+  epochs = [line["epoch"] for line in lines]
+  for field, label, style in ((name, "training", SOFT), (f"val_{name}", validation, ACCENT)):
+    seeds = _finite([[seed[field] for seed in line["seeds"]] for line in lines])
+    if seeds.shape[1] > 1:
+      thin = {"linewidth": 0.7, "alpha": 0.45, "marker": "." if len(epochs) == 1 else "", **style}
+      axes.plot(epochs, seeds[:, :_MAX_SEEDS], **thin)
+    axes.plot(epochs, _finite([line[field] for line in lines]), **style, marker="o", markersize=3.5, label=label)
+    if field in reference:
+      shown = reference[field]
+      axes.plot(range(1, len(shown) + 1), shown, **style, linewidth=1, linestyle=":", label=f"article, {label}")
+  values = _finite([line[f"val_{name}"] for line in lines])
+  if not np.isnan(values).all():
+    best, offset = (np.nanargmax(values), 8) if name == "accuracy" else (np.nanargmin(values), -8)
+    place: Any = epochs[best], values[best]
+    axes.plot(*place, marker="o", markersize=8, markerfacecolor="none", **ACCENT)
+    style = {"ha": "center", "va": "bottom" if offset > 0 else "top", **ACCENT}
+    axes.annotate(f"{values[best]:.4f}", place, textcoords="offset points", xytext=(0, offset), **style)
+  axes.set(title=f"{name.capitalize()} by epoch", xlabel="epoch")
   axes.margins(x=0.08, y=0.15)
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-  axes.grid(alpha=0.3)
+  _count_in_whole_numbers(axes)
   axes.legend(loc="best")
+
+
+def _finite(values: Any) -> np.ndarray:
+  """Return numbers with NaN in place of those that no axis has room for."""
+  array = np.array(values, np.float64)
+  return np.where(np.abs(array) < 1e6, array, np.nan)
+
+
+@_styled
+def curves(
+  shown: Sequence[Curve], title: str, xlabel: str, ylabel: str, kind: Literal["", "unit", "diagonal", "log"] = ""
+) -> Any:
+  """Return the figure of some curves.
+
+  Its kind may be "unit", whose axes are from 0 to 1; "diagonal", which has the diagonal as well; or "log", with a
+  logarithmic horizontal axis.
+  """
+  is_unit = kind in ("unit", "diagonal")
+  figure = _figure(*_SMALL) if is_unit else _figure()
+  axes = figure.subplots()
+  if kind == "diagonal":
+    axes.plot([0, 1], [0, 1], linewidth=1, linestyle=":", **SOFT)
+  for label, x, y, style in shown:
+    axes.plot(x, _finite(y), label=printable(label), **style)
+  axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+  if is_unit:
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+  elif kind == "log":
+    axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+      axis(lambda value, _: f"{value:g}")
+  else:
+    _count_in_whole_numbers(axes)
+  if any(label for label, *_ in shown):
+    figure.legend(loc="outside lower center", ncols=3) if len(shown) > 2 else axes.legend(loc="best")
+  return figure
+
+
+@_styled
+def histogram(parts: Mapping[str, np.ndarray], xlabel: str) -> Any:
+  """Return the figure of the probabilities of two groups of reviews, by name, in 40 bins from 0 to 1."""
+  figure = _figure(*_SMALL)
+  axes = figure.subplots()
+  for (label, values), style in zip(parts.items(), (OTHER, ACCENT), strict=True):
+    counts, edges = np.histogram(values, bins=40, range=(0, 1))
+    axes.stairs(counts, edges, fill=True, alpha=0.3, **style)
+    axes.stairs(counts, edges, label=label, linewidth=1.5, **style)
+  axes.set(title="Probabilities", xlabel=xlabel, ylabel="reviews", yscale="log", ylim=(0.7, None))
+  axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+  axes.legend(loc="upper center")
+  return figure
+
+
+@_styled
+def groups(names: Sequence[Any], rows: np.ndarray, title: str, xlabel: str) -> Any:
+  """Return the figure of the accuracies of groups of reviews, from `report.numbers.accuracy_in_groups`."""
+  figure = _figure(*_SMALL)
+  axes, places, (rates, low, high, sizes) = figure.subplots(), range(len(names)), rows
+  axes.vlines(places, 100 * low, 100 * high, linewidth=6, alpha=0.25, **ACCENT)
+  axes.plot(places, 100 * rates, marker="o", **ACCENT, linewidth=1)
+  axes.set_xticks(places, [f"{name}\n{size:,.0f}" for name, size in zip(names, sizes, strict=True)], fontsize=7)
+  axes.set(title=title, xlabel=xlabel, ylabel="accuracy (%)")
+  axes.grid(axis="x", visible=False)
+  return figure

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -14,8 +15,10 @@ from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import CheckpointError, DataError, UsageError
+from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line
 from imdb_jax.program import Program
+from imdb_jax.report import page
+from imdb_jax.report.page import Answers
 from imdb_jax.store import arrays, run_directory, safetensors
 from imdb_jax.store.checkpoints import Checkpoints
 from imdb_jax.task import Evaluation
@@ -125,6 +128,9 @@ class Classifier:
       f"{len(self.vocabulary.words):,} words, {self.num_parameters:,} parameters)"
     )
 
+  def _repr_html_(self) -> str:
+    return f"<p>{html.escape(repr(self))}</p>{page.notebook(self.config.run_dir)}"
+
   @property
   def num_parameters(self) -> int:
     """Number of parameters of all seeds together."""
@@ -195,6 +201,29 @@ class Classifier:
     found = tokens.load(source, data, cache_dir=runtime.cache_dir, report=report)
     run_directory.check(self.config.run_dir, digest=found.digest, summary=found.summary)
     return getattr(found, name)
+
+  def answers(self, name: str, report: Callable[[str], None] = lambda line: None) -> tuple[Answers | None, list[str]]:
+    """Return the answers to the reviews of a split for a report, or None, and lines that say what is left out and why.
+
+    Texts are read if the source has them at hand; they are never downloaded.
+    """
+    data, runtime, texts, notes = self.config.data, self.config.runtime, None, []
+    try:
+      split = self.read_split(name, report)
+      source = sources.find(data, runtime.archive, runtime.cache_dir)
+    except DataError as error:
+      return None, [f"All that depends on reviews: {first_line(error)}."]
+    if data.source != "imdb" or runtime.archive or sources.find_store([runtime.cache_dir]):
+      try:
+        splits = tokens.split(data, source.load(report))
+        texts = splits.get(name, splits["test"])
+        if not np.array_equal(texts.labels, split.labels):
+          raise DataError(f"{source.name} has other reviews than the cache")
+      except DataError as error:
+        texts, notes = None, [f"Texts: {first_line(error)}."]
+    name = "test" if data.validation == "test" and name == "validation" else name
+    logits, known = self.logits(split), {"temperature": self.temperature, "vocabulary": self.vocabulary}
+    return Answers(split=name, encoded=split, logits=logits, reviews=texts, **known), notes
 
   def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
     """Return the encoded texts of another labelled file or folder; see `tokens.read`."""

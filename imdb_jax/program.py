@@ -53,16 +53,19 @@ class TrainState:
   key: jax.Array
 
 
+def schedule(config: OptimizerConfig, num_steps: int) -> optax.ScalarOrSchedule:
+  """Return the learning rate, as a function of the number of steps done if it changes."""
+  is_constant, rate = config.schedule == "constant", config.learning_rate
+  return rate if is_constant else optax.schedules.cosine_onecycle_schedule(num_steps, rate)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
   """Return Adam in Keras's form: lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), with t from 1.
 
   optax adds its epsilon after bias correction of the second moment. There, an epsilon of epsilon / sqrt(1 - b2^t) gives
   Keras's form exactly. Gradients are clipped before it (Pascanu et al. 2013, algorithm 1), and weight decay adds
   lr weight_decay params (Loshchilov and Hutter 2019, algorithm 2). If they are off, the optimizer has no state of them.
-
-  Args:
-    config: constants and schedule.
-    num_steps: steps of the whole run, over which a schedule extends.
+  A schedule extends over `num_steps`, the steps of the whole run.
   """
 
   def epsilon(count: jax.Array) -> jax.Array:
@@ -71,10 +74,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
   kind, decay = (optax.adamw, {"weight_decay": config.weight_decay}) if config.weight_decay else (optax.adam, {})
   adam = optax.inject_hyperparams(kind, static_args=("b1", "b2", "learning_rate", "eps_root", *decay))
-  learning_rate: optax.ScalarOrSchedule = config.learning_rate
-  if config.schedule == "one_cycle":
-    learning_rate = optax.schedules.cosine_onecycle_schedule(num_steps, config.learning_rate)
-  optimizer = adam(learning_rate=learning_rate, b1=config.b1, b2=config.b2, eps=epsilon, **decay)
+  optimizer = adam(learning_rate=schedule(config, num_steps), b1=config.b1, b2=config.b2, eps=epsilon, **decay)
   return optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
@@ -89,9 +89,9 @@ class Program:
     choice: implementation of the recurrence, and why.
     train_steps: jitted `(state, split, rows, num_steps) -> (state, sums)`: several training steps in one dispatch.
       It donates the buffers of the state. `split` and `rows` come from `put_split` and `put_rows`. The sums are those
-      of `Classification.sums` and `is_finite` (1 if loss, gradients and parameters are finite, else 0),
-      f32[seeds, k] each; entries beyond `num_steps` are 0. One program makes any number of steps up to k, so that a
-      run's result does not depend on where it stops.
+      of `Classification.sums`, `is_finite` (1 if loss, gradients and parameters are finite, else 0) and `grad_norm` (of
+      the mean loss, over all parameters, before clipping), f32[seeds, k] each; entries beyond `num_steps` are 0. One
+      program makes any number of steps up to k, so that a run's result does not depend on where it stops.
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`. It is faster with
       parameters from `prepare`.
     features: jitted likewise, with the inputs of the head as the result, f32[seeds, b, n].
@@ -244,8 +244,7 @@ class Program:
         state, step_sums = self._train_step(state, self._gather(split, rows[i]))
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), sums, step_sums)
 
-      names = ("loss", "correct", "weight", "is_finite")
-      sums = {name: jnp.zeros(len(rows), jnp.float32) for name in names}
+      sums = dict.fromkeys(("loss", "correct", "weight", "is_finite", "grad_norm"), jnp.zeros(len(rows), jnp.float32))
       return jax.lax.fori_loop(0, num_steps, step, (state, sums))
 
     # Seeds outside, steps inside: XLA would copy a state with a seed axis on every step.
@@ -285,14 +284,15 @@ class Program:
     rate = self.config.optimizer.embedding_rate
     updates = updates | {"embedding": jax.tree.map(lambda update: rate * update, updates["embedding"])}
     params = optax.apply_updates(params, updates)
-    finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(optax.tree.norm(grads))]
+    grad_norm = optax.tree.norm(grads)
+    finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(grad_norm)]
     is_finite = jnp.stack([*finite, *(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))]).all()
     if self.config.optimizer.non_finite == "skip":
       params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (before, state.opt_state)
       )
     state = TrainState(step=state.step + 1, params=state.params | params, opt_state=opt_state, key=state.key)
-    return state, sums | {"is_finite": is_finite.astype(jnp.float32)}
+    return state, sums | {"is_finite": is_finite.astype(jnp.float32), "grad_norm": grad_norm}
 
   def _gradients(self, params: Any, examples: Examples, dropout_masks: Any) -> tuple[Any, Sums]:
     """Return the gradients of the summed loss and the sums of a batch, on each device the total over all devices."""

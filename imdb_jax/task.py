@@ -14,7 +14,7 @@ from imdb_jax.data.reviews import CLASSES
 from imdb_jax.errors import UsageError, printable
 
 # Bins of the calibration error, from 0 to 1.
-_NUM_BINS = 15
+NUM_BINS = 15
 _NUM_RESAMPLES = 2000
 # Standard deviation of the prior of a temperature's logarithm.
 _LOG_TEMPERATURE_STD = 0.5
@@ -217,7 +217,7 @@ def bootstrap_interval(values: np.ndarray) -> list[float]:
 
 def _calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
   # A bin includes its upper end.
-  bins = np.ceil(confidence * _NUM_BINS).astype(np.int64)
+  bins = np.ceil(confidence * NUM_BINS).astype(np.int64)
   return float(np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(confidence))
 
 

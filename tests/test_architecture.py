@@ -23,7 +23,7 @@ LAYERS = (
   (("data",), ("lstm",), ("plots",)),
   (("task", "model", "processes", "devices"),),
   (("program",), ("store",)),
-  (("evaluation",), ("checking",)),
+  (("evaluation",), ("checking",), ("report",)),
   (("prediction", "export"), ("training",)),
   (("comparison",), ("serving",), ("scoring",)),
   (("arguments", "exits", "cli"),),
@@ -51,6 +51,8 @@ ONLY_IN = {
   "starlette": {"serving"},
   "uvicorn": {"serving"},
   "argparse": {"arguments"},
+  "jinja2": {"report"},
+  "tensorboardX": {"store.metrics_log"},
 }
 WITHOUT_JAX = {
   *("errors", "validation", "config", "arguments", "exits", "data", "plots", "checking", "scoring"),
@@ -60,7 +62,7 @@ JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MAY_COMPILE = {"program", "lstm.choice", "training.skipgram"}
 COMPILERS = {"jit", "pjit", "pmap"}
 
-MAX_LINES = 8_945
+MAX_LINES = 9_496
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 MAX_CONSTRUCTOR_ARGUMENTS = 5
@@ -295,7 +297,9 @@ def test_every_imported_package_is_declared():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
   requirements = project["dependencies"]
   requirements += [
-    requirement for name in ("compare", "serve") for requirement in project["optional-dependencies"][name]
+    requirement
+    for name in ("compare", "serve", "tensorboard")
+    for requirement in project["optional-dependencies"][name]
   ]
   declared = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
   packages = {name.split(".")[0] for module in MODULES for name in imported(read(module))}

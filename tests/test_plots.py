@@ -2,13 +2,12 @@
 
 import math
 import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+import re
 
+import matplotlib
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from imdb_jax import plots
@@ -26,25 +25,20 @@ def epoch(number: int, *means: float, seeds: tuple[tuple[float, ...], ...] = ())
 ONE = epoch(1, 0.5, 0.5, 0.5, 0.5)
 
 
-def test_a_run_in_its_first_epoch(tmp_path):
+def test_a_run_in_its_first_epoch():
   with pytest.raises(UsageError, match="run: no epoch has been finished yet"):
-    plots.plot_history([], "run", tmp_path / "history.png")
-  assert not (tmp_path / "history.png").exists()
+    plots.history([], "run")
 
 
-def axes_drawn_by(plot: Callable[..., None], *arguments) -> list[Axes]:
-  """Plot without writing a file, and return the axes."""
-  figures = []
-  with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-    patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    plot(*arguments, Path(folder) / "figure.png")
-  figures[0].draw_without_rendering()
-  return figures[0].axes
+def draw(figure: Figure) -> list[Axes]:
+  """Draw a figure without writing a file, and return its axes."""
+  figure.draw_without_rendering()
+  return figure.axes
 
 
-def axes_of(history: list[dict], title: str = "run") -> list[Axes]:
+def axes_of(history: list[dict], title: str = "run", **options) -> list[Axes]:
   """Return the axes of accuracy and loss of a run."""
-  return axes_drawn_by(plots.plot_history, history, title)
+  return draw(plots.history(history, title, **options))
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 10, 100])
@@ -57,23 +51,39 @@ def test_epochs_are_counted_in_whole_numbers(num_epochs):
     assert all(tick.is_integer() for tick in ticks)
 
 
-def test_the_range_of_the_seeds_is_visible_after_one_epoch():
-  seeds = ((0.4, 0.3, 0.2, 0.1), (0.6, 0.7, 0.8, 0.9), (0.5, 0.5, 0.5, 0.5))
-  accuracy, loss = axes_of([epoch(1, 0.5, 0.5, 0.5, 0.5, seeds=seeds)])
-  for axes, ranges in ((loss, ((0.4, 0.6), (0.2, 0.8))), (accuracy, ((0.3, 0.7), (0.1, 0.9)))):
-    lines = [
-      segment.tolist()
-      for each in axes.collections
-      if isinstance(each, LineCollection)
-      for segment in each.get_segments()
-    ]
-    assert lines == [[[1, low], [1, high]] for low, high in ranges]
+def points(axes: Axes) -> list[list]:
+  """Return the points of each line."""
+  return [line.get_xydata().tolist() for line in axes.lines]
 
 
-def test_one_seed_has_no_range():
+def test_seeds_are_thin_and_their_ensemble_is_bold():
+  seeds = ((0.4, 0.3, 0.2, 0.1), (0.6, 0.7, 0.8, 0.9))
+  accuracy, loss = axes_of([epoch(1, 0.5, 0.5, 0.5, 0.55, seeds=seeds), epoch(2, 0.5, 0.5, 0.5, 0.65, seeds=seeds)])
+  assert points(accuracy)[:3] == [[[1, 0.3], [2, 0.3]], [[1, 0.7], [2, 0.7]], [[1, 0.5], [2, 0.5]]]
+  assert points(accuracy)[3:6] == [[[1, 0.1], [2, 0.1]], [[1, 0.9], [2, 0.9]], [[1, 0.55], [2, 0.65]]]
+  assert points(loss)[5] == [[1, 0.5], [2, 0.5]]
+  one, other, ensemble = (line.get_linewidth() for line in accuracy.lines[3:6])
+  assert one == other < ensemble / 2
+
+
+def test_the_seeds_of_a_single_epoch_are_visible():
+  seeds = ((0.4, 0.3, 0.2, 0.1), (0.6, 0.7, 0.8, 0.9))
+  accuracy, _ = axes_of([epoch(1, 0.5, 0.5, 0.5, 0.5, seeds=seeds)])
+  assert all(line.get_marker() not in ("", "None") for line in accuracy.lines)
+
+
+def test_one_seed_has_one_line_each_and_a_mark_at_the_best():
   for axes in axes_of([ONE]):
-    assert not axes.collections
-    assert "seeds" not in axes.figure.get_suptitle()
+    assert points(axes) == [[[1, 0.5]]] * 3
+
+
+def test_the_article_is_dotted_over_its_own_epochs():
+  reference = {"accuracy": [0.1, 0.2, 0.3], "val_accuracy": [0.4, 0.5, 0.6]}
+  accuracy, loss = axes_of([ONE], validation="test", reference=reference)
+  assert points(accuracy)[1] == [[1, 0.1], [2, 0.2], [3, 0.3]]
+  labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
+  assert labels == ["training", "article, training", "test", "article, test"]
+  assert len(loss.lines) == 3
 
 
 def test_the_best_value_is_written_beside_the_curve():
@@ -107,7 +117,7 @@ def test_any_name_of_a_run_fits_its_title(name):
 
 @pytest.mark.filterwarnings("error")
 def test_a_name_that_the_font_lacks_gives_no_warning(tmp_path):
-  plots.plot_history([ONE], "映画", tmp_path / "history.png")
+  plots.save(plots.history([ONE], "映画"), tmp_path / "history.png")
   assert (tmp_path / "history.png").exists()
 
 
@@ -115,14 +125,14 @@ def test_a_name_that_the_font_lacks_gives_no_warning(tmp_path):
   ("name", "start"), [("a.png", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")]
 )
 def test_the_suffix_of_the_file_is_its_format(name, start, tmp_path):
-  plots.plot_history([ONE], "run", tmp_path / name)
+  plots.save(plots.history([ONE], "run"), tmp_path / name)
   assert (tmp_path / name).read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a"])
 def test_other_formats_are_refused(name, tmp_path):
   with pytest.raises(UsageError, match=f"{name}: its name must end in one of .png, .pdf, .svg"):
-    plots.plot_history([ONE], "run", tmp_path / name)
+    plots.save(plots.history([ONE], "run"), tmp_path / name)
   assert not (tmp_path / name).exists()
 
 
@@ -132,61 +142,72 @@ def test_what_is_in_the_way_is_replaced_and_not_written_through(tmp_path):
   # The second is left behind by a process that was killed.
   for link in (output, tmp_path / "history.png.new"):
     link.hardlink_to(outside)
-    plots.plot_history([ONE], "run", output)
+    plots.save(plots.history([ONE], "run"), output)
     assert output.read_bytes().startswith(b"\x89PNG")
     assert outside.read_text() == "dear"
   output.unlink()
   os.mkfifo(output)
   # Opening the pipe would wait for its reader.
-  plots.plot_history([ONE], "run", output)
+  plots.save(plots.history([ONE], "run"), output)
   assert output.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_link_is_not_followed(tmp_path):
   (tmp_path / "history.png").symlink_to(tmp_path / "elsewhere")
   with pytest.raises(UsageError, match=r"history\.png: is a link"):
-    plots.plot_history([ONE], "run", tmp_path / "history.png")
+    plots.save(plots.history([ONE], "run"), tmp_path / "history.png")
   assert not (tmp_path / "elsewhere").exists()
 
 
-def test_models_are_points_of_their_training_time_and_accuracy():
-  (axes,) = axes_drawn_by(plots.plot_accuracy_by_time, [("slow", 700.0, 0.85, 0.05), ("quick", 7.0, 0.91, 0.0)])
+def test_an_element_of_a_page_has_no_fixed_colour_and_no_names_of_its_own():
+  """A name that occurs twice in a page would be ambiguous."""
+  text = plots.svg(plots.history([ONE], "run"))
+  assert text.startswith("<svg")
+  assert "var(--accent, #2563a8)" in text
+  assert not re.findall("(?<!, )#(?:1d1d1b|6b6b66|e3e3dd|2563a8|b8561f)", text)
+  names = {*re.findall('id="([^"]*)"', text)}
+  assert not {"figure_1", "axes_1"} & names
+  assert {*re.findall(r"url\(#([^)]*)\)", text), *re.findall('href="#([^"]*)"', text)} <= names
+
+
+def test_the_style_does_not_outlive_a_figure():
+  before = dict(matplotlib.rcParams)
+  plots.svg(plots.history([ONE], "run"))
+  assert dict(matplotlib.rcParams) == before
+
+
+def test_curves_of_rates_are_shown_in_a_square_from_0_to_1():
+  (axes,) = draw(plots.curves([("one", [0.5, 1], [0.25, 1], plots.ACCENT)], "Title", "x", "y", "diagonal"))
+  assert points(axes) == [[[0, 0], [1, 1]], [[0.5, 0.25], [1, 1]]]
+  assert axes.get_xlim() == axes.get_ylim() == (-0.01, 1.01)
+  assert axes.get_aspect() == 1
+
+
+def test_models_are_points_of_their_training_time_with_a_legend_outside():
+  shown = [
+    (name * 30, seconds, accuracy, {"marker": "o"})
+    for name, seconds, accuracy in (("slow", 700.0, 85.0), ("$x_{", 7.0, 91.0), ("c", 50.0, 90.0))
+  ]
+  figure = plots.curves(shown, "Title", "seconds", "accuracy (%)", "log")
+  (axes,) = draw(figure)
   assert axes.get_xscale() == "log"
-  points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
-  assert points == [[[7, pytest.approx(91)]], [[700, pytest.approx(85)]]]
-  (bar,) = [segment.tolist() for each in axes.collections for segment in each.get_segments()]
-  assert bar == [[700, pytest.approx(80)], [700, pytest.approx(90)]]
-
-
-@pytest.mark.parametrize("size", [5, 40])
-def test_the_legend_names_the_models_from_the_best_to_the_worst(size):
-  (axes,) = axes_drawn_by(plots.plot_accuracy_by_time, [("b" * size, 1.0, 0.5, 0.0), ("a" * size, 2.0, 0.6, 0.0)])
-  (legend,) = axes.figure.legends
-  assert [text.get_text() for text in legend.get_texts()] == ["a" * size, "b" * size]
-  assert axes.figure.bbox.containsx(legend.get_window_extent().x1)
+  assert points(axes) == [[[700, 85]], [[7, 91]], [[50, 90]]]
+  (legend,) = figure.legends
   assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
-def test_learning_curves_have_the_mean_and_the_range_of_the_seeds():
-  curves = {"lstm": [[0.5, 0.7, 0.8], [0.7, 0.9, 0.8]], "fast": [[0.9]]}
-  lstm, fast = axes_drawn_by(plots.plot_learning_curves, curves)
-  assert [lstm.get_title(), fast.get_title()] == ["lstm", "fast"]
-  assert lstm.lines[-1].get_xydata().tolist() == [
-    [1, pytest.approx(60)],
-    [2, pytest.approx(80)],
-    [3, pytest.approx(80)],
-  ]
-  assert fast.lines[-1].get_xydata().tolist() == [[1, 90]]
-  bars = [segment.tolist() for segment in lstm.collections[0].get_segments()]
-  assert bars == [
-    [[1, pytest.approx(50)], [1, pytest.approx(70)]],
-    [[2, pytest.approx(70)], [2, pytest.approx(90)]],
-    [[3, pytest.approx(80)], [3, pytest.approx(80)]],
-  ]
-  assert lstm.get_ylim() == fast.get_ylim()
+def test_histograms_count_each_review_once():
+  values = {"a $": np.array([0.0, 0.01, 0.5, 1.0]), "b": np.array([0.99])}
+  (axes,) = draw(plots.histogram(values, "probability of a $"))
+  filled, _, other, _ = axes.patches
+  assert filled.get_data().values.tolist() == [2] + [0] * 19 + [1] + [0] * 18 + [1]
+  assert other.get_data().values.sum() == 1
 
 
-@pytest.mark.parametrize("num_models", [1, 4, 5, 9])
-def test_each_model_has_its_own_curves(num_models):
-  axes = axes_drawn_by(plots.plot_learning_curves, {f"model {number}": [[0.5, 0.6]] for number in range(num_models)})
-  assert [each.get_title() for each in axes] == [f"model {number}" for number in range(num_models)]
+def test_groups_have_rate_interval_and_count():
+  rows = np.array([[0.5, 1.0], [0.25, 0.75], [0.75, 1.0], [4, 12_345]])
+  (axes,) = draw(plots.groups(["1–2", "3"], rows, "Title", "words"))
+  assert points(axes) == [[[0, 50], [1, 100]]]
+  bars = [segment.tolist() for segment in axes.collections[0].get_segments()]
+  assert bars == [[[0, 25], [0, 75]], [[1, 75], [1, 100]]]
+  assert [label.get_text() for label in axes.get_xticklabels()] == ["1–2\n4", "3\n12,345"]

@@ -81,11 +81,13 @@ def test_rows_without_a_review_change_nothing():
 def test_sums_are_those_of_the_batch():
   labels, initial = make_split().labels[:32], gradient_descent().init()
   logits = model_logits(first_seed(jax.device_get(initial.params)), slice(32))
-  _, sums = gradient_and_sums(range(32))
+  gradient, sums = gradient_and_sums(range(32))
   np.testing.assert_allclose(sums["loss"], np.sum(np.logaddexp(0, logits) - logits * labels), rtol=1e-6)
   assert sums["correct"] == np.sum((logits > 0) == labels)
   assert sums["weight"] == 32
   assert sums["is_finite"] == 1
+  squares = sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient))
+  np.testing.assert_allclose(sums["grad_norm"], np.sqrt(squares), rtol=1e-4)
 
 
 def test_predictions_are_those_of_the_model():

@@ -3,7 +3,7 @@
 settings.json       digests of the reviews
 ROW-seedN.json      a result, see `imdb_jax.comparison.results`
 ROW-seedN/          the run of a recurrent model
-comparison.md, .json, accuracy_by_time.png, learning_curves.png, disagreements.md
+comparison.html, .md, .json
 lock                held by a running comparison
 """
 

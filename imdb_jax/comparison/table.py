@@ -10,14 +10,15 @@ from imdb_jax import plots
 from imdb_jax.comparison import statistics
 from imdb_jax.comparison.results import Result
 from imdb_jax.config import Config
-from imdb_jax.data.reviews import POSITIVE, Reviews
+from imdb_jax.data.reviews import CLASSES, Reviews
 from imdb_jax.errors import printable
+from imdb_jax.report import page as report
 from imdb_jax.store import files
 from imdb_jax.training.console import Console
 
 # The row that the others are compared with.
 REFERENCE = "lstm"
-_NUM_DISAGREEMENTS = 20
+_NUM_DISAGREEMENTS, _MAX_TEXT = 20, 4000
 
 Row = dict[str, Any]
 
@@ -36,7 +37,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
   ("n", "accuracies", lambda row: str(len(row["accuracies"]))),
   ("Acc. %", "accuracy", lambda row: f"{100 * row['accuracy']:.2f}"),
   ("±", "accuracy_std", lambda row: f"{100 * row['accuracy_std']:.2f}"),
-  (f"vs {REFERENCE}", "difference", lambda row: _difference(100 * row["difference"], *row["interval"])),
+  ("vs {}", "difference", lambda row: _difference(100 * row["difference"], *row["interval"])),
   ("Train", "train_seconds", lambda row: _number(row["train_seconds"])),
   ("Loss", "loss", lambda row: f"{row['loss']:.3f}"),
   ("ECE", "calibration_error", lambda row: f"{100 * row['calibration_error']:.1f}"),
@@ -49,9 +50,10 @@ def _difference(points: float, low: float, high: float) -> str:
   return f"{points:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
-  shown = [["-" if row[field] is None else form(row) for _, field, form in _COLUMNS] for row in rows]
-  return [[heading for heading, _, _ in _COLUMNS], *shown]
+def _cells(rows: Sequence[Row], reference: str = REFERENCE) -> list[list[str]]:
+  columns = [each for each in _COLUMNS if any(row[each[1]] is not None for row in rows)] if rows else _COLUMNS
+  shown = [["-" if row[field] is None else form(row) for _, field, form in columns] for row in rows]
+  return [[heading.format(reference) for heading, _, _ in columns], *shown]
 
 
 def lines(rows: Sequence[Row], failures: Mapping[str, Any], width: int | None = None) -> list[str]:
@@ -66,17 +68,6 @@ def lines(rows: Sequence[Row], failures: Mapping[str, Any], width: int | None = 
   found += [f"{name.ljust(sizes[0])}  failed: {printable(str(error))}" for name, error in failures.items()]
   hidden = ", ".join(cells[0][num_shown:])
   return [*found, f"Too narrow for {hidden}: see comparison.md"] if hidden else found
-
-
-def markdown(rows: Sequence[Row], failures: Mapping[str, Any]) -> str:
-  """Return the table as Markdown."""
-  heading, *others = _cells(rows)
-  failed = [
-    [name, "", "failed: " + printable(str(error)).replace("|", "\\|"), *[""] * (len(_COLUMNS) - 3)]
-    for name, error in failures.items()
-  ]
-  rule = ["---", *["---:"] * (len(_COLUMNS) - 1)]
-  return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *others, *failed))
 
 
 def write(
@@ -111,38 +102,57 @@ def write(
   summary |= {"num_reviews": len(reviews), "num_copies": int(is_copy.sum()), "rows": rows, "computed_on": machines}
   failed = {row: str(error) for row, error in failures.items()}
   files.write_json(run_dir / "comparison.json", summary | {"failures": failed})
-  parts = ["# Comparison of models", markdown(rows, failures), *notes]
-  points = [
-    (row["name"], row["train_seconds"], row["accuracy"], row["accuracy_std"] or 0)
-    for row in rows
-    if row["train_seconds"] > 0
-  ]
-  if points:
-    plots.plot_accuracy_by_time(points, run_dir / "accuracy_by_time.png")
-    parts.append("![Accuracy against training time](accuracy_by_time.png)")
-  curves = {row: [result.val_accuracy for result in each] for row, each in results.items() if each[0].val_accuracy}
-  if curves:
-    plots.plot_learning_curves(curves, run_dir / "learning_curves.png")
-    parts.append("![Accuracy by epoch, with the range of the seeds; the other models in gray](learning_curves.png)")
-  files.write(run_dir / "comparison.md", "\n\n".join(parts) + "\n")
-  if results:
-    files.write(run_dir / "disagreements.md", disagreements(results, reviews))
-  console.line(f"\nWritten to {run_dir}: comparison.md and .json, disagreements.md, figures")
+  context = {"title": "Comparison of models", "notes": notes, "failures": failures, "reference": REFERENCE}
+  files.write(run_dir / "comparison.md", report.render("comparison.md", cells=_cells(rows), **context))
+  text = page(rows, results, reviews.labels, lambda row: printable(reviews.texts[row][:_MAX_TEXT]), **context)
+  files.write(run_dir / "comparison.html", text)
+  console.line(f"\nWritten to {run_dir}: comparison.html, .md and .json")
 
 
-def disagreements(results: Mapping[str, Sequence[Result]], reviews: Reviews) -> str:
-  """Return as Markdown the reviews on which the rows disagree most: whose probabilities vary most over the rows."""
-  probabilities = [special.expit([result.logits for result in each]).mean(axis=0) for each in results.values()]
-  is_right = {row: statistics.correctness(each, reviews.labels) > 0.5 for row, each in results.items()}
-  parts = [
-    "# Where the models disagree",
-    "The reviews for which the probabilities of the models vary most. A row with several seeds is right if most of its "
-    "models are. Reviews are numbered in the order of their SHA-256, from 0.",
+def page(
+  rows: Sequence[Row],
+  results: Mapping[str, Sequence[Result]],
+  labels: np.ndarray,
+  excerpt: Callable[[int], str],
+  **context: Any,
+) -> str:
+  """Return the page about models on the same reviews, whose texts `excerpt` returns.
+
+  `context` has the title, the notes, the failures, and the name of the reference.
+  """
+  styles = {name: {"color": f"C{place % 10}", "marker": "o"} for place, name in enumerate(results)}
+  timed = [row for row in rows if row["train_seconds"] > 0]
+  points = [(row["name"], row["train_seconds"], 100 * row["accuracy"], styles[row["name"]]) for row in timed]
+  learnt = {row: [each.val_accuracy for each in models] for row, models in results.items() if models[0].val_accuracy}
+  means = {row: 100 * np.mean(each, axis=0) for row, each in learnt.items()}
+  curves = [(row, range(1, len(mean) + 1), mean, styles[row]) for row, mean in means.items()]
+  time, epochs = ("Accuracy and training time", "seconds to train"), ("Validation accuracy by epoch", "epoch")
+  figures = [plots.curves(points, *time, "accuracy (%)", "log")] if points else []
+  figures += [plots.curves(curves, *epochs, "accuracy (%)")] if curves else []
+  return report.render(
+    "comparison.html",
+    **context,
+    rows=rows,
+    cells=_cells(rows, context["reference"]),
+    num_reviews=len(labels),
+    figures=[plots.svg(figure) for figure in figures],
+    disagreements=disagreements(results, labels, excerpt) if len(results) > 1 else [],
+  )
+
+
+def disagreements(
+  results: Mapping[str, Sequence[Result]], labels: np.ndarray, excerpt: Callable[[int], str]
+) -> list[dict[str, Any]]:
+  """Return the reviews on which the rows disagree most: whose probabilities of "positive" vary most over the rows."""
+  means = {row: special.expit([result.logits for result in each]).mean(axis=0) for row, each in results.items()}
+  is_right = {row: statistics.correctness(each, labels) > 0.5 for row, each in results.items()}
+  order = np.argsort(-np.std([*means.values()], axis=0), kind="stable")[:_NUM_DISAGREEMENTS]
+  return [
+    {
+      "number": index,
+      "label": CLASSES[labels[index]],
+      "answers": [(row, float(mean[index]), bool(is_right[row][index])) for row, mean in means.items()],
+      "text": excerpt(index),
+    }
+    for index in order.tolist()
   ]
-  for index in np.argsort(-np.std(probabilities, axis=0), kind="stable")[:_NUM_DISAGREEMENTS]:
-    right, wrong = (", ".join(row for row in results if is_right[row][index] == wanted) for wanted in (True, False))
-    label = "positive" if reviews.labels[index] == POSITIVE else "negative"
-    parts.append(f"## Review {index}: {label}\n\nRight: {right or 'none'}. Wrong: {wrong or 'none'}.")
-    # An indented text is shown as it is, whatever marks it holds.
-    parts.append(f"    {printable(reviews.texts[index][:200])}")
-  return "\n\n".join(parts) + "\n"

@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from imdb_jax.data import imdb
 from imdb_jax.data.reviews import Reviews, canonical
 from imdb_jax.errors import DataError
@@ -40,7 +42,7 @@ MAX_DECODER_BYTES = 2**27
 
 _FOLDERS = ("train", "train/neg", "train/pos", "train/unsup", "test", "test/neg", "test/pos", "test/unsup")
 # A review, with its number and rating; or a urls file, which has the film of each review.
-_MEMBER = re.compile(r"aclImdb/(train|test)/(?:(pos|neg|unsup)/([0-9]{1,9})_[0-9]+|urls_(pos|neg|unsup))\.txt")
+_MEMBER = re.compile(r"aclImdb/(train|test)/(?:(pos|neg|unsup)/([0-9]{1,9})_([0-9]{1,9})|urls_(pos|neg|unsup))\.txt")
 _FILM = re.compile(rb"/title/tt([0-9]{1,9})(?:/|$)")
 _BLOCK, _PIECE = 512, 2**20
 # Types of extended headers: PAX, and long names of GNU. No name in this dataset is long enough to need one.
@@ -69,31 +71,32 @@ def read_archive(
     DataError: the archive is missing, unreadable, damaged, unsafe or incomplete.
   """
   counts: collections.Counter[str] = collections.Counter()
-  found: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
+  found: dict[str, list[tuple[int, int, str]]] = collections.defaultdict(list)
   urls: dict[str, list[bytes]] = {}
   # Closed here: a generator that is abandoned on an error would keep its file open.
   with _clear_errors(path), contextlib.closing(_members(path)) as members:
     for member, read in members:
-      kind, is_review = f"{member[1]}/{member[2] or member[4]}", member[2] is not None
+      kind, is_review = f"{member[1]}/{member[2] or member[5]}", member[2] is not None
       counts[kind] += is_review
       if imdb.KINDS.get(kind, ("",))[0] not in splits:
         continue
       if is_review:
         # The stock tfds builder strips texts too, so that both sources agree. It changes no official review.
-        found[kind].append((int(member[3]), read().strip().decode("utf-8", "replace")))
+        found[kind].append((int(member[3]), int(member[4]), read().strip().decode("utf-8", "replace")))
       else:
         urls[kind] = read().splitlines()
     imdb.check_counts(counts, expected)
     return {split: _reviews(split, found, urls) for split in splits}
 
 
-def _reviews(split: str, found: Mapping[str, list[tuple[int, str]]], urls: Mapping[str, list[bytes]]) -> Reviews:
+def _reviews(split: str, found: Mapping[str, list[tuple[int, int, str]]], urls: Mapping[str, list[bytes]]) -> Reviews:
   kinds = [kind for kind in imdb.KINDS if imdb.KINDS[kind][0] == split]
-  rows = [(kind, number, text) for kind in kinds for number, text in found[kind]]
+  rows = [(kind, *review) for kind in kinds for review in found[kind]]
   films = None
   if all(kind in urls for kind in kinds):
-    films = [_film(kind, urls[kind], number) for kind, number, _ in rows]
-  return canonical([text for _, _, text in rows], [imdb.KINDS[kind][1] for kind, _, _ in rows], films)
+    films = [_film(kind, urls[kind], number) for kind, number, _, _ in rows]
+  labels, stars = [imdb.KINDS[kind][1] for kind, *_ in rows], np.array([stars for _, _, stars, _ in rows], np.int32)
+  return canonical([text for *_, text in rows], labels, films, stars=stars)
 
 
 def _film(kind: str, lines: list[bytes], number: int) -> int:

@@ -23,12 +23,14 @@ class Reviews:
     groups: int32[n], or None if unknown. A held-out part shares no group with the rest. In IMDB, a group is a film.
       Those of own texts are hashes, uint64[n].
     classes: names of the labels 0, 1, ...
+    stars: int32[n], the ratings from 1 to 10 by which IMDB's reviews were labelled, or None if unknown.
   """
 
   texts: tuple[str, ...]
   labels: np.ndarray
   groups: np.ndarray | None = None
   classes: tuple[str, ...] = CLASSES
+  stars: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.texts)
@@ -50,9 +52,9 @@ class Reviews:
   def take(self, rows: Iterable[int]) -> "Reviews":
     """Return the reviews at `rows`, in that order."""
     rows = np.asarray(list(rows), np.int64)
-    groups = None if self.groups is None else self.groups[rows]
+    groups, stars = (None if each is None else each[rows] for each in (self.groups, self.stars))
     texts = tuple(self.texts[row] for row in rows)
-    return dataclasses.replace(self, texts=texts, labels=self.labels[rows], groups=groups)
+    return dataclasses.replace(self, texts=texts, labels=self.labels[rows], groups=groups, stars=stars)
 
 
 def named(classes: Sequence[str]) -> bytes:
@@ -65,6 +67,8 @@ def canonical(
   labels: Sequence[int],
   groups: Sequence[int] | np.ndarray | None = None,
   classes: tuple[str, ...] = CLASSES,
+  *,
+  stars: np.ndarray | None = None,
 ) -> Reviews:
   """Sort reviews by the SHA-256 of their text, then by label and group.
 
@@ -74,7 +78,8 @@ def canonical(
   digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
   order = sorted(range(len(texts)), key=lambda i: (digests[i], labels[i], 0 if groups is None else groups[i]))
   array = groups if groups is None or isinstance(groups, np.ndarray) else np.asarray(groups, np.int32)
-  return Reviews(texts=tuple(texts), labels=np.asarray(labels, np.int32), groups=array, classes=classes).take(order)
+  numbers = np.asarray(labels, np.int32)
+  return Reviews(texts=tuple(texts), labels=numbers, groups=array, classes=classes, stars=stars).take(order)
 
 
 def content(splits: Mapping[str, Reviews]) -> str:

@@ -16,24 +16,59 @@ from imdb_jax.store import files, run_directory
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 # Fields of an epoch's line. It also has `seeds`, a list of the seeds' own METRICS.
+_STEP_FIELDS = ("epoch", "step", "loss", "accuracy")
+# Lines of steps have these since imdb_jax 0.5.
+_MORE_STEP_FIELDS = ("time", "learning_rate", "grad_norm", "reviews_per_second")
 EPOCH_FIELDS = ("epoch", "step", *METRICS, "seconds", "evaluation_seconds")
 # Type and largest value of each number: steps are counted in int32, and losses are means of float32 values.
 _RANGES = {
   **dict.fromkeys(("epoch", "step", "seed"), (int, 2**31)),
   **dict.fromkeys(("loss", "val_loss"), (float, 1e39)),
   **dict.fromkeys(("accuracy", "val_accuracy"), (float, 1)),
-  **dict.fromkeys(("seconds", "evaluation_seconds"), (float, 1e10)),
+  **dict.fromkeys(("seconds", "evaluation_seconds", "time", "reviews_per_second"), (float, 1e10)),
+  **dict.fromkeys(("learning_rate", "grad_norm"), (float, 1e39)),
 }
 # Enough for an epoch's line with 1,024 seeds, the most that a run may have.
 _MAX_LINE_BYTES = 2**20
+MAX_STEP_LINES = 2000
 
 Line = dict[str, Any]
 
 
 def read_history(run_dir: Path) -> list[Line]:
-  """Return the lines of the finished epochs of a run, or raise UsageError if its files are damaged."""
-  config = run_directory.load_config(run_dir)
-  return [line for _, line in _read(run_dir / "metrics.jsonl", config) if line["kind"] == "epoch"]
+  """Return the lines of the finished epochs of a run; raise as `read` does."""
+  return read(run_dir)[0]
+
+
+def read(run_dir: Path) -> tuple[list[Line], list[Line]]:
+  """Return the lines of the finished epochs of a run, and up to `MAX_STEP_LINES` of the others, at equal distances.
+
+  Raises:
+    UsageError: a file of the run is damaged.
+  """
+  config, history, steps, distance = run_directory.load_config(run_dir), [], [], 1
+  num_steps = 0
+  for _, line in _read(run_dir / "metrics.jsonl", config):
+    if line["kind"] == "epoch":
+      history.append(line)
+      continue
+    if num_steps % distance == 0:
+      steps.append(line)
+    num_steps += 1
+    if len(steps) > MAX_STEP_LINES:
+      # The file may be longer than the memory allows.
+      steps, distance = steps[::2], 2 * distance
+  return history, steps
+
+
+def best_epoch(history: list[Line]) -> Line:
+  """Return the epoch with the highest validation accuracy, the first of equals: that of the best checkpoint."""
+  return max(history, key=lambda line: line["val_accuracy"])
+
+
+def decimal(value: float) -> str:
+  """Format a metric with four decimals, or with four digits if it is huge."""
+  return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:
@@ -72,7 +107,8 @@ def _is_valid(line: Any, seeds: range) -> bool:
   numbers = dict(line)
   kind, of_seeds = numbers.pop("kind", None), numbers.pop("seeds", None)
   if kind == "step":
-    return _are_numbers(numbers, ("epoch", "step", "loss", "accuracy"))
+    more = _MORE_STEP_FIELDS if "time" in numbers else ()
+    return _are_numbers(numbers, (*_STEP_FIELDS, *more))
   return (
     kind == "epoch"
     and _are_numbers(numbers, EPOCH_FIELDS)
@@ -117,8 +153,10 @@ class MetricsLog:
         self.history.append(line)
     if len(self.history) != num_epochs:
       raise CheckpointError(f"{path}: holds {len(self.history)} of the {num_epochs} epochs before step {step:,}.")
-    self._file, self._held = None, held
+    self._file, self._held, self._board = None, held, None
     if held is not None:
+      if config.runtime.tensorboard:
+        self._board = _summary_writer(config.run_dir / "tensorboard", step + 1)
       self._file = path.open("ab")
       held[path] = os.fstat(self._file.fileno())
       self._file.truncate(end)
@@ -130,6 +168,10 @@ class MetricsLog:
     if self._file is not None:
       self._file.write(json.dumps(line).encode() + b"\n")
       self._file.flush()
+    if self._board is not None:
+      for name in line.keys() - {"kind", "epoch", "step", "time", "seeds"}:
+        self._board.add_scalar(f"{line['kind']}/{name}", line[name], line["step"])
+      self._board.flush()
 
   def sync(self) -> None:
     """Flush the lines to the disk before a checkpoint is saved; raise UsageError if another trainer has the run."""
@@ -138,11 +180,22 @@ class MetricsLog:
       run_directory.require_held(self._held)
 
   def close(self) -> None:
-    """Close the file."""
+    """Close the files."""
+    if self._board is not None:
+      self._board.close()
     if self._file is not None:
       # A failed write has been reported by `write`.
       with contextlib.suppress(OSError):
         self._file.close()
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+  """Return a writer for TensorBoard, which hides what another trainer has written from `step` on."""
+  try:
+    import tensorboardX
+  except ImportError as error:
+    raise UsageError("--tensorboard: tensorboardX is missing: pip install 'imdb_jax[tensorboard]'.") from error
+  return tensorboardX.SummaryWriter(str(folder), purge_step=step)
 
 
 def write_csv(run_dir: Path, history: list[Line]) -> None:

@@ -6,7 +6,7 @@ classes.json     number of training texts by class, in the order of the labels; 
                  in older runs on IMDB
 provenance.json  digests of data and vocabulary; of each start of the trainer step, versions, devices, changed settings
 metrics.jsonl    one line every few steps and one per epoch, see `imdb_jax.store.metrics_log`
-history.csv, history.png, report.md
+history.csv, history.png, report.html, report.md
 checkpoints/, manifests/, damaged/     see `imdb_jax.store.checkpoints`
 lock             held by a running trainer
 
@@ -193,7 +193,7 @@ def check(run_dir: Path, *, digest: str | None = None, summary: str = "", precis
   Raises:
     DataError: the data differ.
   """
-  provenance = _provenance(run_dir)
+  provenance = load_provenance(run_dir)
   try:
     vocabulary_sha256 = files.sha256(run_dir / "vocab.json")
   except OSError as error:
@@ -215,7 +215,8 @@ def check(run_dir: Path, *, digest: str | None = None, summary: str = "", precis
     )
 
 
-def _provenance(run_dir: Path) -> dict[str, Any]:
+def load_provenance(run_dir: Path) -> dict[str, Any]:
+  """Return the digests of data and vocabulary, and the starts of the trainer."""
   path = run_dir / "provenance.json"
   value = read_json(path)
   for name, kind in {"data_digest": str, "vocabulary_sha256": str, "starts": list}.items():
@@ -240,7 +241,7 @@ def record_start(config: Config, facts: dict[str, Any]) -> list[str]:
 
   Changed settings are saved in config.json and returned, as by `differing_fields`.
   """
-  run_dir, provenance = config.run_dir, _provenance(config.run_dir)
+  run_dir, provenance = config.run_dir, load_provenance(config.run_dir)
   changed = differing_fields(load_config(run_dir), config)
   provenance["starts"].append({**facts, **({"changed": changed} if changed else {}), "versions": versions()})
   del provenance["starts"][1:-_MAX_STARTS]

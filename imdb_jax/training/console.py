@@ -12,11 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from imdb_jax.errors import UsageError
-
-
-def decimal(value: float) -> str:
-  """Format a number with four decimals, or with four digits if it is huge."""
-  return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
+from imdb_jax.store.metrics_log import decimal
 
 
 class _Output(RichConsole):

@@ -21,10 +21,11 @@ from imdb_jax.config import Config
 from imdb_jax.data import batches, sources, tokens
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
 from imdb_jax.processes import Interrupted, StopRequest
-from imdb_jax.program import Program, TrainState
-from imdb_jax.store import run_directory
+from imdb_jax.program import Program, TrainState, schedule
+from imdb_jax.report import page
+from imdb_jax.store import metrics_log, run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
-from imdb_jax.store.metrics_log import Line, MetricsLog
+from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch
 from imdb_jax.training import report, start
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
@@ -49,10 +50,13 @@ class FitResult:
   compile_seconds: float
   late_signal: signal.Signals | None
 
+  def _repr_html_(self) -> str:
+    return page.notebook(self.run_dir)
+
   @property
   def best(self) -> Line:
     """The epoch with the highest validation accuracy, which `Classifier.load` restores by default."""
-    return report.best_epoch(self.history)
+    return best_epoch(self.history)
 
 
 def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitResult:
@@ -110,7 +114,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
         if is_first:
           for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
             console.line(f"Changed {change}")
-        recorder = Recorder(config, console, log, saved.progress)
+        recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
         stack.callback(console.end_epoch)
         return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
     except OSError as error:
@@ -164,20 +168,29 @@ class _Trainer:
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
     self._saved_at = time.monotonic()
+    self._trace, self._traced_from = contextlib.ExitStack(), 0
+    # Of the best epoch, unless that was before the run was resumed.
+    self._answers: page.Answers | None = None
 
   def run(self, saved: Saved, state: TrainState) -> FitResult:
     """Train from a checkpoint to the end of the run."""
+    with self._trace:
+      return self._run(saved, state)
+
+  def _run(self, saved: Saved, state: TrainState) -> FitResult:
     self._step, self._state = saved.step, state
     seconds = saved.progress.get("seconds", 0.0)
     if type(seconds) is not float or not 0 <= seconds < 1e9:
       raise CheckpointError(f"Step {saved.step:,}: the checkpoint's progress has invalid seconds.")
     console, history = self._recorder.console, self._recorder.log.history
-    is_over = self._is_over()
+    is_over, page_path = self._is_over(), self._config.run_dir / "report.html"
     if is_over:
       console.line("Nothing is left to train")
     elif self._config.runtime.init_from is not None and self._checkpoints.is_empty():
       # From now on, the result does not depend on the other run.
       self._save({"seconds": seconds}, score=None)
+    if not is_over and jax.process_index() == 0:
+      page_path.unlink(missing_ok=True)
     compile_seconds = 0.0 if is_over else self._compile()
     try:
       while not is_over:
@@ -196,8 +209,12 @@ class _Trainer:
       ) from error
     console.end_epoch()
     if jax.process_index() == 0:
-      report.write(self._config, history)
-    report.show(self._config, history, console)
+      metrics_log.write_csv(self._config.run_dir, history)
+      # A report of all epochs may be one of `imdb-jax report`, which has more.
+      if not page_path.exists():
+        notes = [] if self._answers else ["All that depends on reviews: imdb-jax report computes it."]
+        page.write(self._config, self._program.task, self._answers, notes)
+    console.line("\n".join(page.summary(self._config, history)))
     return FitResult(
       run_dir=self._config.run_dir, history=history, compile_seconds=compile_seconds, late_signal=self._stop.signal
     )
@@ -252,6 +269,7 @@ class _Trainer:
       done = self._step - first_step
       if done == len(rows):
         break
+      self._profile()
       number, is_due = self._poll() if dispatch % poll_every == 0 else (None, False)
       is_due |= runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0
       # The first step of an epoch, or of a resumed run, is saved already.
@@ -269,6 +287,18 @@ class _Trainer:
       self._step += num_steps
     self._recorder.flush()
     self._evaluate(time.perf_counter() - started, poll_every)
+
+  def _profile(self) -> None:
+    """Trace the steps of `--profile`, from the first dispatch of this process."""
+    num_steps, self._traced_from = self._config.runtime.profile, self._traced_from or self._step + 1
+    if num_steps is None or jax.process_index() > 0:
+      return
+    if self._step + 1 == self._traced_from:
+      folder = self._config.run_dir / "profile"
+      self._trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
+    elif self._step + 1 >= self._traced_from + num_steps:
+      jax.block_until_ready(self._state)
+      self._trace.close()
 
   def _evaluate(self, seconds: float, poll_every: int) -> None:
     """Evaluate at the end of an epoch, write the epoch's line and save."""
@@ -288,6 +318,10 @@ class _Trainer:
     # Not on the test reviews, which are for reporting.
     is_held_out = self._config.data.validation == "split"
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out else {}
+    if line is best_epoch(self._recorder.log.history):
+      name, words = "validation" if is_held_out else "test", self._data.vocabulary
+      temperature = progress.get("temperature", 1.0)
+      self._answers = page.Answers(split=name, encoded=split, logits=logits, temperature=temperature, vocabulary=words)
     self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:

@@ -6,6 +6,7 @@ of one process can deadlock (jaxlib 0.10.2): calls that wait for a free slot occ
 """
 
 import math
+import time
 from typing import Any
 
 import jax
@@ -56,9 +57,10 @@ class Sums:
 class Recorder:
   """Sums of metrics that feed `console` and `log`. Reading a non-finite step raises DivergenceError."""
 
-  def __init__(self, config: Config, console: Console, log: MetricsLog, progress: dict[str, Any]):
-    """Continue from the `progress` of a checkpoint; {} for a new run."""
+  def __init__(self, config: Config, console: Console, log: MetricsLog, progress: dict[str, Any], learning_rate: Any):
+    """Continue from the `progress` of a checkpoint; {} for a new run. `learning_rate` is a `program.schedule`."""
     self.console, self.log, self._config = console, log, config
+    self._learning_rate: Any = learning_rate if callable(learning_rate) else lambda step: learning_rate
     self._seeds = config.training.seeds
     num_seeds = len(self._seeds)
     try:
@@ -75,6 +77,7 @@ class Recorder:
   def start_epoch(self, epoch: int, step: int, num_steps: int) -> None:
     """Start or continue an epoch of `num_steps` steps, `step` steps into the run."""
     self._epoch, self._num_steps, self._num_reviews = epoch, num_steps, 0
+    self._logged = time.time(), 0
     self._first_step = (epoch - 1) * num_steps
     self.console.start_epoch(epoch, self._config.training.epochs, num_steps=num_steps, done=step - self._first_step)
 
@@ -102,7 +105,7 @@ class Recorder:
       self._add(step, {name: value[:, i] for name, value in values.items()})
 
   def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
-    is_finite = values["is_finite"] > 0
+    is_finite, grad_norm = values["is_finite"] > 0, float(values["grad_norm"].mean())
     self._num_skipped = (self._num_skipped + 1) * ~is_finite
     if not is_finite.all():
       self._skip(step, values["loss"])
@@ -113,7 +116,14 @@ class Recorder:
     done = step - self._first_step
     is_logged = step % self._config.runtime.log_every == 0 or done == self._num_steps
     if is_logged:
-      self.log.write({"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means()})
+      (before, num_before), now = self._logged, time.time()
+      line = {"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means(), "time": round(now, 3)}
+      # As in the steps themselves, optax mixes types.
+      with jax.numpy_dtype_promotion("standard"):
+        line |= {"learning_rate": float(self._learning_rate(step - 1)), "grad_norm": grad_norm}
+      line["reviews_per_second"] = round((self._num_reviews - num_before) / max(now - before, 1e-6), 1)
+      self.log.write(line)
+      self._logged = now, self._num_reviews
       self._window_sums = Sums({}, len(self._seeds))
     self.console.show_step(done, self._epoch_sums.means(), self._num_reviews, is_logged=is_logged)
 

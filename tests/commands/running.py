@@ -49,7 +49,7 @@ def assert_one_clear_line(result: Result, exit_code: int, *words: str) -> None:
 def history(run_dir: Path) -> list[dict]:
   """Return the lines of metrics.jsonl without their times."""
   lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-  return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+  return [{name: value for name, value in line.items() if "second" not in name and name != "time"} for line in lines]
 
 
 def copy_of(run_dir: Path, folder: Path) -> Path:

@@ -39,7 +39,7 @@ def test_a_figure_that_is_a_hard_link_is_replaced(trained, tmp_path, call):
   assert outside.read_text() == "dear"
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "history.csv", "history.png", "report.md"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "history.csv", "history.png", "report.html", "report.md"])
 @pytest.mark.parametrize("target", [None, "/dev/zero", "/etc/passwd", "outside"])
 def test_pipes_and_links_are_refused_before_anything_is_read(name, target, trained, tmp_path, call):
   (tmp_path / "outside").write_text("dear")

@@ -22,7 +22,7 @@ def test_a_run_directory_is_self_contained(trained):
   names = {path.name for path in trained.iterdir()}
   assert names == {
     "config.json", "classes.json", "vocab.json", "provenance.json", "metrics.jsonl", "history.csv", "history.png",
-    "report.md", "checkpoints", "manifests", "lock",
+    "report.html", "report.md", "checkpoints", "manifests", "lock",
   }  # fmt: skip
   assert (trained / "history.png").read_bytes().startswith(b"\x89PNG")
   assert "Last epoch" in (trained / "report.md").read_text()

@@ -21,6 +21,7 @@ from imdb_jax.data import sample, sources, tokens
 from imdb_jax.data.reviews import canonical
 from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.processes import Interrupted
+from imdb_jax.report import page
 from imdb_jax.training import report
 
 # Models are trained. The command is tested in tests/commands/test_compare.py.
@@ -100,10 +101,9 @@ def test_the_written_table_states_reviews_machine_and_versions(finished):
   text = (finished / "comparison.md").read_text()
   for words in ("60 test reviews of sample", "cores, python 3.", f"jax {jax.__version__}", "paired bootstrap"):
     assert words in text
-  for name in ("accuracy_by_time.png", "learning_curves.png"):
-    assert f"({name})" in text
-    assert (finished / name).read_bytes().startswith(b"\x89PNG")
-  assert (finished / "disagreements.md").read_text().count("## Review ") == 20
+  page = (finished / "comparison.html").read_text()
+  assert page.count("<svg") == 2
+  assert page.count("label: ") == 20
 
 
 def test_a_finished_comparison_computes_nothing(copied, computed):
@@ -153,13 +153,13 @@ def test_a_row_that_was_interrupted_continues(finished, tmp_path, computed, monk
 
 
 def test_a_signal_during_the_last_epoch_stops_before_the_next_row(tmp_path, computed, monkeypatch):
-  write = report.write
+  write = page.write
 
-  def write_then_stop(config, history):
-    write(config, history)
+  def write_then_stop(*arguments):
+    write(*arguments)
     os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(report, "write", write_then_stop)
+  monkeypatch.setattr(page, "write", write_then_stop)
   with pytest.raises(Interrupted) as stop:
     rows.compare(base(tmp_path / "run"), ["lstm", "fast"])
   assert stop.value.signal == signal.SIGTERM

@@ -7,8 +7,8 @@ import pytest
 
 from imdb_jax.comparison import table
 from imdb_jax.comparison.results import Result
-from imdb_jax.data.reviews import Reviews
 from imdb_jax.errors import DivergenceError
+from imdb_jax.report import page
 
 LSTM = {
   "name": "lstm",
@@ -57,16 +57,25 @@ def test_a_narrow_terminal_shows_the_most_important_columns(width, last):
     assert re.fullmatch(r"Too narrow for .*Rev/s: see comparison\.md", shown[3])
 
 
+def test_a_column_without_values_is_left_out():
+  heading, _ = table.lines([SVM], {})
+  assert " ".join(heading.split()) == "Model n Acc. % vs lstm Train Params"
+
+
+def markdown(failures: dict[str, Exception]) -> list[str]:
+  text = page.render("comparison.md", title="Title", cells=table._cells(ROWS), failures=failures, notes=["A note."])
+  return [line for line in text.splitlines() if line.startswith("|")]
+
+
 def test_a_failure_is_one_line_of_the_table():
-  failures = {"fast": DivergenceError("Step 3 is\nnot finite | inf")}
+  failures: dict[str, Exception] = {"fast": DivergenceError("Step 3 is\nnot finite | inf")}
   assert table.lines(ROWS, failures)[-1] == "fast        failed: Step 3 is not finite | inf"
-  *_, row = table.markdown(ROWS, failures).splitlines()
-  assert row.startswith(r"| fast |  | failed: Step 3 is not finite \| inf |")
+  assert markdown(failures)[-1].startswith(r"| fast |  | failed: Step 3 is not finite \| inf |")
   assert table.lines([], failures)[-1].startswith("fast")
 
 
 def test_all_lines_of_the_markdown_table_have_the_same_columns():
-  lines = table.markdown(ROWS, {"fast": ValueError("no")}).splitlines()
+  lines = markdown({"fast": ValueError("no")})
   assert {line.count("|") for line in lines} == {11}
   assert "| lstm | 3 | 87.32 | 0.20 |" in lines[2]
 
@@ -83,25 +92,39 @@ def test_numbers_have_three_digits(value, shown):
 
 
 def test_reviews_on_which_models_disagree_come_first():
-  texts = tuple(f"text {number}" for number in range(40))
-  reviews = Reviews(texts=(*texts, "# a <b>\x1b[31m | " + "long " * 100), labels=np.array([0, 1] * 20 + [1], np.int32))
+  labels = np.array([0, 1] * 20 + [1], np.int32)
   logits = np.zeros((2, 41))
   logits[:, 40], logits[:, 7] = (3, -3), (-2, 2)
   first, second = ([Result(logits=row.tolist())] for row in logits)
-  written = table.disagreements({"first": first, "second": second}, reviews)
-  _, *parts = written.split("## Review ")
-  assert len(parts) == 20
-  assert parts[0].startswith("40: positive\n\nRight: first. Wrong: second.\n\n    # a <b> [31m | long ")
-  assert parts[1].startswith("7: positive\n\nRight: second. Wrong: first.\n\n    text 7\n")
-  assert parts[2].startswith("0: negative\n\nRight: first, second. Wrong: none.")
-  assert "\x1b" not in written
-  assert max(map(len, parts[0].splitlines())) == 204
+  found = table.disagreements({"first": first, "second": second}, labels, lambda row: f"text {row}")
+  assert len(found) == 20
+  expected = [("first", pytest.approx(0.952574, abs=1e-6), True), ("second", pytest.approx(0.047426, abs=1e-6), False)]
+  assert found[0] == {"number": 40, "label": "positive", "answers": expected, "text": "text 40"}
+  assert [each["number"] for each in found[:3]] == [40, 7, 0]
+  assert [is_right for *_, is_right in found[2]["answers"]] == [True, True]
 
 
 def test_models_of_a_row_disagree_with_others_by_their_mean_probability():
-  reviews = Reviews(texts=("one", "two"), labels=np.array([0, 1], np.int32))
   seeds = [Result(logits=[6.0, 3.0]), Result(logits=[-6.0, 3.0])]
-  written = table.disagreements({"first": seeds, "second": [Result(logits=[0.0, 0.0])]}, reviews)
-  assert re.findall("## Review ([0-9])", written) == ["1", "0"]
+  results = {"first": seeds, "second": [Result(logits=[0.0, 0.0])]}
+  found = table.disagreements(results, np.array([0, 1], np.int32), str)
+  assert [each["number"] for each in found] == [1, 0]
   # Half of the models are not most of them.
-  assert "## Review 0: negative\n\nRight: second. Wrong: first." in written
+  assert [is_right for *_, is_right in found[1]["answers"]] == [False, True]
+
+
+def test_texts_and_names_are_escaped_in_the_page():
+  results = {name: [Result(logits=[1.0], val_accuracy=[0.5])] for name in ("<b>one</b>", "two $x_{")}
+  rows = [dict(LSTM, name=name) for name in results]
+  text = table.page(
+    rows,
+    results,
+    np.array([1]),
+    lambda row: "<script>",
+    title="<i>",
+    notes=["<u>"],
+    failures={},
+    reference="<b>one</b>",
+  )
+  assert not any(tag in text for tag in ("<b>one", "<script>", "<i>", "<u>"))
+  assert "&lt;script&gt;" in text

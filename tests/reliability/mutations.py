@@ -133,7 +133,7 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
     # It takes a while.
     if found != history:
       metrics_log.write_csv(run_dir, found)
-      plots.plot_history(found, "mutated", run_dir / "history.png")
+      plots.save(plots.history(found, "mutated"), run_dir / "history.png")
 
   newest = max((whole / "checkpoints").iterdir(), key=lambda step: int(step.name))
   manifest_path = whole / "manifests" / f"{newest.name}.json"
@@ -183,7 +183,7 @@ def _facts(whole: Path, run_dir: Path) -> tuple[bytes, Reader]:
       saved = checkpoints.find("latest")
     log = metrics_log.MetricsLog(config, step=step, num_epochs=config.training.epochs - 1, held=None)
     with contextlib.closing(log):
-      Recorder(config, Console(is_quiet=True), log, saved.progress)
+      Recorder(config, Console(is_quiet=True), log, saved.progress, 1e-3)
 
   return json.dumps(intact["facts"]).encode(), read
 

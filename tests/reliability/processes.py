@@ -148,8 +148,9 @@ class Process:
 def _mark(moments: mmap.mmap, *, pause: bool) -> None:
   """Make the parts of a run write to `moments` when they start, and restore the previous moment when they end."""
   from imdb_jax import evaluation
+  from imdb_jax.report import page
   from imdb_jax.store.checkpoints import Checkpoints
-  from imdb_jax.training import loop, report
+  from imdb_jax.training import loop
 
   def marked(moment: int, function):
     def call(*arguments, **settings):
@@ -171,8 +172,8 @@ def _mark(moments: mmap.mmap, *, pause: bool) -> None:
     ("step", loop._Trainer, "run"),
     ("evaluation", evaluation, "evaluate"),
     ("save", Checkpoints, "save"),
-    ("end", report, "write"),
-    ("end", report, "show"),
+    ("end", page, "write"),
+    ("end", page, "summary"),
   ]
   for name, owner, function in parts:
     setattr(owner, function, marked(MOMENTS.index(name), getattr(owner, function)))

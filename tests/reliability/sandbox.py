@@ -255,7 +255,7 @@ def end_of(run_dir: Path) -> str:
   for path, leaf in sorted(((keystr(path), leaf) for path, leaf in tree_leaves_with_path(newest_state(run_dir)[1]))):
     digest.update(path.encode() + np.asarray(leaf).tobytes())
   for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-    kept = {name: value for name, value in json.loads(line).items() if "seconds" not in name}
+    kept = {name: value for name, value in json.loads(line).items() if "second" not in name and name != "time"}
     digest.update(json.dumps(kept).encode())
   return digest.hexdigest()
 

@@ -1,9 +1,11 @@
 """Lines of metrics are read however many there are, and a resumed run continues after its checkpoint."""
 
 import csv
+import itertools
 import json
 import math
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -285,3 +287,47 @@ def test_history_csv_has_a_row_per_epoch_with_the_range_of_the_seeds(num_seeds, 
     ]
     for name in metrics_log.METRICS:
       assert (float(row[f"{name}_min"]), float(row[f"{name}_max"])) == (epoch / 1024, num_seeds * epoch / 1024)
+
+
+MORE = {"time": 1.7e9, "learning_rate": 0.001, "grad_norm": 0.5, "reviews_per_second": 1000.0}
+
+
+def test_lines_of_steps_may_have_more_numbers_all_or_none(tmp_path):
+  lines = [step_line(1), step_line(2) | MORE, step_line(3) | MORE | {"grad_norm": math.nan}]
+  write(tmp_path, lines)
+  assert [line["step"] for line in metrics_log.read(tmp_path)[1]] == [1, 2, 3]
+  for bad in ({"time": 1.7e9}, MORE | {"learning_rate": "fast"}, MORE | {"grad_norm": -1.0}):
+    write(tmp_path, [step_line(1) | bad])
+    with pytest.raises(UsageError, match="not a line of metrics"):
+      metrics_log.read(tmp_path)
+
+
+def test_many_lines_of_steps_are_thinned_evenly(tmp_path):
+  write(tmp_path, [step_line(step) for step in range(1, 3 * metrics_log.MAX_STEP_LINES)])
+  steps = [line["step"] for line in metrics_log.read(tmp_path)[1]]
+  assert metrics_log.MAX_STEP_LINES / 2 < len(steps) <= metrics_log.MAX_STEP_LINES
+  assert {later - step for step, later in itertools.pairwise(steps)} == {4}
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+  tensorboard = pytest.importorskip("tensorboardX")
+  from tensorboardX.proto.event_pb2 import Event
+
+  config = run_directory.load_config(tmp_path, RuntimeConfig(run_dir=tmp_path, tensorboard=True))
+  log = MetricsLog(config, step=0, num_epochs=0, held={})
+  log.write(step_line(2) | MORE)
+  log.write(epoch_line(1))
+  log.close()
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  found, content = {}, path.read_bytes()
+  while content:
+    # A record: length, its checksum, the content, its checksum.
+    (size,) = struct.unpack("<Q", content[:8])
+    event = Event.FromString(content[12 : 12 + size])
+    found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    content = content[16 + size :]
+  assert tensorboard is not None
+  assert found["step/learning_rate", 2] == pytest.approx(0.001)
+  assert found["step/loss", 2] == pytest.approx(step_line(2)["loss"])
+  assert found["epoch/val_accuracy", 4] == pytest.approx(epoch_line(1)["val_accuracy"])
+  assert not any(tag.endswith(("/seeds", "/kind")) for tag, _ in found)

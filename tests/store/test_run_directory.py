@@ -206,6 +206,8 @@ def test_a_file_outside_is_not_written_through_a_hard_link(name, run, tmp_path):
 
 def test_a_report_replaces_hard_links_to_files_outside(run, tmp_path):
   names = ("history.csv", "history.png", "report.md")
+  # An existing page would be kept, with what is beside it.
+  (run.run_dir / "report.html").unlink()
   for name in names:
     (tmp_path / name).write_text("dear")
     (run.run_dir / name).unlink()

@@ -12,6 +12,7 @@ import pytest
 from training.tiny import tiny
 
 import imdb_jax
+from imdb_jax.report import page
 from imdb_jax.training import report
 from imdb_jax.training.console import Console, decimal
 
@@ -115,7 +116,7 @@ def show_a_run(tmp_path) -> None:
   reason = "mosaic_gpu: it supports hidden sizes of 64 and 128, not 4; cudnn: it has no recurrent dropout"
   console.header({"Preset": "sample", "Seeds": "0 to 1: 2 models, one ensemble", "Recurrence": f"chunked ({reason})"})
   console.line(report.epoch_line(line, 10))
-  report.show(config, [line], console)
+  console.line("\n".join(page.summary(config, [line])))
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100])

@@ -220,7 +220,7 @@ def test_the_best_epoch_is_that_of_the_ensemble_and_is_what_the_classifier_resto
   result = imdb_jax.fit(tiny(tmp_path, epochs=4, num_seeds=2))
   assert (result.best["epoch"], result.best["val_accuracy"]) == (2, 0.8)
   assert imdb_jax.Classifier.load(tmp_path).step == result.best["step"] == 8
-  assert "Best epoch: 2, val_accuracy 0.8000 (ensemble)" in (tmp_path / "report.md").read_text()
+  assert "Best epoch 2: val_accuracy 0.8000 (ensemble)" in (tmp_path / "report.md").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):

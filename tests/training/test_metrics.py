@@ -15,7 +15,7 @@ from imdb_jax.training.metrics import Recorder
 # The seed of the run; a second one is its successor.
 SEED = 3
 # A step of one seed, and what entries beyond the last step of a dispatch hold.
-GOOD = {"loss": 4.0, "correct": 1.0, "weight": 2.0, "is_finite": 1.0}
+GOOD = {"loss": 4.0, "correct": 1.0, "weight": 2.0, "is_finite": 1.0, "grad_norm": 3.0}
 NOTHING = dict.fromkeys(GOOD, 0.0)
 BAD = GOOD | {"loss": np.nan, "is_finite": 0.0}
 
@@ -48,7 +48,7 @@ class Run:
     self.start({})
 
   def start(self, progress: dict) -> None:
-    self.recorder = Recorder(self.config, Console(is_quiet=True), self.log, progress)
+    self.recorder = Recorder(self.config, Console(is_quiet=True), self.log, progress, 1e-3)
 
   def record(self, *steps: dict | list[dict], per_dispatch: int = 1) -> dict:
     """Return the line of an epoch of these steps, as it was written."""
@@ -91,6 +91,18 @@ def test_metrics_are_read_one_dispatch_late_and_step_by_step(make_run, monkeypat
   run.recorder.flush()
   assert second["loss"].is_read
   assert [(line["step"], line["loss"]) for line in lines] == [(1, 2.0), (2, 1.0), (3, 0.5)]
+
+
+def test_a_line_has_time_rate_norm_and_speed(make_run, monkeypatch):
+  run, lines, now = make_run(num_seeds=2, log_every=2), [], iter([100.0, 100.5, 102.5])
+  run.recorder._learning_rate = lambda num_done: 0.1 * num_done
+  monkeypatch.setattr(run.log, "write", lines.append)
+  monkeypatch.setattr("imdb_jax.training.metrics.time.time", lambda: next(now))
+  run.record([GOOD, GOOD], [GOOD, GOOD | {"grad_norm": 5.0}], [GOOD, GOOD])
+  # Two steps of two seeds with two reviews each in half a second, then one step in two seconds.
+  fields = ("step", "time", "learning_rate", "grad_norm", "reviews_per_second")
+  found = [tuple(line[name] for name in fields) for line in lines[:2]]
+  assert found == [(2, 100.5, 0.1, 4.0, 16.0), (3, 102.5, 0.2, 3.0, 2.0)]
 
 
 @pytest.mark.parametrize("per_dispatch", [1, 2])
@@ -159,6 +171,7 @@ def test_windows_and_epochs_continue_from_a_checkpoint(make_run, monkeypatch):
   steps = [GOOD | {"loss": float(loss)} for loss in range(1, 7)]
   run, lines = make_run(log_every=4), []
   monkeypatch.setattr(run.log, "write", lines.append)
+  monkeypatch.setattr("imdb_jax.training.metrics.time.time", lambda: 0.0)
   whole = run.record(*steps)
   whole_lines, lines[:] = list(lines), []
   assert [(line["step"], line["loss"]) for line in whole_lines] == [(4, 10 / 8), (6, 11 / 4), (6, 21 / 12)]
@@ -171,6 +184,8 @@ def test_windows_and_epochs_continue_from_a_checkpoint(make_run, monkeypatch):
   run.recorder.record_steps(range(4, 7), watched(*steps[3:]))
   run.recorder.flush()
   assert run.recorder.record_epoch(6, run.evaluation(), seconds=1.23456, evaluation_seconds=2) == whole
+  for line in lines + whole_lines:
+    line.pop("reviews_per_second", None)
   assert lines == whole_lines
 
 

@@ -48,7 +48,7 @@ def test_the_report_names_the_best_epoch_and_all_settings(tmp_path):
   config = tiny(tmp_path / "run", epochs=3)
   result = imdb_jax.fit(config)
   text = (tmp_path / "run" / "report.md").read_text()
-  assert f"Best epoch: {result.best['epoch']}, val_accuracy {result.best['val_accuracy']:.4f}" in text
+  assert f"Best epoch {result.best['epoch']}: val_accuracy {result.best['val_accuracy']:.4f}" in text
   assert sum(line.startswith(("| 1 |", "| 2 |", "| 3 |")) for line in text.splitlines()) == 3
   for section in config.settings().values():
     for name, value in section.items():

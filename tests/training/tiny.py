@@ -38,7 +38,9 @@ def lines(run_dir: Path) -> list[dict]:
 
 def without_times(run_dir: Path) -> list[dict]:
   """Return the lines of metrics.jsonl without their times."""
-  return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines(run_dir)]
+  return [
+    {name: value for name, value in line.items() if "second" not in name and name != "time"} for line in lines(run_dir)
+  ]
 
 
 def final_state(run_dir: Path) -> dict[str, np.ndarray]:

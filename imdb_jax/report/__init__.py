@@ -1,0 +1,1 @@
+"""Reports of runs as one page: `imdb-jax report`."""

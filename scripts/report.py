@@ -1,0 +1,11 @@
+"""Write the report of a run: `python scripts/report.py RUN_DIR`."""
+
+import signal
+
+if __name__ == "__main__":
+  # Ctrl-C during imports ends Python without a traceback. The command installs its own handler later.
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  from imdb_jax import cli
+
+  cli.run("report")
