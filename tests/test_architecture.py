@@ -23,7 +23,7 @@ LAYERS = (
   (("data",), ("lstm",), ("plots",)),
   (("task", "model", "processes", "devices"),),
   (("program",), ("store",)),
-  (("evaluation",), ("checking",)),
+  (("evaluation", "explanation"), ("checking",)),
   (("prediction", "export"), ("training",)),
   (("comparison",), ("serving",), ("scoring",)),
   (("arguments", "exits", "cli"),),
