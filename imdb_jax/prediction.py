@@ -9,12 +9,13 @@ from typing import Any, Literal, TypeGuard
 import jax
 import numpy as np
 
-from imdb_jax import devices, evaluation, processes
+from imdb_jax import devices, evaluation, explanation, processes
 from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import CheckpointError, DataError, UsageError
+from imdb_jax.explanation import Explanation
 from imdb_jax.program import Program
 from imdb_jax.store import arrays, run_directory, safetensors
 from imdb_jax.store.checkpoints import Checkpoints
@@ -166,6 +167,28 @@ class Classifier:
   def features(self, texts: Texts) -> np.ndarray:
     """Return the pooled hidden states of each seed, f32[seeds, n, f], the inputs of the head; arguments likewise."""
     return self._compute(texts, "features")
+
+  def explain(self, texts: Sequence[str], label: str | None = None) -> list[Explanation]:
+    """Return the contributions of the words of each text to the logit of a class, whose sigmoid is its probability.
+
+    Args:
+      texts: n texts.
+      label: name of the class. By default, it is the second of two classes, and of more the most probable one.
+
+    Raises:
+      TypeError: as for `predict_proba`.
+      UsageError: there is no such class.
+    """
+    split = self.encode(texts)
+    if label is not None and label not in self.classes:
+      raise UsageError(f"{label!r:.80}: is no class; there are {', '.join(self.classes)}.")
+    if label is None and len(self.classes) > 2:
+      labels = self.predict_proba(split).argmax(axis=1)
+    else:
+      labels = np.full(len(split), 1 if label is None else self.classes.index(label))
+    split = dataclasses.replace(split, labels=labels.astype(np.int32))
+    with processes.computing():
+      return explanation.explain(self.program, self.params, self.temperature, self.vocabulary, texts, split)
 
   def _compute(self, texts: Texts, output: Literal["logits", "features"]) -> np.ndarray:
     split = self.encode(texts)

@@ -95,6 +95,9 @@ class Program:
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`. It is faster with
       parameters from `prepare`.
     features: jitted likewise, with the inputs of the head as the result, f32[seeds, b, n].
+    slopes: jitted `(params, temperature, tokens, lengths, labels i32[b], presence f32[b]) -> f32[b, 1 + t]`: the log
+      odds of each label (`Classification.traced_log_odds`) for a text of which all words have faded to the presence
+      (`TextClassifier.fade`), and the derivative by the presence of each word.
   """
 
   def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
@@ -132,6 +135,8 @@ class Program:
       jax.jit(functools.partial(self._apply, name), in_shardings=(everywhere, rows, rows), out_shardings=everywhere)
       for name in ("predict", "features")
     )
+    inputs = everywhere, everywhere, rows, rows, rows, rows
+    self.slopes = jax.jit(self._slopes, in_shardings=inputs, out_shardings=everywhere)
     self._prepare = jax.jit(self._with_lookup, out_shardings=everywhere)
 
   @property
@@ -312,6 +317,21 @@ class Program:
     sharded = self._sharded(apply, (_REPLICATED, _ROWS, _ROWS), _ROWS)
     with jax.default_matmul_precision(self._matmul_precision):
       return self._over_seeds(lambda params: sharded(params, tokens, lengths))(params)
+
+  def _slopes(self, params: Any, temperature: jax.Array, *batch: jax.Array) -> jax.Array:
+    def slopes(params, temperature, tokens, lengths, labels, presence):
+      def total(presence):
+        def fade(params):
+          return self.model.apply({"params": params}, tokens, lengths, presence, method="fade")
+
+        odds = self.task.traced_log_odds(self._over_seeds(fade)(params), temperature, labels)
+        return jnp.sum(odds), odds
+
+      of_words, odds = jax.grad(total, has_aux=True)(jnp.broadcast_to(presence[:, None], tokens.shape))
+      return jnp.concatenate([odds[:, None], of_words], axis=1)
+
+    with jax.default_matmul_precision(self._matmul_precision):
+      return self._sharded(slopes, (_REPLICATED, _REPLICATED, *[_ROWS] * 4), _ROWS)(params, temperature, *batch)
 
   def _with_lookup(self, params: Any) -> Any:
     with jax.default_matmul_precision(self._matmul_precision):
