@@ -1,4 +1,4 @@
-"""Measure whether contributions of words are faithful: what happens to the logit when the words of a review are deleted.
+"""Measure whether contributions of words are faithful: what deleting the words of a review does to the logit.
 
     python benchmarks/explanations.py RUN_DIR ... --archive PATH [--figure FILE]
 
@@ -47,7 +47,8 @@ def gradient_norms(classifier: Classifier, split: TokenSplit) -> Scores:
     def apply(module, inputs, lengths):
       return module.head(module.encode(inputs, lengths))
 
-    return model.apply({"params": params}, inputs, lengths, method=apply).sum()
+    found: Any = model.apply({"params": params}, inputs, lengths, method=apply)
+    return found.sum()
 
   @jax.jit
   def norms(params, tokens, lengths):
@@ -110,7 +111,7 @@ def deletion(classifier: Classifier, split: TokenSplit, before: np.ndarray, meth
 
 def correlation(ours: Scores, others: Scores) -> dict[str, float]:
   """Return quantiles over the reviews of the rank correlation between two scores of the same words."""
-  found = [stats.spearmanr(*pair).statistic for pair in zip(ours, others, strict=True) if len(pair[0]) > 2]
+  found: list[Any] = [stats.spearmanr(*pair)[0] for pair in zip(ours, others, strict=True) if len(pair[0]) > 2]
   return dict(zip(("low", "median", "high"), np.quantile(found, (0.1, 0.5, 0.9)).tolist(), strict=True))
 
 

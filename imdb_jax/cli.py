@@ -182,24 +182,23 @@ def _explain(prog: str, args: Sequence[str]) -> None:
   """Show by how much each word of a text speaks for a class."""
   parser = _parser(prog, _explain, restores=True, several=False)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
+  parser.add_argument("--html", type=_path, metavar="FILE", help="Write a page with colored words.")
+  parser.add_argument("--class", dest="label", metavar="NAME", help="Class. [the second of two, or the answer]")
   parser.add_argument("texts", metavar="TEXT", nargs="+", help="Reviews.")
-  parser.add_argument("--class", dest="label", metavar="NAME", help="Class; else the second of two or the answer.")
-  parser.add_argument("--html", type=_path, metavar="FILE", help="Write a page with coloured words.")
   given = parser.parse_args(args)
   (classifier,) = _load(given).classifiers
   from imdb_jax import explanation
-  from imdb_jax.store import files
 
   with exits.interruptible():
     found = classifier.explain(given.texts, given.label)
   if given.html is not None:
     try:
-      files.write(given.html, explanation.page(found))
+      # Arguments may hold what is no character.
+      given.html.write_text(explanation.page(found), encoding="utf-8", errors="replace")
     except OSError as error:
-      raise UsageError(f"--html {given.html}: {error.strerror or error}.") from error
-    print(given.html)
-  for each in found if given.html is None else ():
-    is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+      raise UsageError(f"--html {given.html}: {error.strerror}.") from error
+  is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+  for each in found:
     print(json.dumps(dataclasses.asdict(each)) if given.json else explanation.to_terminal(each, is_colored=is_colored))
 
 

@@ -3,33 +3,23 @@
 import dataclasses
 import html
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 
-from imdb_jax import devices
-from imdb_jax.data import batches
-from imdb_jax.data.tokenizer import PADDING_ID, Vocabulary
-from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import printable
-from imdb_jax.program import Program
 
-# The number of steps is doubled until an explanation keeps both, or the steps are `_MAX_STEPS`.
-MAX_ERROR, MAX_CHANGE = 1e-3, 0.02
-_MIN_STEPS, _MAX_STEPS = 16, 512
-# Texts whose slopes are in memory at once, and slopes that are computed at once.
-_NUM_TEXTS, _BATCH_SIZE = 32, 32
+# The number of steps is doubled until an explanation keeps both limits, or there are `_MAX_STEPS`.
+MAX_ERROR, MAX_CHANGE, MIN_STEPS, _MAX_STEPS = 1e-3, 0.02, 16, 512
 # Blue for, vermilion against: readers with colour blindness tell them apart (Okabe and Ito 2008).
 _FOR, _AGAINST = "0, 114, 178", "213, 94, 0"
 
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-  """A word of a text, or an HTML tag: `text` is written from `start` to `end`.
+  """A word or an HTML tag at `start` to `end` of a text.
 
-  `contribution` is None if the model has not seen it: a tag, an unknown word, or one before the last t known words.
+  The contribution is None if the model has not seen it: a tag, an unknown word, or one before the last t known words.
   """
 
   text: str
@@ -48,7 +38,7 @@ class Explanation:
     logit: logarithm of p / (1 - p), where p is the model's probability of the class.
     baseline_logit: the same for as many padding tokens.
     words: the words and tags of the text, in order.
-    error: by how much the sum of the contributions misses; above `MAX_ERROR` if no number of steps was enough.
+    error: by how much the sum misses; above `MAX_ERROR` if no number of steps was enough.
     change: the largest change of a contribution when the steps were last doubled; above `MAX_CHANGE` likewise.
   """
 
@@ -62,120 +52,94 @@ class Explanation:
 
 
 def explain(
-  program: Program, params: Any, temperature: float, vocabulary: Vocabulary, texts: Sequence[str], split: TokenSplit
-) -> list[Explanation]:
-  """Return the contributions of the words of each text to the log odds of a class.
-
-  All words fade in together, from padding to themselves. The contribution of a word is the integral of the derivative
-  of the log odds by the presence of this word, see `Program.slopes`.
+  text: str, label: str, spans: Sequence[tuple[int, int, int]], slopes: Callable[[np.ndarray], np.ndarray]
+) -> Explanation:
+  """Return the contributions of words: integrals of `Program.slopes` over the presence of all words, from 0 to 1.
 
   Args:
-    program, params, temperature, vocabulary: those of a classifier.
-    texts: n texts.
-    split: the encoded texts; its labels are the classes to explain.
+    text: the text.
+    label: name of the class.
+    spans: words and tags from `Vocabulary.spans`.
+    slopes: turns up to `MIN_STEPS` + 1 presences f64[m] into `Program.slopes` f32[m, 1 + t].
   """
-  found: list[Any] = [None] * len(texts)
-  for rows in batches.prediction_batches(split.lengths, batch_size=_NUM_TEXTS):
-    slopes = _slopes(program, params, temperature, split, rows, np.linspace(0, 1, _MIN_STEPS + 1))
-    while len(rows):
-      contributions = _integrate(slopes)
-      errors = np.abs(contributions.sum(axis=1) - (slopes[:, -1, 0] - slopes[:, 0, 0]))
-      changes = np.abs(contributions - _integrate(slopes[:, ::2])).max(axis=1)
-      num_steps = slopes.shape[1] - 1
-      is_done = ((errors <= MAX_ERROR) & (changes <= MAX_CHANGE)) | (num_steps == _MAX_STEPS)
-      for i in np.flatnonzero(is_done):
-        row, (baseline_logit, logit) = int(rows[i]), slopes[i, [0, -1], 0].tolist()
-        found[row] = Explanation(
-          text=texts[row],
-          label=program.task.classes[split.labels[row]],
-          logit=logit,
-          baseline_logit=baseline_logit,
-          words=_words(texts[row], vocabulary, contributions[i].tolist()[len(contributions[i]) - split.lengths[row] :]),
-          error=float(errors[i]),
-          change=float(changes[i]),
-        )
-      rows, before = rows[~is_done], slopes[~is_done]
-      slopes = np.empty((len(rows), 2 * num_steps + 1, before.shape[2]), np.float32)
-      slopes[:, ::2] = before
-      middles = (np.arange(num_steps) + 0.5) / num_steps
-      slopes[:, 1::2] = _slopes(program, params, temperature, split, rows, middles)
-  return found
+  found = slopes(np.linspace(0, 1, MIN_STEPS + 1))
+  while True:
+    contributions, num_steps = _integrate(found), len(found) - 1
+    error = float(abs(contributions.sum() - (found[-1, 0] - found[0, 0])))
+    change = float(np.abs(contributions - _integrate(found[::2])).max())
+    if (error <= MAX_ERROR and change <= MAX_CHANGE) or num_steps == _MAX_STEPS:
+      break
+    middles = np.split((np.arange(num_steps) + 0.5) / num_steps, num_steps // MIN_STEPS)
+    found = np.insert(found, range(1, num_steps + 1), np.concatenate([*map(slopes, middles)]), axis=0)
+  # Only the last known words have been seen, at the last positions.
+  known = [place for place, (number, _, _) in enumerate(spans) if number]
+  values = dict(zip(known[::-1], contributions[::-1].tolist(), strict=False))
+  words = tuple(Word(text[start:end], start, end, values.get(place)) for place, (_, start, end) in enumerate(spans))
+  ends = {"baseline_logit": float(found[0, 0]), "logit": float(found[-1, 0])}
+  return Explanation(text=text, label=label, words=words, error=error, change=change, **ends)
 
 
-def _slopes(
-  program: Program, params: Any, temperature: float, split: TokenSplit, rows: np.ndarray, presence: np.ndarray
-) -> np.ndarray:
-  """Return `Program.slopes` of n rows of a split for each of m presences, f32[n, m, 1 + t]."""
-  size = devices.padded_size(_BATCH_SIZE, program.mesh)
-  of_row, of_presence = np.repeat(rows, len(presence)), np.tile(presence.astype(np.float32), len(rows))
-  found = np.empty((len(of_row), 1 + split.tokens.shape[1]), np.float32)
-  for start in range(0, len(found), size):
-    some = of_row[start : start + size]
-    padding = 0, size - len(some)
-    labels, faded = np.pad(split.labels[some], padding), np.pad(of_presence[start : start + size], padding)
-    batch = devices.put((*split.batch(some, size), labels, faded), devices.over_rows(program.mesh))
-    found[start : start + size] = jax.device_get(program.slopes(params, temperature, *batch))[: len(some)]
-  return found.reshape(len(rows), len(presence), found.shape[1])
+def _integrate(found: np.ndarray) -> np.ndarray:
+  """Return the integrals f32[t] of slopes, from values and slopes f32[m + 1, 1 + t] at the ends of m equal steps.
 
-
-def _integrate(slopes: np.ndarray) -> np.ndarray:
-  """Return contributions f32[n, t] from values and slopes f32[n, m + 1, 1 + t] at the ends of m equal steps.
-
-  Within a step, the mean slope of each word is taken between its slopes at the two ends, at the same fraction for all
-  words, such that their sum is the change of the value. With the trapezoidal rule, which always takes the middle, the
-  sum would need many more steps: max pooling makes slopes jump.
+  The mean slope of a word within a step is taken between those at its two ends, at the same fraction for all words,
+  such that the sum is the change of the value. The trapezoidal rule, which always takes the middle, would need many
+  more steps: slopes jump where the position of a maximum changes (`--pooling max`).
   """
-  values, slopes, num_steps = slopes[:, :, 0], slopes[:, :, 1:], slopes.shape[1] - 1
-  middle, reach = (slopes[:, 1:] + slopes[:, :-1]) / 2, np.abs(slopes[:, 1:] - slopes[:, :-1]) / 2
-  missing, most = np.diff(values) * num_steps - middle.sum(axis=2), reach.sum(axis=2)
+  values, slopes, num_steps = found[:, 0], found[:, 1:], len(found) - 1
+  middle, reach = (slopes[1:] + slopes[:-1]) / 2, np.abs(slopes[1:] - slopes[:-1]) / 2
+  missing, most = np.diff(values) * num_steps - middle.sum(axis=1), reach.sum(axis=1)
   fraction = np.clip(missing / np.where(most > 0, most, 1), -1, 1)
-  return (middle + fraction[:, :, None] * reach).mean(axis=1)
+  return (middle + fraction[:, None] * reach).mean(axis=0)
 
 
-def _words(text: str, vocabulary: Vocabulary, contributions: list[float]) -> tuple[Word, ...]:
-  spans = vocabulary.spans(text)
-  num_earlier = sum(number != PADDING_ID for number, _, _ in spans) - len(contributions)
-  values = iter([None] * num_earlier + contributions)
-  return tuple(
-    Word(text[start:end], start, end, next(values) if number != PADDING_ID else None) for number, start, end in spans
-  )
+def joined(explanation: Explanation) -> Iterator[Word]:
+  """Yield the words, with all neighbours that were not seen as one."""
+  for is_unseen, group in itertools.groupby(explanation.words, lambda word: word.contribution is None):
+    words = [*group]
+    start, end = words[0].start, words[-1].end
+    yield from [Word(explanation.text[start:end], start, end, None)] if is_unseen else words
+
+
+def _pieces(explanation: Explanation) -> Iterator[tuple[str, float | None, float]]:
+  """Yield the text in pieces, with the contribution, 0 between words, and its share in the largest one."""
+  done, largest = 0, max((abs(word.contribution or 0) for word in explanation.words), default=0) or 1
+  for word in joined(explanation):
+    yield explanation.text[done : word.start], 0, 0
+    yield word.text, word.contribution, (word.contribution or 0) / largest
+    done = word.end
+  yield explanation.text[done:], 0, 0
 
 
 def to_html(explanation: Explanation) -> str:
   """Return a paragraph of the text in which the background of each word shows its contribution."""
   parts = []
   for text, value, share in _pieces(explanation):
+    style, title = "opacity: 0.65; text-decoration: underline dotted", "not seen"
+    if value is not None:
+      style, title = f"background: rgba({_FOR if value > 0 else _AGAINST}, {0.6 * abs(share):.3f})", f"{value:+.3f}"
     shown = html.escape(text)
-    if value is None:
-      shown = f'<span style="opacity: 0.65; text-decoration: underline dotted" title="not seen">{shown}</span>'
-    elif value:
-      color = f"rgba({_FOR if value > 0 else _AGAINST}, {0.6 * abs(share):.3f})"
-      shown = f'<span style="background: {color}" title="{value:+.3f}">{shown}</span>'
-    parts.append(shown)
+    parts.append(shown if value == 0 else f'<span style="{style}" title="{title}">{shown}</span>')
   return f'<p class="explained" style="white-space: pre-wrap">{"".join(parts)}</p>'
 
 
 def page(explanations: Sequence[Explanation]) -> str:
-  """Return a whole HTML document of texts with coloured words."""
-  parts = [f"<h2>{html.escape(_summary(each))}</h2>\n{to_html(each)}" for each in explanations]
+  """Return an HTML document of several texts."""
   style = (
-    "body { max-width: 44rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif } h2 { font-size: 1rem }"
+    "body { max-width: 44rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; color-scheme: light dark }"
   )
-  head = (
-    '<meta charset="utf-8">\n<meta name="color-scheme" content="light dark">\n<title>Contributions of words</title>'
-  )
-  return "\n".join(['<!DOCTYPE html>\n<html lang="en">', head, f"<style>{style}</style>", *parts, ""])
+  head = f'<meta charset="utf-8">\n<title>Contributions of words</title>\n<style>{style}</style>'
+  body = "\n".join(f"<h2>{html.escape(_summary(each))}</h2>\n{to_html(each)}" for each in explanations)
+  return f'<!DOCTYPE html>\n<html lang="en">\n{head}\n{body}\n'
 
 
 def to_terminal(explanation: Explanation, *, is_colored: bool) -> str:
-  """Return lines: logits, the text with words for the class in blue, against it in red, and the main contributions."""
+  """Return lines: logits, the text with words for the class in blue and against it in red, and the main words."""
   parts = []
   for text, value, share in _pieces(explanation):
-    shown = printable(text)
-    if is_colored and (value is None or abs(share) > 0.05):
-      style = "2" if value is None else f"{int(abs(share) > 0.3)};{34 if value > 0 else 31}"
-      shown = f"\033[{style}m{shown}\033[0m"
-    parts.append(shown)
+    style = "2" if value is None else f"{int(abs(share) > 0.3)};{34 if value > 0 else 31}"
+    is_plain = not is_colored or (value is not None and abs(share) < 0.05)
+    parts.append(printable(text) if is_plain else f"\033[{style}m{printable(text)}\033[0m")
   seen = [(word.contribution, word.text) for word in explanation.words if word.contribution is not None]
   ranked = sorted(seen, key=lambda each: -abs(each[0]))[:10]
   lines = (f"{value:+8.3f}  {printable(text)}" for value, text in ranked)
@@ -183,26 +147,10 @@ def to_terminal(explanation: Explanation, *, is_colored: bool) -> str:
 
 
 def _summary(explanation: Explanation) -> str:
-  label, logit, baseline_logit = explanation.label, explanation.logit, explanation.baseline_logit
-  shown = f"{label}: logit {logit:+.3f}, {logit - baseline_logit:+.3f} from the words"
-  unseen = sum(word.contribution is None for word in explanation.words)
-  shown += f"; {unseen:,} of {len(explanation.words):,} words and tags not seen" * (unseen > 0)
-  is_exact = explanation.error <= MAX_ERROR and explanation.change <= MAX_CHANGE
-  return shown + f"; not exact: error {explanation.error:.2g}, change {explanation.change:.2g}" * (not is_exact)
-
-
-def _pieces(explanation: Explanation) -> Iterator[tuple[str, float | None, float]]:
-  """Yield the whole text in pieces, with the contribution and its share in the largest one.
-
-  The contribution is None for what was not seen, which is joined, and 0 for what is between words.
-  """
-  text, done = explanation.text, 0
-  largest = max((abs(word.contribution or 0) for word in explanation.words), default=0) or 1
-  for is_unseen, group in itertools.groupby(explanation.words, lambda word: word.contribution is None):
-    words = [*group]
-    spans = [(words[0].start, words[-1].end)] if is_unseen else [(word.start, word.end) for word in words]
-    for word, (start, end) in zip(words, spans, strict=False):
-      yield text[done:start], 0, 0
-      yield text[start:end], word.contribution, (word.contribution or 0) / largest
-      done = end
-  yield text[done:], 0, 0
+  difference, num_words = explanation.logit - explanation.baseline_logit, len(explanation.words)
+  num_unseen = sum(word.contribution is None for word in explanation.words)
+  shown = f"{explanation.label}: logit {explanation.logit:+.3f}, {difference:+.3f} from the words"
+  shown += f"; {num_unseen:,} of {num_words:,} words and tags not seen" if num_unseen else ""
+  if explanation.error <= MAX_ERROR and explanation.change <= MAX_CHANGE:
+    return shown
+  return f"{shown}; not exact: error {explanation.error:.2g}, change {explanation.change:.2g}"

@@ -1,6 +1,5 @@
 """The network: embedding, recurrence over time, pooling, head."""
 
-import functools
 from typing import Any
 
 import jax
@@ -128,11 +127,8 @@ class NGrams(nn.Module):
     """Return the part f32[b, n t] that each of `ngrams.occurrences` has in the presence of its n-gram."""
     earlier = [jnp.pad(presence, ((0, 0), (i, 0)))[:, : presence.shape[1]] for i in range(self.n)]
     means = jnp.concatenate([sum(earlier[:size]) / size for size in range(1, self.n + 1)], axis=1)
-    before, after = (
-      jax.vmap(functools.partial(jnp.searchsorted, side=side))(jnp.sort(found, axis=1), found)
-      for side in ("left", "right")
-    )
-    return means / (after - before)
+    find = jax.vmap(lambda *row: jnp.searchsorted(*row, side="right") - jnp.searchsorted(*row))
+    return means / find(jnp.sort(found, axis=1), found).astype(means.dtype)
 
 
 class TextClassifier(nn.Module):
@@ -195,13 +191,9 @@ class TextClassifier(nn.Module):
     return (logits + self.ngrams(tokens)) / 2 if self.config.ngrams else logits
 
   def fade(self, tokens: jax.Array, lengths: jax.Array, presence: jax.Array) -> jax.Array:
-    """Return the logits f32[b, head_size] of texts whose words have faded.
+    """Return the logits of `predict` for words with a presence f32[b, t], from 0 to 1; see also `NGrams`.
 
-    Word vectors are on the straight line from that of padding to that of the word; for n-grams, see `NGrams`.
-
-    Args:
-      tokens, lengths: as for a call.
-      presence: f32[b, t]; with 1, a word is as for `predict`, and with 0 it is padding.
+    The vector of a word is on the straight line from that of padding to its own.
     """
     padding = self.embed(jnp.full((1, 1), PADDING_ID))
     logits = self.head(self.encode(padding + presence[:, :, None] * (self.embed(tokens) - padding), lengths))

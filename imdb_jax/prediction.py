@@ -171,24 +171,28 @@ class Classifier:
   def explain(self, texts: Sequence[str], label: str | None = None) -> list[Explanation]:
     """Return the contributions of the words of each text to the logit of a class, whose sigmoid is its probability.
 
-    Args:
-      texts: n texts.
-      label: name of the class. By default, it is the second of two classes, and of more the most probable one.
+    By default, the class is the second of two, or of more the most probable one.
 
     Raises:
       TypeError: as for `predict_proba`.
       UsageError: there is no such class.
     """
-    split = self.encode(texts)
     if label is not None and label not in self.classes:
       raise UsageError(f"{label!r:.80}: is no class; there are {', '.join(self.classes)}.")
-    if label is None and len(self.classes) > 2:
-      labels = self.predict_proba(split).argmax(axis=1)
-    else:
-      labels = np.full(len(split), 1 if label is None else self.classes.index(label))
-    split = dataclasses.replace(split, labels=labels.astype(np.int32))
+    split, size = self.encode(texts), devices.padded_size(explanation.MIN_STEPS + 1, self.program.mesh)
+    default = self.predict(split).tolist() if len(self.classes) > 2 else [*self.classes][1:] * len(split)
+
+    def explained(text: str, tokens: np.ndarray, length: np.int32, label: str) -> Explanation:
+      def slopes(presence: np.ndarray) -> np.ndarray:
+        place, some = np.int32(self.classes.index(label)), np.resize(presence.astype(np.float32), size)
+        found = self.program.slopes(self.params, self.temperature, tokens, length, place, some)
+        return jax.device_get(found)[: len(presence)]
+
+      return explanation.explain(text, label, self.vocabulary.spans(text), slopes)
+
     with processes.computing():
-      return explanation.explain(self.program, self.params, self.temperature, self.vocabulary, texts, split)
+      labels = default if label is None else [label] * len(split)
+      return [explained(*each) for each in zip(texts, split.tokens, split.lengths, labels, strict=True)]
 
   def _compute(self, texts: Texts, output: Literal["logits", "features"]) -> np.ndarray:
     split = self.encode(texts)

@@ -95,9 +95,8 @@ class Program:
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`. It is faster with
       parameters from `prepare`.
     features: jitted likewise, with the inputs of the head as the result, f32[seeds, b, n].
-    slopes: jitted `(params, temperature, tokens, lengths, labels i32[b], presence f32[b]) -> f32[b, 1 + t]`: the log
-      odds of each label (`Classification.traced_log_odds`) for a text of which all words have faded to the presence
-      (`TextClassifier.fade`), and the derivative by the presence of each word.
+    slopes: jitted `(params, temperature, tokens int[t], length, label, presence f32[b]) -> f32[b, 1 + t]`: the log odds
+      of the label for one text at several presences of all words (`TextClassifier.fade`), and its slope for each word.
   """
 
   def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
@@ -135,8 +134,7 @@ class Program:
       jax.jit(functools.partial(self._apply, name), in_shardings=(everywhere, rows, rows), out_shardings=everywhere)
       for name in ("predict", "features")
     )
-    inputs = everywhere, everywhere, rows, rows, rows, rows
-    self.slopes = jax.jit(self._slopes, in_shardings=inputs, out_shardings=everywhere)
+    self.slopes = jax.jit(self._slopes, in_shardings=(*[everywhere] * 5, rows), out_shardings=everywhere)
     self._prepare = jax.jit(self._with_lookup, out_shardings=everywhere)
 
   @property
@@ -318,20 +316,21 @@ class Program:
     with jax.default_matmul_precision(self._matmul_precision):
       return self._over_seeds(lambda params: sharded(params, tokens, lengths))(params)
 
-  def _slopes(self, params: Any, temperature: jax.Array, *batch: jax.Array) -> jax.Array:
-    def slopes(params, temperature, tokens, lengths, labels, presence):
-      def total(presence):
-        def fade(params):
-          return self.model.apply({"params": params}, tokens, lengths, presence, method="fade")
+  def _slopes(self, params: Any, temperature: jax.Array, *text: jax.Array) -> jax.Array:
+    def slopes(params, temperature, tokens, length, label, presence):
+      tokens, lengths, labels = (jnp.stack([each] * len(presence)) for each in (tokens, length, label))
 
-        odds = self.task.traced_log_odds(self._over_seeds(fade)(params), temperature, labels)
-        return jnp.sum(odds), odds
+      def log_odds(presence):
+        fade = functools.partial(self.model.apply, method="fade")
+        logits = self._over_seeds(lambda one: fade({"params": one}, tokens, lengths, presence))(params)
+        found = self.task.traced_log_odds(logits, temperature, labels)
+        return jnp.sum(found), found
 
-      of_words, odds = jax.grad(total, has_aux=True)(jnp.broadcast_to(presence[:, None], tokens.shape))
-      return jnp.concatenate([odds[:, None], of_words], axis=1)
+      by_word, found = jax.grad(log_odds, has_aux=True)(jnp.broadcast_to(presence[:, None], tokens.shape))
+      return jnp.concatenate([found[:, None], by_word], axis=1)
 
     with jax.default_matmul_precision(self._matmul_precision):
-      return self._sharded(slopes, (_REPLICATED, _REPLICATED, *[_ROWS] * 4), _ROWS)(params, temperature, *batch)
+      return self._sharded(slopes, (*[_REPLICATED] * 5, _ROWS), _ROWS)(params, temperature, *text)
 
   def _with_lookup(self, params: Any) -> Any:
     with jax.default_matmul_precision(self._matmul_precision):

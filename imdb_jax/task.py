@@ -153,10 +153,7 @@ class Classification:
     return jax.nn.softmax(self._traced_ensemble(logits) / temperature)
 
   def traced_log_odds(self, logits: jax.Array, temperature: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return log p - log (1 - p), f32[n], where p is the probability of each label i32[n]; see `traced_probabilities`.
-
-    With one seed and two classes, it is the logit divided by the temperature, negated for the first class.
-    """
+    """Return log p - log (1 - p), f32[n], for the probability p of each label i32[n]."""
     x = self._traced_ensemble(logits) / temperature
     is_label = jnp.arange(len(self.classes))[None] == labels[:, None]
     return jnp.sum(jnp.where(is_label, x, 0), axis=1) - jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, x), axis=1)
