@@ -125,9 +125,8 @@ def to_html(explanation: Explanation) -> str:
 
 def page(explanations: Sequence[Explanation]) -> str:
   """Return an HTML document of several texts."""
-  style = (
-    "body { max-width: 44rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; color-scheme: light dark }"
-  )
+  style = ":root { color-scheme: light dark; font: 1rem/1.5 sans-serif } h2 { font-size: 1rem }"
+  style += " body { max-width: 44rem; margin: 2rem auto; padding: 0 1rem }"
   head = f'<meta charset="utf-8">\n<title>Contributions of words</title>\n<style>{style}</style>'
   body = "\n".join(f"<h2>{html.escape(_summary(each))}</h2>\n{to_html(each)}" for each in explanations)
   return f'<!DOCTYPE html>\n<html lang="en">\n{head}\n{body}\n'

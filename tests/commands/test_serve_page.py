@@ -139,6 +139,7 @@ def test_words_are_colored_by_their_contribution(browser, service):
   assert browser.console() == []
 
 
+@pytest.mark.slow
 def test_several_runs_are_shown_side_by_side(browser, trained, other_run):
   with serving(trained, "--with", other_run) as service:
     for width, is_beside in ((1200, True), (360, False)):
