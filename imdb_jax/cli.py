@@ -1,6 +1,7 @@
 """The commands of `imdb-jax`: arguments to calls."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -177,6 +178,30 @@ def _predict(prog: str, args: Sequence[str]) -> None:
       print(f"{given.output}: {scoring.write(windows, answers, given.output, **options):,} rows")
 
 
+def _explain(prog: str, args: Sequence[str]) -> None:
+  """Show by how much each word of a text speaks for a class."""
+  parser = _parser(prog, _explain, restores=True, several=False)
+  parser.add_argument("--json", action="store_true", help="Print JSON.")
+  parser.add_argument("--html", type=_path, metavar="FILE", help="Write a page with colored words.")
+  parser.add_argument("--class", dest="label", metavar="NAME", help="Class. [the second of two, or the answer]")
+  parser.add_argument("texts", metavar="TEXT", nargs="+", help="Reviews.")
+  given = parser.parse_args(args)
+  (classifier,) = _load(given).classifiers
+  from imdb_jax import explanation
+
+  with exits.interruptible():
+    found = classifier.explain(given.texts, given.label)
+  if given.html is not None:
+    try:
+      # Arguments may hold what is no character.
+      given.html.write_text(explanation.page(found), encoding="utf-8", errors="replace")
+    except OSError as error:
+      raise UsageError(f"--html {given.html}: {error.strerror}.") from error
+  is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+  for each in found:
+    print(json.dumps(dataclasses.asdict(each)) if given.json else explanation.to_terminal(each, is_colored=is_colored))
+
+
 def _serve(prog: str, args: Sequence[str]) -> None:
   """Answer predictions over HTTP, and show a page to type texts into."""
   parser = _parser(prog, _serve, restores=True)
@@ -308,5 +333,10 @@ def _compare(prog: str, args: Sequence[str]) -> None:
       exits.end(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")
 
 
+<<<<<<< HEAD
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "serve": _serve, "export": _export}
 _COMMANDS |= {"check": _check, "plot": _plot, "report": _report, "prepare": _prepare, "compare": _compare}
+=======
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "explain": _explain, "serve": _serve}
+_COMMANDS |= {"export": _export, "check": _check, "plot": _plot, "prepare": _prepare, "compare": _compare}
+>>>>>>> e0e6f0c72f1aeff0842913f0a45b803fefe4ae1d

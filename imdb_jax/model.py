@@ -9,6 +9,7 @@ from flax import linen as nn
 from imdb_jax import lstm
 from imdb_jax.config import ModelConfig
 from imdb_jax.data import ngrams
+from imdb_jax.data.tokenizer import PADDING_ID
 from imdb_jax.lstm import chunked, scan
 from imdb_jax.lstm.shared import Masks, Weights, known_lengths, real_positions
 
@@ -105,16 +106,29 @@ class NGrams(nn.Module):
   head_size: int = 1
 
   @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Return logits f32[b, k] of tokens int[b, t]."""
+  def __call__(self, tokens: jax.Array, presence: jax.Array | None = None) -> jax.Array:
+    """Return logits f32[b, k] of tokens int[b, t].
+
+    With the `presence` f32[b, t] of each word, from 0 to 1, that of an n-gram is the mean over its words and places.
+    """
     size = () if self.head_size == 1 else (self.head_size,)
     keys = self.param("keys", nn.initializers.zeros, (ngrams.SIZE,), jnp.uint32)
     weights = self.param("weights", nn.initializers.zeros, (ngrams.SIZE, *size))
     bias = self.param("bias", nn.initializers.zeros, size)
-    place, is_listed = ngrams.find(keys, ngrams.keys_of(tokens, self.n))
-    if self.head_size == 1:
-      return jnp.sum(jnp.where(is_listed, weights[place], 0), axis=1, keepdims=True) + bias
-    return jnp.sum(jnp.where(is_listed[:, :, None], weights[place], 0), axis=1) + bias[None]
+    found = ngrams.keys_of(tokens, self.n) if presence is None else ngrams.occurrences(tokens, self.n)
+    found = ngrams.keys_of(tokens, self.n) if presence is None else ngrams.occurrences(tokens, self.n)
+    place, is_listed = ngrams.find(keys, found)
+    values = jnp.where(is_listed[:, :, None], weights[place].reshape(*place.shape, self.head_size), 0)
+    if presence is not None:
+      values = values * self._presence_of_each(found, presence)[:, :, None]
+    return jnp.sum(values, axis=1) + bias.reshape(1, self.head_size)
+
+  def _presence_of_each(self, found: jax.Array, presence: jax.Array) -> jax.Array:
+    """Return the part f32[b, n t] that each of `ngrams.occurrences` has in the presence of its n-gram."""
+    earlier = [jnp.pad(presence, ((0, 0), (i, 0)))[:, : presence.shape[1]] for i in range(self.n)]
+    means = jnp.concatenate([sum(earlier[:size]) / size for size in range(1, self.n + 1)], axis=1)
+    find = jax.vmap(lambda *row: jnp.searchsorted(*row, side="right") - jnp.searchsorted(*row))
+    return means / find(jnp.sort(found, axis=1), found).astype(means.dtype)
 
 
 class TextClassifier(nn.Module):
@@ -175,6 +189,15 @@ class TextClassifier(nn.Module):
     """
     logits = self.head(self.features(tokens, lengths, lookup))
     return (logits + self.ngrams(tokens)) / 2 if self.config.ngrams else logits
+
+  def fade(self, tokens: jax.Array, lengths: jax.Array, presence: jax.Array) -> jax.Array:
+    """Return the logits of `predict` for words with a presence f32[b, t], from 0 to 1; see also `NGrams`.
+
+    The vector of a word is on the straight line from that of padding to its own.
+    """
+    padding = self.embed(jnp.full((1, 1), PADDING_ID))
+    logits = self.head(self.encode(padding + presence[:, :, None] * (self.embed(tokens) - padding), lengths))
+    return (logits + self.ngrams(tokens, presence)) / 2 if self.config.ngrams else logits
 
   def features(self, tokens: jax.Array, lengths: jax.Array, lookup: chunked.Lookup | None = None) -> jax.Array:
     """Return what the head sees of a batch, f32[b, n], see `encode`; arguments as for `predict`."""

@@ -10,12 +10,17 @@ from typing import Any, Literal, TypeGuard
 import jax
 import numpy as np
 
-from imdb_jax import devices, evaluation, processes
+from imdb_jax import devices, evaluation, explanation, processes
 from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
+<<<<<<< HEAD
 from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line
+=======
+from imdb_jax.errors import CheckpointError, DataError, UsageError
+from imdb_jax.explanation import Explanation
+>>>>>>> e0e6f0c72f1aeff0842913f0a45b803fefe4ae1d
 from imdb_jax.program import Program
 from imdb_jax.report import page
 from imdb_jax.report.page import Answers
@@ -172,6 +177,32 @@ class Classifier:
   def features(self, texts: Texts) -> np.ndarray:
     """Return the pooled hidden states of each seed, f32[seeds, n, f], the inputs of the head; arguments likewise."""
     return self._compute(texts, "features")
+
+  def explain(self, texts: Sequence[str], label: str | None = None) -> list[Explanation]:
+    """Return the contributions of the words of each text to the logit of a class, whose sigmoid is its probability.
+
+    By default, the class is the second of two, or of more the most probable one.
+
+    Raises:
+      TypeError: as for `predict_proba`.
+      UsageError: there is no such class.
+    """
+    if label is not None and label not in self.classes:
+      raise UsageError(f"{label!r:.80}: is no class; there are {', '.join(self.classes)}.")
+    split, size = self.encode(texts), devices.padded_size(explanation.MIN_STEPS + 1, self.program.mesh)
+    default = self.predict(split).tolist() if len(self.classes) > 2 else [*self.classes][1:] * len(split)
+
+    def explained(text: str, tokens: np.ndarray, length: np.int32, label: str) -> Explanation:
+      def slopes(presence: np.ndarray) -> np.ndarray:
+        place, some = np.int32(self.classes.index(label)), np.resize(presence.astype(np.float32), size)
+        found = self.program.slopes(self.params, self.temperature, tokens, length, place, some)
+        return jax.device_get(found)[: len(presence)]
+
+      return explanation.explain(text, label, self.vocabulary.spans(text), slopes)
+
+    with processes.computing():
+      labels = default if label is None else [label] * len(split)
+      return [explained(*each) for each in zip(texts, split.tokens, split.lengths, labels, strict=True)]
 
   def _compute(self, texts: Texts, output: Literal["logits", "features"]) -> np.ndarray:
     split = self.encode(texts)

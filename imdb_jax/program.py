@@ -95,6 +95,8 @@ class Program:
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`. It is faster with
       parameters from `prepare`.
     features: jitted likewise, with the inputs of the head as the result, f32[seeds, b, n].
+    slopes: jitted `(params, temperature, tokens int[t], length, label, presence f32[b]) -> f32[b, 1 + t]`: the log odds
+      of the label for one text at several presences of all words (`TextClassifier.fade`), and its slope for each word.
   """
 
   def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
@@ -132,6 +134,7 @@ class Program:
       jax.jit(functools.partial(self._apply, name), in_shardings=(everywhere, rows, rows), out_shardings=everywhere)
       for name in ("predict", "features")
     )
+    self.slopes = jax.jit(self._slopes, in_shardings=(*[everywhere] * 5, rows), out_shardings=everywhere)
     self._prepare = jax.jit(self._with_lookup, out_shardings=everywhere)
 
   @property
@@ -312,6 +315,22 @@ class Program:
     sharded = self._sharded(apply, (_REPLICATED, _ROWS, _ROWS), _ROWS)
     with jax.default_matmul_precision(self._matmul_precision):
       return self._over_seeds(lambda params: sharded(params, tokens, lengths))(params)
+
+  def _slopes(self, params: Any, temperature: jax.Array, *text: jax.Array) -> jax.Array:
+    def slopes(params, temperature, tokens, length, label, presence):
+      tokens, lengths, labels = (jnp.stack([each] * len(presence)) for each in (tokens, length, label))
+
+      def log_odds(presence):
+        fade = functools.partial(self.model.apply, method="fade")
+        logits = self._over_seeds(lambda one: fade({"params": one}, tokens, lengths, presence))(params)
+        found = self.task.traced_log_odds(logits, temperature, labels)
+        return jnp.sum(found), found
+
+      by_word, found = jax.grad(log_odds, has_aux=True)(jnp.broadcast_to(presence[:, None], tokens.shape))
+      return jnp.concatenate([found[:, None], by_word], axis=1)
+
+    with jax.default_matmul_precision(self._matmul_precision):
+      return self._sharded(slopes, (*[_REPLICATED] * 5, _ROWS), _ROWS)(params, temperature, *text)
 
   def _with_lookup(self, params: Any) -> Any:
     with jax.default_matmul_precision(self._matmul_precision):

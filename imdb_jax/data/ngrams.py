@@ -23,15 +23,15 @@ MAX_CLASSES = 100
 _CHUNK = 1000
 
 
-def keys_of(tokens: Any, n: int) -> Any:
-  """Return the n-grams of each review, of one to n words, in ascending order and each once.
+def occurrences(tokens: Any, n: int) -> Any:
+  """Return the n-grams of each review, of one to n words, by their last word.
 
   Args:
     tokens: int[b, t], padded at the front with 0.
     n: number of words of the longest.
 
   Returns:
-    u32[b, n t], a hash of each n-gram; 0 stands for none.
+    u32[b, n t], a hash of each n-gram, first all of one word, then all of two and so on; 0 stands for none.
   """
   xp = tokens.__array_namespace__()
   words = tokens.astype(xp.uint32)
@@ -42,7 +42,13 @@ def keys_of(tokens: Any, n: int) -> Any:
     key = key ^ (key >> xp.uint32(15))
     # Padding is at the front, so the earliest word is the first to be missing.
     found.append(xp.where(earlier > 0, key, xp.uint32(0)))
-  keys = xp.sort(xp.concatenate(found, axis=1), axis=1)
+  return xp.concatenate(found, axis=1)
+
+
+def keys_of(tokens: Any, n: int) -> Any:
+  """Return the n-grams of each review in ascending order and each once; otherwise as `occurrences`."""
+  xp = tokens.__array_namespace__()
+  keys = xp.sort(occurrences(tokens, n), axis=1)
   is_repeated = xp.pad(keys[:, 1:] == keys[:, :-1], ((0, 0), (1, 0)))
   return xp.where(is_repeated, xp.uint32(0), keys)
 

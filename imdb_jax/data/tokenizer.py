@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -102,23 +103,27 @@ class Vocabulary:
     return [*filter(None, map(self._ids.get, words))]
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:
-    """Return (id, start, end) of each known word, in order; the word is written as `text[start:end]`.
+    """Return (id, start, end) of each word, and of each tag that is removed, in order; it is `text[start:end]`.
 
-    The ids are those of `ids(text)`.
+    Tags and unknown words have the id of padding. The other ids are those of `ids(text)`.
     """
+    found = []
     if self.strip_html:
-      # As many spaces as the tag has characters, so that all positions are those in `text`.
-      text = _replace_tags(text, lambda tag: " " * len(tag[0]))
+
+      def remove(tag: re.Match[str]) -> str:
+        found.append((PADDING_ID, *tag.span()))
+        # As many spaces as the tag has characters, so that all positions are those in `text`.
+        return " " * len(tag[0])
+
+      text = _replace_tags(text, remove)
     # Lower-cased as a whole, because a final sigma depends on its neighbours.
     table, pattern = (_BLANKS, _WORD_OR_MARK) if self.punctuation else (_SEPARATORS, _WORD)
     lowered = text.lower().translate(table)
     # A lower-cased character may be several: "İ" becomes "i" and a combining dot.
     origins = [i for i, character in enumerate(text) for _ in character.lower()]
-    return [
-      (self._ids[word[0]], origins[word.start()], origins[word.end() - 1] + 1)
-      for word in pattern.finditer(lowered)
-      if word[0] in self._ids
-    ]
+    for word in pattern.finditer(lowered):
+      found.append((self._ids.get(word[0], PADDING_ID), origins[word.start()], origins[word.end() - 1] + 1))
+    return sorted(found, key=operator.itemgetter(1))
 
   def encode(self, texts: Sequence[str], sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Encode texts as padded ids.

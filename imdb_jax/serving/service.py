@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import collections
+import functools
 import hashlib
 import json
 import re
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from imdb_jax import explanation
 from imdb_jax.errors import UsageError, first_line
 from imdb_jax.prediction import Ensemble
 
@@ -37,28 +40,49 @@ class Service:
     self._in_progress = self._num_texts = self._num_batches = 0
     self._requests, self._seconds = collections.Counter({200: 0}), 0.0
     page, openapi = ((Path(__file__).parent / file).read_text("utf-8") for file in ("page.html", "openapi.json"))
-    runs = [{"run": each.config.run_dir.resolve().name, "step": each.step} for each in ensemble.classifiers]
-    health = {"status": "ok", "runs": runs, "classes": ensemble.classes}
+    self._runs = [{"run": each.config.run_dir.resolve().name, "step": each.step} for each in ensemble.classifiers]
+    health = {"status": "ok", "runs": self._runs, "classes": ensemble.classes}
     routes = {"/": Response(page, media_type="text/html", headers=_page_headers(page))}
     routes |= {"/openapi.json": Response(openapi, media_type="application/json"), "/health": JSONResponse(health)}
     self.app = Starlette(
       routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()]
-      + [Route("/predict", self._predict, methods=["POST"]), Route("/metrics", self._metrics)],
+      + [Route("/predict", functools.partial(self._post, self._predict), methods=["POST"])]
+      + [Route("/explain", functools.partial(self._post, self._explain), methods=["POST"])]
+      + [Route("/metrics", self._metrics)],
       exception_handlers={HTTPException: self._refuse, Exception: self._refuse},
     )
 
-  async def _predict(self, request: Request) -> Response:
+  async def _post(self, answer: Callable[[list[str], bool], Awaitable[Any]], request: Request) -> Response:
     if self._in_progress == MAX_REQUESTS:
       raise HTTPException(503, f"{MAX_REQUESTS} requests are in progress; try again.", {"Retry-After": "1"})
     started, self._in_progress = time.perf_counter(), self._in_progress + 1
     try:
-      texts, is_single = _parse(await _read(request))
-      answers = await self._answers(texts)
+      found = await answer(*_parse(await _read(request)))
     finally:
       self._in_progress -= 1
       self._seconds += time.perf_counter() - started
     self._requests[200] += 1
-    return JSONResponse(answers[0] if is_single else {"answers": answers})
+    return JSONResponse(found)
+
+  async def _predict(self, texts: list[str], is_single: bool) -> Any:
+    answers = await self._answers(texts)
+    return answers[0] if is_single else {"answers": answers}
+
+  async def _explain(self, texts: list[str], is_single: bool) -> Any:
+    if not is_single:
+      raise HTTPException(400, 'The body must be {"text": "..."}; texts are explained one by one.')
+    return await asyncio.get_running_loop().run_in_executor(self._worker, self._explanations, texts[0])
+
+  def _explanations(self, text: str) -> dict[str, Any]:
+    """Return the explanation of each run. The client has the text, so places are enough."""
+    runs = []
+    for run, classifier in zip(self._runs, self._ensemble.classifiers, strict=True):
+      (found,) = classifier.explain([text])
+      names = ("label", "logit", "baseline_logit", "error", "change")
+      places = ("start", "end", "contribution")
+      words = [{name: getattr(word, name) for name in places} for word in explanation.joined(found)]
+      runs.append(run | {name: getattr(found, name) for name in names} | {"words": words})
+    return {"runs": runs}
 
   async def _answers(self, texts: list[str]) -> list[dict[str, Any]]:
     """Return an answer per text. What has arrived during a computation is computed together after it."""
@@ -154,6 +178,7 @@ def serve(ensemble: Ensemble, listener: socket.socket) -> None:
   """Answer requests until SIGINT or SIGTERM, finish those in progress, and end the process by that signal."""
   for each in ensemble.classifiers:
     each.warmup()
+    each.explain([""])
   app = Service(ensemble).app
   # Errors go to the root logger. Requests are not logged.
   logging: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}

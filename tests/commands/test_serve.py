@@ -150,12 +150,43 @@ def test_health_and_openapi_describe_the_service(service, trained):
   assert f"{service_lib.MAX_BODY_BYTES:,} bytes" in predict["description"]
   assert str(service_lib.MAX_REQUESTS) in predict["responses"]["503"]["description"]
   for path, methods in document["paths"].items():
-    assert methods.keys() == {"post" if path == "/predict" else "get"}
+    assert methods.keys() == {"post" if path in ("/predict", "/explain") else "get"}
   for example in predict["requestBody"]["content"]["application/json"]["examples"].values():
     answer = service.predict(**example["value"])
     expected = "Answers" if "texts" in example["value"] else "Answer"
     assert list(answer) == schemas[expected]["required"] == list(schemas[expected]["properties"])
   assert list(json.loads(content)) == schemas["Health"]["required"]
+  (run,) = explanation_of(service, REVIEW)["runs"]
+  schema = schemas["Explanation"]
+  assert list(run) == schema["required"] == list(schema["properties"])
+  assert list(run["words"][0]) == schema["properties"]["words"]["items"]["required"]
+
+
+def explanation_of(service, text):
+  status, _, body = service.ask("POST", "/explain", json.dumps({"text": text}))
+  assert status == 200, body
+  return json.loads(body)
+
+
+@pytest.mark.parametrize("text", [REVIEW, "zzzz <b>qqqq</b> \u2603 \ud800 film", "", "bad film " * 100])
+def test_the_contributions_of_each_run_are_those_of_the_classifier(service, trained, text):
+  (expected,) = Classifier.load(trained).explain([text])
+  (run,) = explanation_of(service, text)["runs"]
+  assert run["run"] == trained.name
+  assert run["logit"] == pytest.approx(expected.logit, abs=1e-5)
+  seen = [(word.start, word.end, word.contribution) for word in expected.words if word.contribution is not None]
+  found = [tuple(word.values()) for word in run["words"] if word["contribution"] is not None]
+  assert [each[:2] for each in found] == [each[:2] for each in seen]
+  assert [each[2] for each in found] == pytest.approx([each[2] for each in seen], abs=1e-5)
+  assert len(run["words"]) <= 2 * len(seen) + 1, "what was not seen is joined"
+
+
+def test_texts_are_explained_one_by_one(service):
+  status, _, body = service.ask("POST", "/explain", json.dumps({"texts": ["good"]}))
+  assert (status, json.loads(body)["error"]) == (
+    400,
+    'The body must be {"text": "..."}; texts are explained one by one.',
+  )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -108,7 +108,9 @@ def test_tags_are_the_shortest_texts_in_angle_brackets(text):
   assert split_words(text, strip_html=True) == split_words(re.sub(pattern, " ", text), strip_html=False)
   words = "a", "b", "c", "br", "i\u0307"
   stripping, plain = (Vocabulary(size=9, strip_html=strip_html, words=words) for strip_html in (True, False))
-  assert stripping.spans(text) == plain.spans(re.sub(pattern, lambda tag: " " * len(tag[0]), text))
+  without_tags = re.sub(pattern, lambda tag: " " * len(tag[0]), text)
+  tags = [(0, *tag.span()) for tag in re.finditer(pattern, text)]
+  assert stripping.spans(text) == sorted(plain.spans(without_tags) + tags, key=lambda span: span[1])
 
 
 FUNCTIONS = {
@@ -229,12 +231,14 @@ TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs
 def test_spans_are_the_places_of_the_words(text, words):
   vocabulary = fit(text)
   spans = vocabulary.spans(text)
-  assert [text[start:end] for _, start, end in spans] == words
-  assert [number for number, _, _ in spans] == vocabulary.ids(text)
+  assert [text[start:end] for number, start, end in spans if number] == words
+  assert [number for number, _, _ in spans if number] == vocabulary.ids(text)
 
 
-def test_unknown_words_have_no_span():
-  assert fit("good film").spans("a good, bad FILM") == [(1, 2, 6), (2, 12, 16)]
+def test_unknown_words_and_removed_tags_have_the_id_of_padding():
+  spans = [(0, 0, 1), (1, 2, 6), (0, 6, 9), (0, 11, 14), (2, 15, 19)]
+  assert fit("good film").spans("a good<b>, bad FILM") == spans
+  assert fit("good b", strip_html=False).spans("good<b>") == [(1, 0, 4), (2, 5, 6)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -243,14 +247,18 @@ def test_spans_of_any_text(text, known, strip_html, punctuation):
   """Every id has its place; only the form of a sigma may depend on the text around it."""
   vocabulary = Vocabulary.fit([text[::2], known], size=100, strip_html=strip_html, punctuation=punctuation)
   spans = vocabulary.spans(text)
-  assert [number for number, _, _ in spans] == vocabulary.ids(text)
+  assert [number for number, _, _ in spans if number] == vocabulary.ids(text)
   positions = [position for _, start, end in spans for position in (start, end)]
   assert positions == sorted(positions)
   for number, start, end in spans:
+    if text[start] == "<" and end - start > 1:
+      assert (number, strip_html) == (0, True), "a tag"
+      continue
     (word,) = split_words(text[start:end], strip_html=False, punctuation=punctuation)
     if word in string.punctuation:
       continue
-    assert word.replace("\u03c2", "\u03c3") == vocabulary.words[number - 1].replace("\u03c2", "\u03c3")
+    if number:
+      assert word.replace("\u03c2", "\u03c3") == vocabulary.words[number - 1].replace("\u03c2", "\u03c3")
     # The word is whole: both neighbours are separators. "<" and ">" of tags are separators, too.
     for neighbour in (text[max(start - 1, 0) : start], text[end : end + 1]):
       assert split_words(neighbour, strip_html=False) == []

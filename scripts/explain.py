@@ -1,0 +1,11 @@
+"""Show the contributions of words: `python scripts/predict.py RUN_DIR TEXT ...`."""
+
+import signal
+
+if __name__ == "__main__":
+  # Ctrl-C during imports ends Python without a traceback. The command installs its own handler later.
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  from imdb_jax import cli
+
+  cli.run("explain")
