@@ -171,7 +171,7 @@ class RuntimeConfig(Settings):
   )
   init_from: Path | None = setting(None, "Run directory whose best weights a new run starts from, words by name.")
   num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=1024)
-  implementation: Literal["auto", "mosaic_gpu", "cudnn", "chunked", "scan"] = setting(
+  implementation: Literal["auto", "mosaic_gpu", "chunked", "scan"] = setting(
     "auto", "Implementation of the LSTM; auto uses the fastest that works."
   )
   steps_per_dispatch: int = setting(8, "Training steps per dispatch; signals are handled in between.", ge=1, le=10_000)

@@ -217,8 +217,8 @@ class Program:
 
   def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a function of one seed's arrays into one of all seeds' arrays."""
-    # On a CPU one seed keeps all cores busy, and vmap would pad every seed to the longest batch. cuDNN has no vmap.
-    if self.mesh.devices.flat[0].platform == "cpu" or self.choice.name == "cudnn":
+    # On a CPU one seed keeps all cores busy, and vmap would pad every seed to the longest batch.
+    if self.mesh.devices.flat[0].platform == "cpu":
       return lambda *arrays: jax.lax.map(lambda one: function(*one), arrays)
     return jax.vmap(function)
 
@@ -336,7 +336,6 @@ def _choose(config: Config, device: Any) -> lstm.Choice:
   call = lstm.Call(
     hidden_size=config.model.hidden_size,
     cell=config.model.cell,
-    recurrent_dropout=config.model.recurrent_dropout_rate > 0,
     per_gate_masks=config.model.dropout_masks == "per_gate",
     gate_activation=config.model.gate_activation,
     precision=config.training.matmul_precision,

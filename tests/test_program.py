@@ -319,8 +319,8 @@ def test_parameters_that_the_last_update_overflows_are_noticed(non_finite):
 
 
 def test_a_named_implementation_that_cannot_compute_the_model_is_refused():
-  with pytest.raises(UsageError, match=r"^--implementation cudnn: cuDNN has no recurrent dropout\.$"):
-    Program(dataclasses.replace(config_of(), runtime=RuntimeConfig(implementation="cudnn")), programs.mesh_of(1))
+  with pytest.raises(UsageError, match=r"^--implementation mosaic_gpu: it supports hidden sizes of 64 and 128"):
+    Program(dataclasses.replace(config_of(), runtime=RuntimeConfig(implementation="mosaic_gpu")), programs.mesh_of(1))
 
 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
@@ -328,7 +328,7 @@ def test_other_cells_run_on_scan_and_a_named_fast_implementation_is_refused(cell
   config = config_of(ModelConfig(cell=cell))
   choice = Program(config, programs.mesh_of(1)).choice
   assert choice == ("scan", f"chunked: its cell is an LSTM; only scan computes {cell}")
-  for name in ("mosaic_gpu", "cudnn", "chunked"):
+  for name in ("mosaic_gpu", "chunked"):
     named = dataclasses.replace(config, runtime=RuntimeConfig(implementation=name))
     with pytest.raises(
       UsageError, match=rf"^--implementation {name}: its cell is an LSTM; only scan computes {cell}\.$"

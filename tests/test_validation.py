@@ -64,7 +64,7 @@ def test_a_wrong_type_is_named_in_a_file_and_from_python(name, value):
     (TrainingConfig, "batch_size", True, "a whole number from 1 to 65,536"),
     (TrainingConfig, "seed", np.float64(2), "a whole number from 0 to 2,147,483,647"),
     (RuntimeConfig, "platform", "gpuu", "one of auto, cpu, gpu, tpu"),
-    (RuntimeConfig, "implementation", "abacus", "one of auto, mosaic_gpu, cudnn, chunked, scan"),
+    (RuntimeConfig, "implementation", "abacus", "one of auto, mosaic_gpu, chunked, scan"),
     (RuntimeConfig, "num_devices", 2.0, "a whole number from 1 to 1,024 or None"),
     (RuntimeConfig, "run_dir", 3, "a path .* or None"),
     (RuntimeConfig, "cache_dir", None, "a path .*"),

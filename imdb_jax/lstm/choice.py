@@ -12,16 +12,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from imdb_jax.lstm import chunked, cudnn, scan
+from imdb_jax.lstm import chunked, scan
 from imdb_jax.lstm.shared import Masks, Weights
 
 Cell = Literal["lstm", "gru", "rnn"]
 GateActivation = Literal["sigmoid", "hard_sigmoid"]
 Precision = Literal["auto", "float32", "tensorfloat32", "bfloat16"]
 
-IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "chunked", "scan")
+IMPLEMENTATIONS = ("mosaic_gpu", "chunked", "scan")
 # Whole blocks of 64 units, whose recurrent weights fit on chip: bfloat16 [128, 512] takes 128 of 227 KiB.
 _KERNEL_HIDDEN_SIZES = (64, 128)
+# Hopper.
+_KERNEL_CAPABILITY = 9.0
 # Relative norm of the difference between kernel and `chunked`: twice the rounding of bfloat16, 2^-8.
 _SELF_CHECK_TOLERANCE = 2**-7
 
@@ -33,7 +35,7 @@ def implementation_of(name: str) -> Callable[..., jax.Array]:
     from imdb_jax.lstm import mosaic_gpu
 
     return mosaic_gpu.lstm
-  return {"cudnn": cudnn, "chunked": chunked, "scan": scan}[name].lstm
+  return {"chunked": chunked, "scan": scan}[name].lstm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,6 @@ class Call:
 
   hidden_size: int
   cell: Cell = "lstm"
-  recurrent_dropout: bool = True
   per_gate_masks: bool = False  # Each gate has its own dropout masks.
   gate_activation: GateActivation = "sigmoid"
   precision: Precision = "auto"  # Of matrix products; "auto" leaves it to the implementation.
@@ -89,13 +90,7 @@ def unsupported(name: str, call: Call, device: Any = None) -> str | None:
       return f"it computes recurrent products in bfloat16; precision {call.precision} excludes it"
     if call.hidden_size not in _KERNEL_HIDDEN_SIZES:
       return f"it supports hidden sizes of {' and '.join(map(str, _KERNEL_HIDDEN_SIZES))}, not {call.hidden_size}"
-    return gpu_problem(_local(device), 9.0)
-  if name == "cudnn":
-    if call.recurrent_dropout:
-      return "cuDNN has no recurrent dropout"
-    if call.precision == "bfloat16":
-      return "jax.experimental.rnn does not support bfloat16"
-    return gpu_problem(_local(device), 0.0)
+    return gpu_problem(_local(device))
   return None
 
 
@@ -106,13 +101,13 @@ def recurrent_precision(name: str, precision: Precision) -> str:
   return "float32" if precision == "auto" else precision
 
 
-def gpu_problem(device: Any, capability: float) -> str | None:
-  """Return why a device is not an NVIDIA GPU of at least that compute capability, or None if it is."""
+def gpu_problem(device: Any) -> str | None:
+  """Return why a device is not an NVIDIA GPU that the kernel supports, or None if it is."""
   if device.platform != "gpu":
     return f"it needs an NVIDIA GPU, and JAX computes on {device.platform}"
   found = float(getattr(device, "compute_capability", 0))
-  if found < capability:
-    return f"it needs compute capability {capability}, and {device.device_kind} has {found}"
+  if found < _KERNEL_CAPABILITY:
+    return f"it needs compute capability {_KERNEL_CAPABILITY}, and {device.device_kind} has {found}"
   return None
 
 
