@@ -7,8 +7,8 @@ before any content is read, and everything that takes time or memory has a limit
 import collections
 import contextlib
 import functools
+import gzip
 import hashlib
-import io
 import itertools
 import lzma
 import os
@@ -17,7 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from imdb_jax.data import imdb
 from imdb_jax.data.reviews import Reviews, canonical
@@ -33,10 +33,6 @@ MAX_PACKED_BYTES = 2**27
 MAX_ARCHIVE_BYTES = 2**29
 MAX_REVIEWS_BYTES = 160 * 2**20
 MAX_MEMBERS = 300_000
-# Some programs pack a file as many independent streams.
-MAX_STREAMS = 10_000
-# A decoder of .xz allocates what the file demands. `xz -9` demands 65 MiB.
-MAX_DECODER_BYTES = 2**27
 
 _FOLDERS = ("train", "train/neg", "train/pos", "train/unsup", "test", "test/neg", "test/pos", "test/unsup")
 # A review, with its number and rating; or a urls file, which has the film of each review.
@@ -47,7 +43,7 @@ _BLOCK, _PIECE = 512, 2**20
 _EXTENDED = (b"x", b"g", b"X", b"L", b"K")
 _REMEDY = f"get the official archive from {imdb.URL} (sha256 {imdb.SHA256})"
 # What this module and the decompressors raise.
-DAMAGE = (EOFError, lzma.LZMAError, zlib.error, ValueError)
+DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, ValueError)
 
 _Files = Generator[tuple[str, int, Callable[[], bytes]], None, None]
 
@@ -201,68 +197,17 @@ def _archive_files(path: Path) -> _Files:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
   """Open a .gz, .xz or uncompressed file for reading what it contains; reading raises one of `DAMAGE`."""
-  with files.open_regular(Path(os.path.realpath(path))) as file, io.BufferedReader(_Unpacked(file), _PIECE) as stream:
-    yield stream
-
-
-class _Unpacked(io.RawIOBase):
-  """The content of a file, see `_unpack`."""
-
-  def __init__(self, file: IO[bytes]):
-    self._pieces, self._rest, self._position = _unpack(file), memoryview(b""), 0
-
-  def readable(self) -> bool:
-    return True
-
-  def tell(self) -> int:
-    return self._position
-
-  def readinto(self, buffer: Any) -> int:
-    if not self._rest:
-      self._rest = memoryview(next(self._pieces, b""))
-    size = min(len(buffer), len(self._rest))
-    buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-    self._position += size
-    return size
-
-
-def _unpack(file: IO[bytes]) -> Iterator[bytes]:
-  """Yield the content of a .gz, .xz or uncompressed file in pieces of at most 1 MiB.
-
-  `gzip` and `lzma.open` are not used: they accept any number of empty streams, and any demand for memory.
-  """
-  # The first bytes tell the compression; the name may be wrong.
-  magic = file.read(6)
-  size = file.seek(0, os.SEEK_END)
-  file.seek(0)
-  is_gzip = magic.startswith(b"\x1f\x8b")
-  if not is_gzip and magic != b"\xfd7zXZ\x00":
-    yield from iter(lambda: file.read(_PIECE), b"")
-    return
-  if size > MAX_PACKED_BYTES:
-    raise ValueError(f"it has {size:,} packed bytes, at most {MAX_PACKED_BYTES:,} are allowed")
-  packed = b""
-  for _ in range(MAX_STREAMS):
-    decoder: Any = zlib.decompressobj(wbits=31)
-    if not is_gzip:
-      decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_DECODER_BYTES)
-    while not decoder.eof:
-      if not packed and getattr(decoder, "needs_input", True):
-        packed = file.read(_PIECE // 16)
-        if not packed:
-          raise EOFError("the packed data is cut short")
-      if piece := decoder.decompress(packed, _PIECE):
-        yield piece
-      # zlib returns what it has not yet used; lzma keeps it, and needs no input.
-      packed = getattr(decoder, "unconsumed_tail", b"")
-    # Zeros may follow a stream.
-    packed = decoder.unused_data.lstrip(b"\0")
-    while not packed:
-      packed = file.read(_PIECE)
-      if not packed:
-        return
-      packed = packed.lstrip(b"\0")
-  raise ValueError(f"it is packed as more than {MAX_STREAMS:,} streams")
+  with files.open_regular(Path(os.path.realpath(path))) as file:
+    # The first bytes tell the compression; the name may be wrong.
+    magic = file.peek(6)
+    if not magic.startswith((b"\x1f\x8b", b"\xfd7zXZ\0")):
+      yield file
+      return
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_PACKED_BYTES:
+      raise ValueError(f"it has {size:,} packed bytes, at most {MAX_PACKED_BYTES:,} are allowed")
+    with gzip.GzipFile(fileobj=file) if magic.startswith(b"\x1f") else lzma.LZMAFile(file) as stream:
+      yield stream
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
