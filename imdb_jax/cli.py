@@ -111,7 +111,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to evaluate.")
   parser.add_argument("--data", type=_path, help="Other labelled texts: a CSV or JSONL file, or a folder.")
-  parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder, if the reviews are not cached.")
+  parser.add_argument("--archive", type=_path, help="Local aclImdb archive, if the reviews are not cached.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
   ensemble = _load(given, archive=given.archive, cache_dir=given.cache_dir)
@@ -242,7 +242,7 @@ def _check(prog: str, args: Sequence[str]) -> None:
 def _prepare(prog: str, args: Sequence[str]) -> None:
   """Prepare the tensorflow-datasets store from a local archive."""
   parser = _parser(prog, _prepare, restores=False)
-  parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive or unpacked folder.")
+  parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive.")
   parser.add_argument("--data-dir", type=_path, default=default_cache_dir(), help="Folder to write the store to.")
   given = parser.parse_args(args)
   try:
@@ -267,7 +267,7 @@ def _compare(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--quick", action="store_true", help="Small models on the sample, in two minutes.")
   parser.add_argument("--data", help="imdb, sample, or a CSV or JSONL file or folder with two classes. [imdb]")
   parser.add_argument("--validation", default="test", metavar="{test,split}", help="Test or held-out reviews. [test]")
-  parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder; otherwise it is downloaded.")
+  parser.add_argument("--archive", type=_path, help="Local aclImdb archive; otherwise it is downloaded.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   parser.add_argument("--run-dir", type=_path, default=Path("runs/compare"), help="Folder to use. [runs/compare]")
   parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")

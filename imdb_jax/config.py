@@ -164,7 +164,7 @@ class RuntimeConfig(Settings):
 
   platform: Literal["auto", "cpu", "gpu", "tpu"] = setting("auto", "Where to compute; auto is the best found.")
   run_dir: Path | None = setting(None, "Run directory (default: runs/PRESET). The same command again resumes the run.")
-  archive: Path | None = setting(None, "Local aclImdb archive or folder; otherwise the reviews are downloaded.")
+  archive: Path | None = setting(None, "Local aclImdb archive; otherwise the reviews are downloaded.")
   cache_dir: Path = setting(default_cache_dir, "Cache folder for reviews.")
   word_vectors: Path | None = setting(
     None, "Word vectors for --embedding file, as text of word2vec, GloVe or fastText."
