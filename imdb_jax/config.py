@@ -119,7 +119,6 @@ class OptimizerConfig(Settings):
   epsilon: float = setting(1e-7, "Adam's epsilon, added before bias correction as in Keras.", gt=0, le=1e38)
   clip_norm: float | None = setting(None, "Scale gradients down to this norm, over all parameters.", gt=0, le=1e38)
   weight_decay: float = setting(0.0, "Decoupled weight decay, as in AdamW; not of padding's vector.", ge=0, le=1e6)
-  non_finite: Literal["stop", "skip"] = setting("stop", "Stop at a non-finite loss or gradient, or skip that update.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,12 +247,15 @@ class Config(Settings):
     sections = {}
     for name, section in _SECTIONS.items():
       fields = value.get(name, {})
-      _require_keys(fields, {field.name for field in dataclasses.fields(section)}, name)
-      sections[name] = section(**fields)
+      names = {field.name for field in dataclasses.fields(section)}
+      _require_keys(fields, names | _RETIRED, name)
+      sections[name] = section(**{field: fields[field] for field in fields.keys() & names})
     return cls(preset=value.get("preset"), runtime=runtime or RuntimeConfig(), **sections)
 
 
 _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "model": ModelConfig, "optimizer": OptimizerConfig}
+# Settings of imdb_jax 0.4, which change nothing that has been trained.
+_RETIRED = {"non_finite"}
 
 
 def differing_fields(saved: Config, wanted: Config) -> list[str]:

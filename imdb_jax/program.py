@@ -275,7 +275,7 @@ class Program:
     # Drawn for the global batch, so that the result does not depend on the number of devices.
     dropout_masks = draw_dropout_masks(key, self.config.model, examples["labels"].shape[0])
     gradients = self._sharded(self._gradients, (_REPLICATED, _ROWS, _ROWS), _REPLICATED)
-    params = before = _trained(state.params)
+    params = _trained(state.params)
     grads, sums = gradients(params, examples, dropout_masks)
     grads = jax.tree.map(lambda grad: grad / sums["weight"], grads)
     # optax raises a float to an integer power, which strict promotion would refuse.
@@ -287,10 +287,6 @@ class Program:
     params = optax.apply_updates(params, updates)
     finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(optax.tree.norm(grads))]
     is_finite = jnp.stack([*finite, *(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))]).all()
-    if self.config.optimizer.non_finite == "skip":
-      params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (before, state.opt_state)
-      )
     state = TrainState(step=state.step + 1, params=state.params | params, opt_state=opt_state, key=state.key)
     return state, sums | {"is_finite": is_finite.astype(jnp.float32)}
 

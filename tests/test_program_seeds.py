@@ -10,7 +10,7 @@ import pytest
 from programs import assert_close, assert_equal, config_of, program_of, train
 
 from imdb_jax import devices
-from imdb_jax.config import Config, OptimizerConfig, TrainingConfig
+from imdb_jax.config import Config, TrainingConfig
 from imdb_jax.data import batches
 from imdb_jax.program import Program
 
@@ -23,7 +23,7 @@ SPLIT, DAMAGED = programs.damaged(programs.make_split(27, LENGTH), row=26), 26
 
 def config(num_seeds: int, seed: int = SEEDS[0]) -> Config:
   training = TrainingConfig(batch_size=BATCH_SIZE, seed=seed, num_seeds=num_seeds, bucket_by_length=True)
-  return config_of(MODEL, LENGTH, training=training, optimizer=OptimizerConfig(non_finite="skip"))
+  return config_of(MODEL, LENGTH, training=training)
 
 
 @functools.cache
@@ -90,15 +90,12 @@ def test_each_seed_predicts_as_if_alone(over_seeds):
 
 
 @pytest.mark.parametrize("over_seeds", ["map", "vmap"])
-def test_a_non_finite_step_is_skipped_in_its_own_seed(over_seeds):
+def test_a_non_finite_step_is_noticed_and_changes_no_other_seed(over_seeds):
   rows, program = epoch_rows()[:3], together(over_seeds)
   bad_rows = rows.copy()
   bad_rows[2, 1, 0] = DAMAGED
   found, sums = train(program, bad_rows, split=SPLIT)
   assert sums["is_finite"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]]
-  assert found.step.tolist() == [3] * len(SEEDS)
   expected, _ = train(program, rows, split=SPLIT)
   for i in (0, 2, 3):
     assert_equal(seed_of(found, i), seed_of(expected, i))
-  before, _ = train(program, rows[:2], split=SPLIT)
-  assert_equal(seed_of((found.params, found.opt_state), 1), seed_of((before.params, before.opt_state), 1))

@@ -58,7 +58,7 @@ def test_a_wrong_type_is_named_in_a_file_and_from_python(name, value):
     (ModelConfig, "pooling", "avg", "one of last, mean, max, mean_max"),
     (ModelConfig, "dropout_masks", "share", "one of shared, per_gate"),
     (ModelConfig, "mask_padding", "no", "True or False"),
-    (OptimizerConfig, "non_finite", "ignore", "one of stop, skip"),
+    (OptimizerConfig, "schedule", "ignore", "one of constant, one_cycle"),
     (OptimizerConfig, "b1", "0.9", "a number at least 0 and below 1"),
     (TrainingConfig, "epochs", "3", "a whole number from 1 to 100,000"),
     (TrainingConfig, "batch_size", True, "a whole number from 1 to 65,536"),
