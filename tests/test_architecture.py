@@ -48,6 +48,7 @@ ONLY_IN = {
   "matplotlib": {"plots"},
   "rich": {"training"},
   "sklearn": {"comparison"},
+  "safetensors": {"store.safetensors", "export"},
   "starlette": {"serving"},
   "uvicorn": {"serving"},
   "argparse": {"arguments"},
@@ -295,7 +296,7 @@ def test_every_imported_package_is_declared():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
   requirements = project["dependencies"]
   requirements += [
-    requirement for name in ("compare", "serve") for requirement in project["optional-dependencies"][name]
+    requirement for name in ("compare", "serve", "export") for requirement in project["optional-dependencies"][name]
   ]
   declared = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
   packages = {name.split(".")[0] for module in MODULES for name in imported(read(module))}
