@@ -46,7 +46,6 @@ def run(name: str) -> None:
 def _train(prog: str, args: Sequence[str]) -> None:
   """Train a text classifier, or resume its training."""
   config = arguments.parse_config(prog, args)
-  exits.require_memory()
   from imdb_jax import processes
   from imdb_jax.training.loop import fit
 
@@ -96,7 +95,6 @@ def _load(given: Any, **runtime: Any):
       raise UsageError(f"--step {given.step!r:.80}: must be best, latest or a number.")
     given.step = int(given.step)
   settings = RuntimeConfig(platform=given.platform, **runtime)
-  exits.require_memory()
   from imdb_jax import devices
   from imdb_jax.prediction import Classifier, Ensemble
 
@@ -183,7 +181,6 @@ def _serve(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. [127.0.0.1]")
   parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 takes a free one. [8000]")
   given = parser.parse_args(args)
-  exits.require_memory()
   try:
     from imdb_jax.serving import service
   except ImportError as error:
@@ -245,10 +242,8 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive.")
   parser.add_argument("--data-dir", type=_path, default=default_cache_dir(), help="Folder to write the store to.")
   given = parser.parse_args(args)
-  try:
-    from imdb_jax.data import tfds_imdb
-  except ImportError as error:
-    raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
+  from imdb_jax.data import tfds_imdb
+
   try:
     # Reading the archive takes a while.
     given.data_dir.mkdir(parents=True, exist_ok=True)
@@ -278,7 +273,6 @@ def _compare(prog: str, args: Sequence[str]) -> None:
     training=TrainingConfig(num_seeds=given.num_seeds),
     runtime=RuntimeConfig(**places),
   )
-  exits.require_memory()
   from imdb_jax import processes
   from imdb_jax.comparison import rows
 

@@ -1,12 +1,9 @@
 """Choice of the implementation for a call, with the self-check that the kernel must pass first."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -119,33 +116,10 @@ def _local(device: Any) -> Any:
 
 @functools.cache
 def _self_check_problem(hidden_size: int, device: Any) -> str | None:
-  """Return what is wrong with the kernel on a device, or None if it agrees with `chunked`.
-
-  It is checked once per process. If JAX caches compiled programs, a file beside them records the agreement, and later
-  processes do not check again.
-  """
-  mark = _mark_of_agreement(hidden_size, device)
-  if mark is not None and mark.exists():
-    return None
+  """Return what is wrong with the kernel on a device, or None if it agrees with `chunked`; checked once per process."""
   # The caller may be tracing. Tracing is local to a thread, so another thread computes right away.
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    problem = executor.submit(_self_check, hidden_size, device).result()
-  if problem is None and mark is not None:
-    # If the file cannot be written, the next process checks again.
-    with contextlib.suppress(OSError):
-      mark.parent.mkdir(parents=True, exist_ok=True)
-      mark.touch()
-  return problem
-
-
-def _mark_of_agreement(hidden_size: int, device: Any) -> Path | None:
-  """Return the file for this kind of device, these versions and this code; None if JAX caches no programs."""
-  folder = jax.config.values["jax_compilation_cache_dir"]
-  if folder is None:
-    return None
-  facts = device.device_kind, device.client.platform_version, jax.__version__, jax.lib.__version__, hidden_size
-  code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-  return Path(folder) / f"mosaic_gpu-agrees-{hashlib.sha256(repr(facts).encode() + code).hexdigest()}"
+    return executor.submit(_self_check, hidden_size, device).result()
 
 
 def _self_check(hidden_size: int, device: Any) -> str | None:
