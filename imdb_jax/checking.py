@@ -1,8 +1,7 @@
 """A look at labelled texts before training: sizes, classes, lengths, copies, unknown words, and what may go wrong."""
 
-import math
-import os
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,13 @@ from imdb_jax.data.tokenizer import Vocabulary, split_words
 from imdb_jax.errors import printable
 
 _FEW_ROWS, _DOMINATING, _MANY_CUT, _MANY_UNKNOWN = 50, 0.8, 0.25, 0.25
-# Operations that a core computes in a second, and seconds that a step takes besides: of `article` on two cores.
-_OPERATIONS, _SECONDS_PER_STEP = 1.2e11, 0.007
 _COLUMNS, _SHOWN_CLASSES = 60, 20
 
 
 def check(config: Config) -> dict[str, Any]:
   """Return figures about the texts that these settings would train on, for JSON.
 
-  `warnings` are lines for people. Lengths are numbers of known words. The training time is rough, and for a CPU.
+  `warnings` are lines for people. Lengths are numbers of known words.
 
   Raises:
     DataError: the texts cannot be trained on; says why and where.
@@ -33,9 +30,9 @@ def check(config: Config) -> dict[str, Any]:
   train, test = splits["train"], splits["test"]
   split = {"strip_html": data.strip_html, "punctuation": data.punctuation}
   vocabulary = Vocabulary.fit(train.texts, size=data.vocabulary_size, **split)
-  known = {name: np.array([len(vocabulary.ids(text)) for text in each.texts]) for name, each in splits.items()}
-  words = {name: sum(len(split_words(text, **split)) for text in each.texts) for name, each in splits.items()}
-  lengths = np.concatenate([*known.values()])
+  words = {name: _count_words(each.texts, vocabulary) for name, each in splits.items()}
+  sums = {name: each.sum(axis=1).tolist() for name, each in words.items()}
+  lengths = np.concatenate([known for _, known in words.values()])
   pairs = [(text, label) for each in splits.values() for text, label in zip(each.texts, each.labels, strict=True)]
   num_texts = len({text for text, _ in pairs})
   counts = {name: np.bincount(each.labels, minlength=len(each.classes)).tolist() for name, each in splits.items()}
@@ -46,25 +43,22 @@ def check(config: Config) -> dict[str, Any]:
     },
     "lengths": dict(zip(("median", "95%", "longest"), np.quantile(lengths, (0.5, 0.95, 1)).tolist(), strict=True)),
     "cut_share": float(np.mean(lengths > data.sequence_length)),
-    "unknown_word_shares": {name: 1 - int(known[name].sum()) / max(words[name], 1) for name in splits},
+    "unknown_word_shares": {name: 1 - known / max(count, 1) for name, (count, known) in sums.items()},
     "texts_without_known_word": int(np.sum(lengths == 0)),
     "copies": len(pairs) - num_texts,
     "texts_with_several_labels": len({*pairs}) - num_texts,
     "test_texts_in_train": int(test.occur_in(train).sum()),
-    "training_seconds": _training_seconds(config, known["train"]),
   }
   return result | {"warnings": notes + _warnings(config, result)}
 
 
-def _training_seconds(config: Config, lengths: np.ndarray) -> float:
-  model, training = config.model, config.training
-  positions = np.minimum(lengths, config.data.sequence_length) if model.mask_padding else config.data.sequence_length
-  gates = {"lstm": 4, "gru": 3, "rnn": 1}[model.cell]
-  # Forward, and backward twice as many: a multiplication and an addition per weight.
-  operations = 6 * gates * model.hidden_size * (model.embedding_size + model.hidden_size) * model.directions
-  num_steps = math.ceil(len(lengths) / training.batch_size)
-  computing = len(lengths) * float(np.mean(positions)) * operations / _OPERATIONS / (os.cpu_count() or 1)
-  return training.epochs * training.num_seeds * (computing + num_steps * _SECONDS_PER_STEP)
+def _count_words(texts: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
+  """Return the numbers of words and of known words of each text, int[2, n]."""
+  known, counts = {*vocabulary.words}, []
+  for text in texts:
+    words = split_words(text, strip_html=vocabulary.strip_html, punctuation=vocabulary.punctuation)
+    counts.append((len(words), sum(word in known for word in words)))
+  return np.array(counts).T
 
 
 def _warnings(config: Config, result: dict[str, Any]) -> list[str]:
@@ -105,7 +99,6 @@ def lines(config: Config, result: dict[str, Any]) -> list[str]:
   shown["Cut"] = f"{result['cut_share']:.1%} (beyond {config.data.sequence_length:,})"
   shown["Unknown words"] = ", ".join(f"{share:.1%} {name}" for name, share in result["unknown_word_shares"].items())
   shown["Copies"] = f"{result['copies']:,}; {result['test_texts_in_train']:,} test texts are in train"
-  shown["Training"] = f"about {max(result['training_seconds'] / 60, 0.1):,.1f} minutes on this CPU"
   width = max(map(len, shown))
   found = [f"{name:<{width}} {value}" for name, value in shown.items()]
   for warning in result["warnings"]:
