@@ -26,6 +26,10 @@ def config(num_seeds: int, seed: int = SEEDS[0]) -> Config:
   return config_of(MODEL, LENGTH, training=training)
 
 
+# `vmap` is for GPUs.
+OVER_SEEDS = pytest.mark.parametrize("over_seeds", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
+
+
 @functools.cache
 def together(over_seeds: str) -> Program:
   """Return a program for all seeds on four devices, through `jax.lax.map` as on a CPU or `jax.vmap` as on a GPU."""
@@ -67,7 +71,7 @@ def test_seeds_start_with_different_parameters_and_dropout_keys():
 
 # A deadlock in XLA would not let a signal end the test.
 @pytest.mark.timeout(170, method="thread")
-@pytest.mark.parametrize("over_seeds", ["map", "vmap"])
+@OVER_SEEDS
 def test_each_seed_trains_as_if_alone(over_seeds):
   """Up to rounding: Adam moves each parameter by about 1e-3 per step."""
   state, sums = train(together(over_seeds), epoch_rows(), split=SPLIT)
@@ -78,7 +82,7 @@ def test_each_seed_trains_as_if_alone(over_seeds):
     assert_close(seed_of(state, i), expected_state, atol=2e-5)
 
 
-@pytest.mark.parametrize("over_seeds", ["map", "vmap"])
+@OVER_SEEDS
 def test_each_seed_predicts_as_if_alone(over_seeds):
   program, params = together(over_seeds), programs.initial_state(config(len(SEEDS))).params
   arrays = devices.put((SPLIT.tokens[:8], SPLIT.lengths[:8]), devices.over_rows(program.mesh))
@@ -89,7 +93,7 @@ def test_each_seed_predicts_as_if_alone(over_seeds):
     np.testing.assert_allclose(logits[i : i + 1], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("over_seeds", ["map", "vmap"])
+@OVER_SEEDS
 def test_a_non_finite_step_is_noticed_and_changes_no_other_seed(over_seeds):
   rows, program = epoch_rows()[:3], together(over_seeds)
   bad_rows = rows.copy()

@@ -48,6 +48,8 @@ assert [system.train(system.epoch(1)) for _ in range(3)] == losses
 assert len(set(losses)) == 3
 """
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def job(module, tmp_path):
