@@ -61,7 +61,7 @@ JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MAY_COMPILE = {"program", "lstm.choice", "training.skipgram"}
 COMPILERS = {"jit", "pjit", "pmap"}
 
-MAX_LINES = 8_945
+MAX_LINES = 8_530
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 MAX_CONSTRUCTOR_ARGUMENTS = 5
