@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,12 +240,6 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
   given = parser.parse_args(args)
   from imdb_jax.data import tfds_imdb
 
-  try:
-    # Reading the archive takes a while.
-    given.data_dir.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=given.data_dir).close()
-  except OSError as error:
-    raise UsageError(f"--data-dir {given.data_dir}: cannot be written: {error}.") from error
   with exits.interruptible():
     print(tfds_imdb.prepare(given.data_dir, given.archive))
 
