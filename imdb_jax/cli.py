@@ -189,15 +189,18 @@ def _serve(prog: str, args: Sequence[str]) -> None:
 
 
 def _export(prog: str, args: Sequence[str]) -> None:
-  """Write the weights of a run for use elsewhere."""
+  """Write the model of a run for use elsewhere."""
   parser = _parser(prog, _export, restores=True, several=False)
+  choices = ("safetensors", "stablehlo")
+  parser.add_argument("--format", default=choices[0], choices=choices, help="Weights, or a compiled program.")
   parser.add_argument("--output", type=_path, required=True, help="Folder to create.")
   given = parser.parse_args(args)
-  (classifier,) = _load(given).classifiers
+  # The other implementations may compute in another precision than what is exported.
+  (classifier,) = _load(given, implementation="scan").classifiers
   from imdb_jax.export import export
 
   with exits.interruptible():
-    export(classifier, given.output)
+    export(classifier, given.format, given.output)
   print(given.output)
 
 

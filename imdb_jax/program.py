@@ -161,6 +161,27 @@ class Program:
     shapes = jax.eval_shape(self._init_seeds, jnp.zeros(self.config.training.num_seeds, jnp.uint32))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
+  def exported(self, params: Any, temperature: float, prior: np.ndarray) -> jax.export.Exported:
+    """Return prediction with these parameters as StableHLO that runs on CPUs, NVIDIA GPUs and TPUs.
+
+    The program turns tokens i32[b, t], for any b, into the probabilities of the classes, f32[b, classes]. A review
+    without a token has those of `prior`, f32[classes].
+    """
+    # The other implementations support less.
+    model = self.model.clone(implementation="scan")
+
+    def probabilities(tokens: jax.Array) -> jax.Array:
+      lengths = jnp.sum(tokens != PADDING_ID, axis=1, dtype=jnp.int32)
+      with jax.default_matmul_precision(self._matmul_precision):
+        apply = jax.vmap(lambda params: model.apply({"params": params}, tokens, lengths, method="predict"))
+        logits: Any = apply(params)
+      found = self.task.traced_probabilities(logits, temperature)
+      return jnp.where(lengths[:, None] > 0, found, prior[None])
+
+    shape = *jax.export.symbolic_shape("b"), self.config.data.sequence_length
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return jax.export.export(jax.jit(probabilities), platforms=("cpu", "cuda", "tpu"))(tokens)
+
   def prepare(self, params: Any) -> Any:
     """Return parameters with which `predict` is faster, if the model and its size allow that."""
     size = 16 * self.config.training.num_seeds * self.config.data.vocabulary_size * self.config.model.hidden_size

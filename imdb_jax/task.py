@@ -148,6 +148,12 @@ class Classification:
     """Return the probability of each class, f32[n, k], from logits [seeds, n, h]."""
     return self._probabilities(self.ensemble(logits) / temperature).astype(np.float32)
 
+  def traced_probabilities(self, logits: jax.Array, temperature: float) -> jax.Array:
+    """Return `probabilities` in JAX and float32, of logits f32[seeds, n, head_size]."""
+    if self.head_size == 1:
+      logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=2)
+    return jax.nn.softmax(jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) / temperature)
+
   def calibrate(self, logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature that minimises the loss on reviews that the model was not trained on (Guo et al. 2017).
 

@@ -1,11 +1,10 @@
-"""Exported models answer as the run does, in NumPy alone and as ONNX."""
+"""Exported models answer as the run does, in NumPy alone, as StableHLO and as ONNX."""
 
 import dataclasses
 import functools
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import jax
 import numpy as np
 import programs
 import pytest
+import safetensors.numpy
 
 from imdb_jax.config import DataConfig, ModelConfig, RuntimeConfig, TrainingConfig
 from imdb_jax.data import ngrams
 from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokenizer import Vocabulary
-from imdb_jax.errors import UsageError
+from imdb_jax.errors import CheckpointError, UsageError
 from imdb_jax.export import export
 from imdb_jax.prediction import Classifier
 from imdb_jax.program import Program
@@ -86,7 +86,7 @@ def exported(tmp_path_factory) -> Callable[[str], tuple[Classifier, Path]]:
   @functools.cache
   def of(name: str) -> tuple[Classifier, Path]:
     classifier, folder = make_classifier(name), tmp_path_factory.mktemp("exported") / "out"
-    export(classifier, folder)
+    export(classifier, "safetensors", folder)
     return classifier, folder
 
   return of
@@ -116,6 +116,18 @@ def test_weights_are_restored_exactly(name, exported):
   assert repr(restored) == repr(classifier)
 
 
+@models("strong", "three classes, n-grams", "article, two directions", *OTHER_CELLS)
+def test_stablehlo_takes_batches_of_any_size(name, exported, tmp_path):
+  pytest.importorskip("flatbuffers")
+  classifier, _ = exported(name)
+  export(classifier, "stablehlo", tmp_path / "out")
+  program = jax.export.deserialize(bytearray((tmp_path / "out" / "model.stablehlo").read_bytes()))
+  assert program.platforms == ("cpu", "cuda", "tpu")
+  tokens, expected = VOCABULARY.encode(TEXTS, LENGTH)[0].astype(np.int32), classifier.predict_proba(TEXTS)
+  for rows in ([1], [0, 1, 2, 3, 4, 5, 2]):
+    np.testing.assert_allclose(program.call(tokens[rows]), expected[rows], atol=1e-6)
+
+
 @models("article", "fast", "three classes", *VARIANTS, *OTHER_CELLS)
 def test_onnx_runtime_computes_the_same_probabilities(name, exported, monkeypatch):
   onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -130,20 +142,32 @@ def test_onnx_runtime_computes_the_same_probabilities(name, exported, monkeypatc
   np.testing.assert_allclose(found, classifier.predict_proba(TEXTS), atol=5e-6)
 
 
+def test_other_answers_are_noticed_and_nothing_is_left(tmp_path, monkeypatch):
+  classifier, save = make_classifier("article"), safetensors.numpy.save_file
+
+  def save_other(arrays: dict[str, np.ndarray], path: Path) -> None:
+    save(arrays | {"dense.bias": arrays["dense.bias"] + np.float32(1e-3)}, path)
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", save_other)
+  with pytest.raises(CheckpointError, match=r"probabilities differ from the run's by \d\.\de-0[345]"):
+    export(classifier, "safetensors", tmp_path / "new" / "out")
+  assert not [*(tmp_path / "new").iterdir()]
+
+
 def test_what_exists_is_not_touched(tmp_path):
   (tmp_path / "out").mkdir()
   with pytest.raises(UsageError, match="out: exists; name a new folder"):
-    export(make_classifier("article"), tmp_path / "out")
+    export(make_classifier("article"), "safetensors", tmp_path / "out")
   (tmp_path / "file").touch()
   with pytest.raises(UsageError, match="cannot be written"):
-    export(make_classifier("article"), tmp_path / "file" / "out")
+    export(make_classifier("article"), "safetensors", tmp_path / "file" / "out")
   assert [*(tmp_path / "out").iterdir()] == []
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-  with pytest.raises(UsageError, match=r"safetensors is missing: pip install 'imdb_jax\[export\]'"):
-    export(make_classifier("article"), tmp_path / "out")
+  monkeypatch.setattr(jax.export.Exported, "serialize", lambda *_: __import__("a_missing_package"))
+  with pytest.raises(UsageError, match=r"--format stablehlo: requires pip install 'imdb_jax\[export\]'"):
+    export(make_classifier("article"), "stablehlo", tmp_path / "out")
   assert not [*tmp_path.iterdir()]
 
 

@@ -315,3 +315,14 @@ def test_balanced_losses_are_those_of_sklearn(names):
   probabilities = task.probabilities(logits[None])
   expected = sklearn.metrics.log_loss(labels, probabilities, sample_weight=weights, labels=range(len(names)))
   assert sums["loss"] / sums["weight"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_exported_programs_compute_probabilities_from_the_mean_over_the_seeds(num_classes):
+  """With the temperature applied to the logarithm of the mean, in float32 and without overflow."""
+  task = Classification(("a", "b", "c")[:num_classes])
+  logits = np.random.default_rng(0).normal(0, 30, (4, 50, task.head_size)).astype(np.float32)
+  x = np.concatenate([np.zeros_like(logits), logits], axis=2) if num_classes == 2 else logits
+  mean = special.softmax(x.astype(np.float64), axis=2).mean(axis=0)
+  expected = special.softmax(np.log(mean) / 1.7, axis=1)
+  np.testing.assert_allclose(task.traced_probabilities(jax.device_put(logits), 1.7), expected, atol=1e-6)

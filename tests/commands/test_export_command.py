@@ -29,6 +29,15 @@ def test_a_run_leaves_the_house(call, trained, tmp_path):
   assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_stablehlo_is_written(call, trained, tmp_path):
+  pytest.importorskip("flatbuffers")
+  code, stdout, _ = call(
+    "export", trained, "--format", "stablehlo", "--output", tmp_path / "model", "--platform", "cpu"
+  )
+  assert (code, stdout) == (0, f"{tmp_path / 'model'}\n")
+  assert (tmp_path / "model" / "model.stablehlo").stat().st_size > 1000
+
+
 def test_a_folder_that_exists_ends_the_command(call, trained, tmp_path):
   assert_one_clear_line(call("export", trained, "--output", tmp_path, "--platform", "cpu"), 2, str(tmp_path), "exists")
   assert_one_clear_line(call("export", trained), 2, "--output")
