@@ -1,5 +1,7 @@
 """A look at labelled texts before training: sizes, classes, lengths, copies, unknown words, and what may go wrong."""
 
+import math
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +14,15 @@ from imdb_jax.data.tokenizer import Vocabulary, split_words
 from imdb_jax.errors import printable
 
 _FEW_ROWS, _DOMINATING, _MANY_CUT, _MANY_UNKNOWN = 50, 0.8, 0.25, 0.25
+# Operations that a core computes in a second, and seconds that a step takes besides: of `article` on two cores.
+_OPERATIONS, _SECONDS_PER_STEP = 1.2e11, 0.007
 _COLUMNS, _SHOWN_CLASSES = 60, 20
 
 
 def check(config: Config) -> dict[str, Any]:
   """Return figures about the texts that these settings would train on, for JSON.
 
-  `warnings` are lines for people. Lengths are numbers of known words.
+  `warnings` are lines for people. Lengths are numbers of known words. The training time is rough, and for a CPU.
 
   Raises:
     DataError: the texts cannot be trained on; says why and where.
@@ -48,6 +52,7 @@ def check(config: Config) -> dict[str, Any]:
     "copies": len(pairs) - num_texts,
     "texts_with_several_labels": len({*pairs}) - num_texts,
     "test_texts_in_train": int(test.occur_in(train).sum()),
+    "training_seconds": _training_seconds(config, words["train"][1]),
   }
   return result | {"warnings": notes + _warnings(config, result)}
 
@@ -59,6 +64,17 @@ def _count_words(texts: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
     words = split_words(text, strip_html=vocabulary.strip_html, punctuation=vocabulary.punctuation)
     counts.append((len(words), sum(word in known for word in words)))
   return np.array(counts).T
+
+
+def _training_seconds(config: Config, lengths: np.ndarray) -> float:
+  model, training = config.model, config.training
+  positions = np.minimum(lengths, config.data.sequence_length) if model.mask_padding else config.data.sequence_length
+  gates = {"lstm": 4, "gru": 3, "rnn": 1}[model.cell]
+  # Forward, and backward twice as many: a multiplication and an addition per weight.
+  operations = 6 * gates * model.hidden_size * (model.embedding_size + model.hidden_size) * model.directions
+  num_steps = math.ceil(len(lengths) / training.batch_size)
+  computing = len(lengths) * float(np.mean(positions)) * operations / _OPERATIONS / (os.cpu_count() or 1)
+  return training.epochs * training.num_seeds * (computing + num_steps * _SECONDS_PER_STEP)
 
 
 def _warnings(config: Config, result: dict[str, Any]) -> list[str]:
@@ -99,6 +115,7 @@ def lines(config: Config, result: dict[str, Any]) -> list[str]:
   shown["Cut"] = f"{result['cut_share']:.1%} (beyond {config.data.sequence_length:,})"
   shown["Unknown words"] = ", ".join(f"{share:.1%} {name}" for name, share in result["unknown_word_shares"].items())
   shown["Copies"] = f"{result['copies']:,}; {result['test_texts_in_train']:,} test texts are in train"
+  shown["Training"] = f"about {max(result['training_seconds'] / 60, 0.1):,.1f} minutes on this CPU"
   width = max(map(len, shown))
   found = [f"{name:<{width}} {value}" for name, value in shown.items()]
   for warning in result["warnings"]:

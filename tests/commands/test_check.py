@@ -36,9 +36,12 @@ def test_the_figures_are_those_of_the_files(tmp_path, call, rows):
   assert result["unknown_word_shares"]["train"] == pytest.approx(110 / num_words)
   assert result["cut_share"] == pytest.approx((50 + 8) / 130)
   assert (result["copies"], result["test_texts_in_train"], result["texts_with_several_labels"]) == (10, 10, 0)
+  assert 0 < result["training_seconds"] < 60
   warnings = "\n".join(result["warnings"])
   for words in ("has 10 rows for training", "has 91% of the rows", "10 texts for testing are also for training"):
     assert words in warnings
+  longer = json.loads(call("imdb-jax", "check", train, *flags, "--json", "--epochs", "1000")[1])
+  assert longer["training_seconds"] == pytest.approx(100 * result["training_seconds"])
 
 
 def test_people_get_lines_of_60_columns(tmp_path, call, rows):
