@@ -45,6 +45,7 @@ def run(name: str) -> None:
 def _train(prog: str, args: Sequence[str]) -> None:
   """Train a text classifier, or resume its training."""
   config = arguments.parse_config(prog, args)
+  exits.require_memory()
   from imdb_jax import processes
   from imdb_jax.training.loop import fit
 
@@ -94,6 +95,7 @@ def _load(given: Any, **runtime: Any):
       raise UsageError(f"--step {given.step!r:.80}: must be best, latest or a number.")
     given.step = int(given.step)
   settings = RuntimeConfig(platform=given.platform, **runtime)
+  exits.require_memory()
   from imdb_jax import devices
   from imdb_jax.prediction import Classifier, Ensemble
 
@@ -266,6 +268,7 @@ def _compare(prog: str, args: Sequence[str]) -> None:
     training=TrainingConfig(num_seeds=given.num_seeds),
     runtime=RuntimeConfig(**places),
   )
+  exits.require_memory()
   from imdb_jax import processes
   from imdb_jax.comparison import rows
 

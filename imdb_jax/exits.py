@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from imdb_jax.errors import ImdbJaxError, PlatformError, first_line, printable
+
+# Address space that JAX takes on two cores, with some reserve.
+_MIN_BYTES = 2_000_000_000
 
 
 class _Warnings(logging.Formatter):
@@ -77,3 +81,14 @@ def interruptible() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+def require_memory() -> None:
+  """Refuse a limit of memory with which JAX would abort or wait forever, while it is imported or later."""
+  limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+  # It is -1 if there is no limit.
+  if 0 <= limit < _MIN_BYTES:
+    raise PlatformError(
+      f"Not enough memory: JAX needs {_MIN_BYTES // 10**6:,} MB of address space, but the limit is "
+      f"{limit // 10**6:,} MB. Raise it (ulimit -v)."
+    )

@@ -149,6 +149,18 @@ def test_characters_that_standard_output_lacks_are_replaced(encoding, narrow, tr
     assert text in shown
 
 
+# JAX would fail while it is imported, wait forever, or abort while it computes.
+@pytest.mark.parametrize("megabytes", [200, 500, 1000])
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate"])
+def test_too_little_memory_is_reported_at_once_and_in_one_line(command, megabytes, trained, tmp_path):
+  arguments = (*TINY, "--run-dir", tmp_path / "run") if command == "train" else (trained,)
+  script = shlex.join([sys.executable, str(ROOT / "scripts" / f"{command}.py"), *map(str, arguments)])
+  limited = f"ulimit -v {megabytes * 1024}; exec {script}"
+  done = subprocess.run(["bash", "-c", limited], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+  assert_one_clear_line((done.returncode, "", done.stderr), 6, "Not enough memory", "2,000 MB", "ulimit -v")
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_names_that_a_stranger_chose_cannot_write_lines_or_move_the_cursor(trained, tmp_path):
   copy = copy_of(trained, tmp_path / "a\n\x1b[2J")
   newest = max((copy / "checkpoints").iterdir(), key=lambda step: int(step.name))
