@@ -61,7 +61,7 @@ $(BENCH_VENV)/.ready: requirements/bench.lock
 gpu: setup $(BENCH_VENV)/.ready  ## Measure on an NVIDIA GPU (Hopper or later); see docs/gpu.md
 	@for python in $(BIN)/python $(BENCH_VENV)/bin/python; do \
 	  $$python -m pip install --quiet --disable-pip-version-check "jax[cuda13]==$$($$python -c 'import jax; print(jax.__version__)')"; done
-	IMDB_JAX_TEST_PLATFORM=cuda $(BIN)/python -m pytest tests/lstm/test_mosaic_gpu.py tests/lstm/test_cudnn.py
+	IMDB_JAX_TEST_PLATFORM=cuda $(BIN)/python -m pytest tests/lstm/test_mosaic_gpu.py
 	$(BIN)/python benchmarks/recurrence.py --platform gpu --json runs/gpu/recurrence.json --plot runs/gpu/recurrence.png
 	$(BIN)/python benchmarks/epoch_time.py --quick --platform gpu --json runs/gpu/epoch_time.json --plot runs/gpu/epoch_time.png
 	$(BIN)/python scripts/train.py --platform gpu --run-dir runs/gpu/article

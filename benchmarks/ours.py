@@ -162,11 +162,9 @@ def _sgemm(job: worker.Job) -> worker.System:
 
 
 def _recurrence(job: worker.Job) -> worker.System:
-  """Call an implementation of the recurrence, with recurrent dropout if it supports that."""
-  has_dropout = systems.RECURRENCES[job.system]
-  config, mesh = _start(dataclasses.replace(job, num_devices=1), "" if has_dropout else "--recurrent-dropout-rate 0")
-  call = Call(hidden_size=job.hidden_size, recurrent_dropout=has_dropout)
-  problem = unsupported(job.system, call, mesh.devices.flat[0])
+  """Call an implementation of the recurrence, with recurrent dropout."""
+  config, mesh = _start(dataclasses.replace(job, num_devices=1))
+  problem = unsupported(job.system, Call(hidden_size=job.hidden_size), mesh.devices.flat[0])
   if problem is not None:
     raise worker.UnableError(problem)
   _, mask = draw_dropout_masks(jax.random.key(job.seed), config.model, job.batch_size)

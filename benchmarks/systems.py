@@ -27,7 +27,6 @@ DROPOUT_RATE = 0.2
 
 _SHARED, _GATES = "masks shared by the gates", "one mask per gate"
 _MASKED = "--implementation chunked --mask-padding"
-_CUDNN = "--implementation cudnn --recurrent-dropout-rate 0"
 _XLA = f"{_GATES}; jit_compile=True, use_cudnn=False"
 
 OURS = {
@@ -36,7 +35,6 @@ OURS = {
   "ours-mosaic-gpu": System("article", f"{_SHARED}; recurrent products bfloat16", "--implementation mosaic_gpu"),
   "ours-masked": System("masked", f"{_SHARED}; up to the longest review of a batch", _MASKED),
   "ours-bucketed": System("masked", f"{_SHARED}; batches by length", f"{_MASKED} --bucket-by-length"),
-  "ours-cudnn": System("less", "no recurrent dropout, which cuDNN lacks", _CUDNN),
 }
 BASELINES = {
   "keras-jax": System("article", _GATES, backend="jax"),
@@ -52,7 +50,7 @@ BASELINES = {
 ALL = {**OURS, **BASELINES}
 
 # The recurrence alone: whether it has recurrent dropout.
-RECURRENCES = {"mosaic_gpu": True, "chunked": True, "scan": True, "cudnn": False}
+RECURRENCES = {"mosaic_gpu": True, "chunked": True, "scan": True}
 RECURRENCES |= {"keras-jax": True, "keras-jax-without": False, "torch-float32": False, "torch-bfloat16": False}
 # Its sizes, of which a benchmark varies one.
 RECURRENCE_SIZES = {"batch_size": 32, "num_steps": 400, "hidden_size": 128}

@@ -3,6 +3,7 @@
 import math
 import os
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ def check(config: Config) -> dict[str, Any]:
   train, test = splits["train"], splits["test"]
   split = {"strip_html": data.strip_html, "punctuation": data.punctuation}
   vocabulary = Vocabulary.fit(train.texts, size=data.vocabulary_size, **split)
-  known = {name: np.array([len(vocabulary.ids(text)) for text in each.texts]) for name, each in splits.items()}
-  words = {name: sum(len(split_words(text, **split)) for text in each.texts) for name, each in splits.items()}
-  lengths = np.concatenate([*known.values()])
+  words = {name: _count_words(each.texts, vocabulary) for name, each in splits.items()}
+  sums = {name: each.sum(axis=1).tolist() for name, each in words.items()}
+  lengths = np.concatenate([known for _, known in words.values()])
   pairs = [(text, label) for each in splits.values() for text, label in zip(each.texts, each.labels, strict=True)]
   num_texts = len({text for text, _ in pairs})
   counts = {name: np.bincount(each.labels, minlength=len(each.classes)).tolist() for name, each in splits.items()}
@@ -46,14 +47,23 @@ def check(config: Config) -> dict[str, Any]:
     },
     "lengths": dict(zip(("median", "95%", "longest"), np.quantile(lengths, (0.5, 0.95, 1)).tolist(), strict=True)),
     "cut_share": float(np.mean(lengths > data.sequence_length)),
-    "unknown_word_shares": {name: 1 - int(known[name].sum()) / max(words[name], 1) for name in splits},
+    "unknown_word_shares": {name: 1 - known / max(count, 1) for name, (count, known) in sums.items()},
     "texts_without_known_word": int(np.sum(lengths == 0)),
     "copies": len(pairs) - num_texts,
     "texts_with_several_labels": len({*pairs}) - num_texts,
     "test_texts_in_train": int(test.occur_in(train).sum()),
-    "training_seconds": _training_seconds(config, known["train"]),
+    "training_seconds": _training_seconds(config, words["train"][1]),
   }
   return result | {"warnings": notes + _warnings(config, result)}
+
+
+def _count_words(texts: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
+  """Return the numbers of words and of known words of each text, int[2, n]."""
+  known, counts = {*vocabulary.words}, []
+  for text in texts:
+    words = split_words(text, strip_html=vocabulary.strip_html, punctuation=vocabulary.punctuation)
+    counts.append((len(words), sum(word in known for word in words)))
+  return np.array(counts).T
 
 
 def _training_seconds(config: Config, lengths: np.ndarray) -> float:

@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to evaluate.")
   parser.add_argument("--data", type=_path, help="Other labelled texts: a CSV or JSONL file, or a folder.")
-  parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder, if the reviews are not cached.")
+  parser.add_argument("--archive", type=_path, help="Local aclImdb archive, if the reviews are not cached.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
   ensemble = _load(given, archive=given.archive, cache_dir=given.cache_dir)
@@ -208,7 +207,6 @@ def _serve(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. [127.0.0.1]")
   parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 takes a free one. [8000]")
   given = parser.parse_args(args)
-  exits.require_memory()
   try:
     from imdb_jax.serving import service
   except ImportError as error:
@@ -285,19 +283,11 @@ def _check(prog: str, args: Sequence[str]) -> None:
 def _prepare(prog: str, args: Sequence[str]) -> None:
   """Prepare the tensorflow-datasets store from a local archive."""
   parser = _parser(prog, _prepare, restores=False)
-  parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive or unpacked folder.")
+  parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive.")
   parser.add_argument("--data-dir", type=_path, default=default_cache_dir(), help="Folder to write the store to.")
   given = parser.parse_args(args)
-  try:
-    from imdb_jax.data import tfds_imdb
-  except ImportError as error:
-    raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
-  try:
-    # Reading the archive takes a while.
-    given.data_dir.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=given.data_dir).close()
-  except OSError as error:
-    raise UsageError(f"--data-dir {given.data_dir}: cannot be written: {error}.") from error
+  from imdb_jax.data import tfds_imdb
+
   with exits.interruptible():
     print(tfds_imdb.prepare(given.data_dir, given.archive))
 
@@ -310,7 +300,7 @@ def _compare(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--quick", action="store_true", help="Small models on the sample, in two minutes.")
   parser.add_argument("--data", help="imdb, sample, or a CSV or JSONL file or folder with two classes. [imdb]")
   parser.add_argument("--validation", default="test", metavar="{test,split}", help="Test or held-out reviews. [test]")
-  parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder; otherwise it is downloaded.")
+  parser.add_argument("--archive", type=_path, help="Local aclImdb archive; otherwise it is downloaded.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   parser.add_argument("--run-dir", type=_path, default=Path("runs/compare"), help="Folder to use. [runs/compare]")
   parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")

@@ -119,7 +119,6 @@ class OptimizerConfig(Settings):
   epsilon: float = setting(1e-7, "Adam's epsilon, added before bias correction as in Keras.", gt=0, le=1e38)
   clip_norm: float | None = setting(None, "Scale gradients down to this norm, over all parameters.", gt=0, le=1e38)
   weight_decay: float = setting(0.0, "Decoupled weight decay, as in AdamW; not of padding's vector.", ge=0, le=1e6)
-  non_finite: Literal["stop", "skip"] = setting("stop", "Stop at a non-finite loss or gradient, or skip that update.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,14 +163,14 @@ class RuntimeConfig(Settings):
 
   platform: Literal["auto", "cpu", "gpu", "tpu"] = setting("auto", "Where to compute; auto is the best found.")
   run_dir: Path | None = setting(None, "Run directory (default: runs/PRESET). The same command again resumes the run.")
-  archive: Path | None = setting(None, "Local aclImdb archive or folder; otherwise the reviews are downloaded.")
+  archive: Path | None = setting(None, "Local aclImdb archive; otherwise the reviews are downloaded.")
   cache_dir: Path = setting(default_cache_dir, "Cache folder for reviews.")
   word_vectors: Path | None = setting(
     None, "Word vectors for --embedding file, as text of word2vec, GloVe or fastText."
   )
   init_from: Path | None = setting(None, "Run directory whose best weights a new run starts from, words by name.")
   num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=1024)
-  implementation: Literal["auto", "mosaic_gpu", "cudnn", "chunked", "scan"] = setting(
+  implementation: Literal["auto", "mosaic_gpu", "chunked", "scan"] = setting(
     "auto", "Implementation of the LSTM; auto uses the fastest that works."
   )
   steps_per_dispatch: int = setting(8, "Training steps per dispatch; signals are handled in between.", ge=1, le=10_000)
@@ -250,12 +249,15 @@ class Config(Settings):
     sections = {}
     for name, section in _SECTIONS.items():
       fields = value.get(name, {})
-      _require_keys(fields, {field.name for field in dataclasses.fields(section)}, name)
-      sections[name] = section(**fields)
+      names = {field.name for field in dataclasses.fields(section)}
+      _require_keys(fields, names | _RETIRED, name)
+      sections[name] = section(**{field: fields[field] for field in fields.keys() & names})
     return cls(preset=value.get("preset"), runtime=runtime or RuntimeConfig(), **sections)
 
 
 _SECTIONS = {"data": DataConfig, "training": TrainingConfig, "model": ModelConfig, "optimizer": OptimizerConfig}
+# Settings of imdb_jax 0.4, which change nothing that has been trained.
+_RETIRED = {"non_finite"}
 
 
 def differing_fields(saved: Config, wanted: Config) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from imdb_jax.errors import CheckpointError, UsageError
 from imdb_jax.prediction import Classifier
-from imdb_jax.store import arrays, files, safetensors
+from imdb_jax.store import arrays, files
 
 # What was written must answer so many random texts as the run does, with probabilities no further apart.
 _NUM_TEXTS, _TOLERANCE = 64, 1e-5
@@ -47,7 +47,10 @@ def _write(classifier: Classifier, format: str, folder: Path) -> None:
   files.write_json(folder / "config.json", classifier.config.to_dict())
   files.write(folder / "vocab.json", classifier.vocabulary.json)
   if format == "safetensors":
-    safetensors.save(folder / "model.safetensors", arrays.by_name(jax.device_get(classifier.params)))
+    import safetensors.numpy
+
+    weights = arrays.by_name(jax.device_get(classifier.params))
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
   else:
     exported = classifier.program.exported(classifier.params, classifier.temperature, classifier.prior)
     (folder / "model.stablehlo").write_bytes(exported.serialize())

@@ -59,34 +59,18 @@ def join(runtime: RuntimeConfig) -> None:
 
 
 def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
-  """Return which of the visible GPUs this task of a SLURM or Open MPI job should use, from environment variables.
+  """Return which of the visible GPUs this task of a SLURM or Open MPI job uses: [] for all, None for JAX's choice.
 
-  By default JAX gives each task one GPU, that of the task's rank on its node (jax#16788). Here the tasks of a node
-  share its visible GPUs equally. An empty list stands for all of them, and None leaves the choice to JAX.
+  JAX gives each task one GPU, that of the task's rank on its node (jax#16788), also to the only task of a node.
   """
-  if "JAX_LOCAL_DEVICE_IDS" in environ:
+  tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+  if tasks is None or "JAX_LOCAL_DEVICE_IDS" in environ:
     return None
-  if "SLURM_STEP_TASKS_PER_NODE" in environ:
-    # For example 2(x3),1: two tasks on each of three nodes, one on the fourth.
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
-    counts = [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
-    node = int(environ.get("SLURM_NODEID", 0))
-    num_tasks, rank = counts[min(node, len(counts) - 1)], int(environ.get("SLURM_LOCALID", 0))
-  elif "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
-    num_tasks, rank = int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
-  else:
-    return None
-  visible = environ.get("CUDA_VISIBLE_DEVICES")
-  num_visible = len(visible.split(",")) if visible else num_tasks
+  # As 1(x3): one task on each of three nodes.
+  is_alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
   # With --gpus-per-task, SLURM shows each task only the GPUs that belong to it.
-  if num_tasks == 1 or num_visible == 1 or "SLURM_GPUS_PER_TASK" in environ:
-    return []
-  if num_visible % num_tasks:
-    raise PlatformError(
-      f"{num_tasks} tasks on a node cannot share {num_visible} GPUs equally: change --ntasks-per-node."
-    )
-  share = num_visible // num_tasks
-  return list(range(rank * share, (rank + 1) * share))
+  has_own = "SLURM_GPUS_PER_TASK" in environ or len(environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+  return [] if is_alone or has_own else None
 
 
 def _await_coordinator(address: str) -> None:

@@ -220,8 +220,8 @@ class Program:
 
   def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a function of one seed's arrays into one of all seeds' arrays."""
-    # On a CPU one seed keeps all cores busy, and vmap would pad every seed to the longest batch. cuDNN has no vmap.
-    if self.mesh.devices.flat[0].platform == "cpu" or self.choice.name == "cudnn":
+    # On a CPU one seed keeps all cores busy, and vmap would pad every seed to the longest batch.
+    if self.mesh.devices.flat[0].platform == "cpu":
       return lambda *arrays: jax.lax.map(lambda one: function(*one), arrays)
     return jax.vmap(function)
 
@@ -277,7 +277,7 @@ class Program:
     # Drawn for the global batch, so that the result does not depend on the number of devices.
     dropout_masks = draw_dropout_masks(key, self.config.model, examples["labels"].shape[0])
     gradients = self._sharded(self._gradients, (_REPLICATED, _ROWS, _ROWS), _REPLICATED)
-    params = before = _trained(state.params)
+    params = _trained(state.params)
     grads, sums = gradients(params, examples, dropout_masks)
     grads = jax.tree.map(lambda grad: grad / sums["weight"], grads)
     # optax raises a float to an integer power, which strict promotion would refuse.
@@ -290,10 +290,6 @@ class Program:
     grad_norm = optax.tree.norm(grads)
     finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(grad_norm)]
     is_finite = jnp.stack([*finite, *(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))]).all()
-    if self.config.optimizer.non_finite == "skip":
-      params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (before, state.opt_state)
-      )
     state = TrainState(step=state.step + 1, params=state.params | params, opt_state=opt_state, key=state.key)
     return state, sums | {"is_finite": is_finite.astype(jnp.float32), "grad_norm": grad_norm}
 
@@ -355,7 +351,6 @@ def _choose(config: Config, device: Any) -> lstm.Choice:
   call = lstm.Call(
     hidden_size=config.model.hidden_size,
     cell=config.model.cell,
-    recurrent_dropout=config.model.recurrent_dropout_rate > 0,
     per_gate_masks=config.model.dropout_masks == "per_gate",
     gate_activation=config.model.gate_activation,
     precision=config.training.matmul_precision,

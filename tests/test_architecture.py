@@ -48,6 +48,7 @@ ONLY_IN = {
   "matplotlib": {"plots"},
   "rich": {"training"},
   "sklearn": {"comparison"},
+  "safetensors": {"store.safetensors", "export"},
   "starlette": {"serving"},
   "uvicorn": {"serving"},
   "argparse": {"arguments"},
@@ -298,7 +299,7 @@ def test_every_imported_package_is_declared():
   requirements = project["dependencies"]
   requirements += [
     requirement
-    for name in ("compare", "serve", "tensorboard")
+    for name in ("compare", "serve", "export", "tensorboard")
     for requirement in project["optional-dependencies"][name]
   ]
   declared = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}

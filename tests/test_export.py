@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import programs
 import pytest
+import safetensors.numpy
 
 from imdb_jax.config import DataConfig, ModelConfig, RuntimeConfig, TrainingConfig
 from imdb_jax.data import ngrams
@@ -22,7 +23,6 @@ from imdb_jax.errors import CheckpointError, UsageError
 from imdb_jax.export import export
 from imdb_jax.prediction import Classifier
 from imdb_jax.program import Program
-from imdb_jax.store import safetensors
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = "the a film was good bad don't not dull déjà vu masterpiece plot of in it as and 10 br"
@@ -143,12 +143,12 @@ def test_onnx_runtime_computes_the_same_probabilities(name, exported, monkeypatc
 
 
 def test_other_answers_are_noticed_and_nothing_is_left(tmp_path, monkeypatch):
-  classifier, save = make_classifier("article"), safetensors.save
+  classifier, save = make_classifier("article"), safetensors.numpy.save_file
 
-  def save_other(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    save(path, arrays | {"dense.bias": arrays["dense.bias"] + np.float32(1e-3)})
+  def save_other(arrays: dict[str, np.ndarray], path: Path) -> None:
+    save(arrays | {"dense.bias": arrays["dense.bias"] + np.float32(1e-3)}, path)
 
-  monkeypatch.setattr(safetensors, "save", save_other)
+  monkeypatch.setattr(safetensors.numpy, "save_file", save_other)
   with pytest.raises(CheckpointError, match=r"probabilities differ from the run's by \d\.\de-0[345]"):
     export(classifier, "safetensors", tmp_path / "new" / "out")
   assert not [*(tmp_path / "new").iterdir()]

@@ -282,47 +282,27 @@ def test_abstract_state_describes_the_initial_state():
     assert leaf.shape[0] == 1, "the first axis is that of the seeds"
 
 
-def program_with(non_finite: str) -> Program:
-  return program_of(1, config_of(optimizer=OptimizerConfig(non_finite=non_finite)))
-
-
-@pytest.mark.parametrize("non_finite", ["skip", "stop"])
-def test_a_step_with_a_non_finite_loss_is_skipped_only_on_request(non_finite):
-  trained = program_with(non_finite)
-  initial, split = programs.initial_state(trained.config), programs.damaged(make_split(), row=0)
-  after, sums = train(trained, rows_of(range(32)), initial, split)
+def test_a_step_with_a_non_finite_loss_is_noticed():
+  trained = program_of(1, config_of())
+  split = programs.damaged(make_split(), row=0)
+  _, sums = train(trained, rows_of(range(32)), programs.initial_state(trained.config), split)
   assert sums["is_finite"].tolist() == [[0]]
-  assert after.step == 1
-  if non_finite == "stop":
-    assert not np.isfinite(after.params["dense"]["kernel"]).any()
-    return
-  assert_equal(after, dataclasses.replace(initial, step=after.step))
-  # The next good step is Adam's first, with the dropout masks of step 1.
-  moved, sums = train(trained, rows_of(range(32, 64)), after, split)
-  expected, _ = train(trained, rows_of(range(32, 64)), dataclasses.replace(initial, step=after.step), split)
-  assert sums["is_finite"].tolist() == [[1]]
-  assert_equal(moved.params, expected.params)
 
 
-@pytest.mark.parametrize("non_finite", ["skip", "stop"])
-def test_parameters_that_the_last_update_overflows_are_noticed(non_finite):
+def test_parameters_that_the_last_update_overflows_are_noticed():
   """Loss and gradients of that step are finite, and no later step would show the damage."""
-  trained = program_with(non_finite)
+  trained = program_of(1, config_of())
   initial = programs.initial_state(trained.config)
   huge = jax.tree.map(lambda leaf: np.full_like(leaf, 3e37), initial.params)
   before = dataclasses.replace(initial, opt_state=optax.tree.set(initial.opt_state, mu=huge))
-  after, sums = train(trained, rows_of(range(32)), before)
+  _, sums = train(trained, rows_of(range(32)), before)
   assert np.isfinite(sums["loss"]).all()
   assert sums["is_finite"].tolist() == [[0]]
-  if non_finite == "skip":
-    assert_equal(after, dataclasses.replace(before, step=np.ones(1, np.int32)))
-  else:
-    assert not np.isfinite(after.params["dense"]["kernel"]).any()
 
 
 def test_a_named_implementation_that_cannot_compute_the_model_is_refused():
-  with pytest.raises(UsageError, match=r"^--implementation cudnn: cuDNN has no recurrent dropout\.$"):
-    Program(dataclasses.replace(config_of(), runtime=RuntimeConfig(implementation="cudnn")), programs.mesh_of(1))
+  with pytest.raises(UsageError, match=r"^--implementation mosaic_gpu: it supports hidden sizes of 64 and 128"):
+    Program(dataclasses.replace(config_of(), runtime=RuntimeConfig(implementation="mosaic_gpu")), programs.mesh_of(1))
 
 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
@@ -330,7 +310,7 @@ def test_other_cells_run_on_scan_and_a_named_fast_implementation_is_refused(cell
   config = config_of(ModelConfig(cell=cell))
   choice = Program(config, programs.mesh_of(1)).choice
   assert choice == ("scan", f"chunked: its cell is an LSTM; only scan computes {cell}")
-  for name in ("mosaic_gpu", "cudnn", "chunked"):
+  for name in ("mosaic_gpu", "chunked"):
     named = dataclasses.replace(config, runtime=RuntimeConfig(implementation=name))
     with pytest.raises(
       UsageError, match=rf"^--implementation {name}: its cell is an LSTM; only scan computes {cell}\.$"

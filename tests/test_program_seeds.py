@@ -10,7 +10,7 @@ import pytest
 from programs import assert_close, assert_equal, config_of, program_of, train
 
 from imdb_jax import devices
-from imdb_jax.config import Config, OptimizerConfig, TrainingConfig
+from imdb_jax.config import Config, TrainingConfig
 from imdb_jax.data import batches
 from imdb_jax.program import Program
 
@@ -23,7 +23,11 @@ SPLIT, DAMAGED = programs.damaged(programs.make_split(27, LENGTH), row=26), 26
 
 def config(num_seeds: int, seed: int = SEEDS[0]) -> Config:
   training = TrainingConfig(batch_size=BATCH_SIZE, seed=seed, num_seeds=num_seeds, bucket_by_length=True)
-  return config_of(MODEL, LENGTH, training=training, optimizer=OptimizerConfig(non_finite="skip"))
+  return config_of(MODEL, LENGTH, training=training)
+
+
+# `vmap` is for GPUs.
+OVER_SEEDS = pytest.mark.parametrize("over_seeds", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
 
 
 @functools.cache
@@ -67,7 +71,7 @@ def test_seeds_start_with_different_parameters_and_dropout_keys():
 
 # A deadlock in XLA would not let a signal end the test.
 @pytest.mark.timeout(170, method="thread")
-@pytest.mark.parametrize("over_seeds", ["map", "vmap"])
+@OVER_SEEDS
 def test_each_seed_trains_as_if_alone(over_seeds):
   """Up to rounding: Adam moves each parameter by about 1e-3 per step."""
   state, sums = train(together(over_seeds), epoch_rows(), split=SPLIT)
@@ -78,7 +82,7 @@ def test_each_seed_trains_as_if_alone(over_seeds):
     assert_close(seed_of(state, i), expected_state, atol=2e-5)
 
 
-@pytest.mark.parametrize("over_seeds", ["map", "vmap"])
+@OVER_SEEDS
 def test_each_seed_predicts_as_if_alone(over_seeds):
   program, params = together(over_seeds), programs.initial_state(config(len(SEEDS))).params
   arrays = devices.put((SPLIT.tokens[:8], SPLIT.lengths[:8]), devices.over_rows(program.mesh))
@@ -89,16 +93,13 @@ def test_each_seed_predicts_as_if_alone(over_seeds):
     np.testing.assert_allclose(logits[i : i + 1], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("over_seeds", ["map", "vmap"])
-def test_a_non_finite_step_is_skipped_in_its_own_seed(over_seeds):
+@OVER_SEEDS
+def test_a_non_finite_step_is_noticed_and_changes_no_other_seed(over_seeds):
   rows, program = epoch_rows()[:3], together(over_seeds)
   bad_rows = rows.copy()
   bad_rows[2, 1, 0] = DAMAGED
   found, sums = train(program, bad_rows, split=SPLIT)
   assert sums["is_finite"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]]
-  assert found.step.tolist() == [3] * len(SEEDS)
   expected, _ = train(program, rows, split=SPLIT)
   for i in (0, 2, 3):
     assert_equal(seed_of(found, i), seed_of(expected, i))
-  before, _ = train(program, rows[:2], split=SPLIT)
-  assert_equal(seed_of((found.params, found.opt_state), 1), seed_of((before.params, before.opt_state), 1))

@@ -48,8 +48,8 @@ COUNTS = torture.Options(
   mutations=200,
   seed=8,
 )
-# Each takes many seconds, or repeats what others do.
-SLOW = ("save_kills", "disk_full", "failed_writes", "power_cuts", "process_stops", "process_kills")
+# They start many commands, and repeat for whole runs what tests of single modules state.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,7 @@ def folder(sandbox) -> Path:
   return Path(tempfile.mkdtemp(dir=sandbox.folder))
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in trials.TRIALS]
-)
+@pytest.mark.parametrize("name", trials.TRIALS)
 def test_nothing_is_lost(sandbox, name):
   try:
     outcome = torture.run_trials(sandbox, COUNTS, name)
@@ -106,9 +104,7 @@ def test_a_different_end_is_a_failure(sandbox, folder, monkeypatch):
     sandbox.require_end(run_dir)
 
 
-@pytest.mark.parametrize(
-  "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_forked_command_receives_signals_and_reports_what_it_is_doing(sandbox, folder, number):
   with sandbox.started(folder / "run") as (process,):
     deadline = time.monotonic() + 60
@@ -121,7 +117,6 @@ def test_a_forked_command_receives_signals_and_reports_what_it_is_doing(sandbox,
     assert ("Saved step" in process.stderr) == (number != signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_run_continues_with_another_number_of_processes(sandbox, folder):
   run_dir, at = folder / "run", -1
   for start in (sandbox.started, sandbox.two_started):
@@ -138,7 +133,6 @@ def test_a_run_continues_with_another_number_of_processes(sandbox, folder):
   assert_close_end(sandbox.whole, run_dir)
 
 
-@pytest.mark.slow
 def test_a_coordinator_whose_partner_is_killed_exits_with_its_own_code(sandbox, folder):
   with sandbox.two_started(folder / "run") as (coordinator, other):
     while last_line(folder / "run") < 0:

@@ -1,4 +1,4 @@
-"""Reader of the Large Movie Review Dataset: its archive or the unpacked folder.
+"""Reader of the Large Movie Review Dataset from its archive.
 
 An archive is read as a stream and never extracted. It may be damaged or hostile, so names, types and sizes are checked
 before any content is read, and everything that takes time or memory has a limit.
@@ -7,7 +7,7 @@ before any content is read, and everything that takes time or memory has a limit
 import collections
 import contextlib
 import functools
-import hashlib
+import gzip
 import io
 import itertools
 import lzma
@@ -17,7 +17,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
@@ -35,12 +34,7 @@ MAX_PACKED_BYTES = 2**27
 MAX_ARCHIVE_BYTES = 2**29
 MAX_REVIEWS_BYTES = 160 * 2**20
 MAX_MEMBERS = 300_000
-# Some programs pack a file as many independent streams.
-MAX_STREAMS = 10_000
-# A decoder of .xz allocates what the file demands. `xz -9` demands 65 MiB.
-MAX_DECODER_BYTES = 2**27
 
-_FOLDERS = ("train", "train/neg", "train/pos", "train/unsup", "test", "test/neg", "test/pos", "test/unsup")
 # A review, with its number and rating; or a urls file, which has the film of each review.
 _MEMBER = re.compile(r"aclImdb/(train|test)/(?:(pos|neg|unsup)/([0-9]{1,9})_([0-9]{1,9})|urls_(pos|neg|unsup))\.txt")
 _FILM = re.compile(rb"/title/tt([0-9]{1,9})(?:/|$)")
@@ -49,18 +43,16 @@ _BLOCK, _PIECE = 512, 2**20
 _EXTENDED = (b"x", b"g", b"X", b"L", b"K")
 _REMEDY = f"get the official archive from {imdb.URL} (sha256 {imdb.SHA256})"
 # What this module and the decompressors raise.
-DAMAGE = (EOFError, lzma.LZMAError, zlib.error, ValueError)
-
-_Files = Generator[tuple[str, int, Callable[[], bytes]], None, None]
+DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, ValueError)
 
 
 def read_archive(
   path: Path, splits: Collection[str] = imdb.LABELLED_SPLITS, *, expected: Mapping[str, int] = imdb.COUNTS
 ) -> dict[str, Reviews]:
-  """Read reviews from an archive (.tar.gz, .tar.xz, .tar) or its unpacked folder.
+  """Read reviews from an archive (.tar.gz, .tar.xz, .tar).
 
   Args:
-    path: the archive, the folder `aclImdb`, or a folder that contains `aclImdb`.
+    path: the archive.
     splits: which of `imdb.SPLITS` to read; other reviews are only counted.
     expected: number of reviews of each kind.
 
@@ -109,19 +101,11 @@ def _film(kind: str, lines: list[bytes], number: int) -> int:
 
 
 def fingerprint(path: Path) -> str:
-  """Return a SHA-256 in hex: of an archive's bytes, or of the names, sizes and times of a folder's reviews.
-
-  Raises:
-    DataError: the archive is missing or unreadable, or the folder is not one that `read_archive` accepts.
-  """
+  """Return the SHA-256 of an archive, in hex; raise DataError if it is missing or unreadable."""
   with _clear_errors(path):
-    if not path.is_dir():
-      path = Path(os.path.realpath(path))
-      _check_size(path.stat().st_size)
-      return files.sha256(path)
-    found = ((name, entry.stat(follow_symlinks=False)) for name, entry in _entries(path))
-    lines = sorted(f"{name} {status.st_size} {status.st_mtime_ns}\n" for name, status in found)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    path = Path(os.path.realpath(path))
+    _check_size(path.stat().st_size)
+    return files.sha256(path)
 
 
 @contextlib.contextmanager
@@ -132,20 +116,20 @@ def _clear_errors(path: Path) -> Iterator[None]:
   except FileNotFoundError as error:
     raise DataError(
       f"no archive at {path}: download {imdb.URL} ({imdb.SIZE:,} bytes, sha256 {imdb.SHA256}); "
-      "--archive takes .tar.gz, .tar.xz, .tar or the unpacked folder"
+      "--archive takes .tar.gz, .tar.xz or .tar"
     ) from error
   except DAMAGE as error:
     reason = " ".join(str(error).split())
     raise DataError(f"{path} is damaged, incomplete or unsafe: {reason}; {_REMEDY}") from error
   except OSError as error:
-    raise DataError(f"{path} cannot be read: {error.strerror or error}; check the file or --archive") from error
+    hint = "pack the folder: tar cf aclImdb.tar aclImdb" if path.is_dir() else "check the file"
+    raise DataError(f"{path} cannot be read: {error.strerror or error}; {hint}") from error
 
 
 def _members(path: Path) -> Generator[tuple[re.Match[str], Callable[[], bytes]], None, None]:
   """Yield each review and urls file, as a match of `_MEMBER` and a function that reads the content."""
   seen, total = set(), 0
-  found = _folder_files(path) if path.is_dir() else _archive_files(path)
-  with contextlib.closing(found):
+  with contextlib.closing(_tar_files(path)) as found:
     for name, size, read in found:
       if member := _MEMBER.fullmatch(name):
         limit = MAX_REVIEW_BYTES if member[3] else MAX_URLS_BYTES
@@ -165,12 +149,7 @@ def _check_size(size: int) -> None:
     raise ValueError(f"it holds more than {MAX_ARCHIVE_BYTES:,} bytes")
 
 
-def _check_count(count: int) -> None:
-  if count > MAX_MEMBERS:
-    raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
-
-
-def _archive_files(path: Path) -> _Files:
+def _tar_files(path: Path) -> Generator[tuple[str, int, Callable[[], bytes]], None, None]:
   """Yield the name and the size of each file of a tar in order, and a function that reads it.
 
   TarFile is not used: it loads extended headers of any size and takes a broken header for the end of the archive.
@@ -186,7 +165,8 @@ def _archive_files(path: Path) -> _Files:
         if count:
           raise ValueError(f"a broken header: {error}") from error
         raise DataError(f"{path} is not a .tar.gz, .tar.xz or .tar archive; {_REMEDY}") from error
-      _check_count(count + 1)
+      if count >= MAX_MEMBERS:
+        raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
       _check_member(member)
       # The size of a directory is a hint; no content follows.
       end = stream.tell() + (0 if member.isdir() else -(-member.size // _BLOCK) * _BLOCK)
@@ -202,70 +182,19 @@ def _archive_files(path: Path) -> _Files:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[io.BufferedIOBase]:
   """Open a .gz, .xz or uncompressed file for reading what it contains; reading raises one of `DAMAGE`."""
-  with files.open_regular(Path(os.path.realpath(path))) as file, io.BufferedReader(_Unpacked(file), _PIECE) as stream:
-    yield stream
-
-
-class _Unpacked(io.RawIOBase):
-  """The content of a file, see `_unpack`."""
-
-  def __init__(self, file: IO[bytes]):
-    self._pieces, self._rest, self._position = _unpack(file), memoryview(b""), 0
-
-  def readable(self) -> bool:
-    return True
-
-  def tell(self) -> int:
-    return self._position
-
-  def readinto(self, buffer: Any) -> int:
-    if not self._rest:
-      self._rest = memoryview(next(self._pieces, b""))
-    size = min(len(buffer), len(self._rest))
-    buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-    self._position += size
-    return size
-
-
-def _unpack(file: IO[bytes]) -> Iterator[bytes]:
-  """Yield the content of a .gz, .xz or uncompressed file in pieces of at most 1 MiB.
-
-  `gzip` and `lzma.open` are not used: they accept any number of empty streams, and any demand for memory.
-  """
-  # The first bytes tell the compression; the name may be wrong.
-  magic = file.read(6)
-  size = file.seek(0, os.SEEK_END)
-  file.seek(0)
-  is_gzip = magic.startswith(b"\x1f\x8b")
-  if not is_gzip and magic != b"\xfd7zXZ\x00":
-    yield from iter(lambda: file.read(_PIECE), b"")
-    return
-  if size > MAX_PACKED_BYTES:
-    raise ValueError(f"it has {size:,} packed bytes, at most {MAX_PACKED_BYTES:,} are allowed")
-  packed = b""
-  for _ in range(MAX_STREAMS):
-    decoder: Any = zlib.decompressobj(wbits=31)
-    if not is_gzip:
-      decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_DECODER_BYTES)
-    while not decoder.eof:
-      if not packed and getattr(decoder, "needs_input", True):
-        packed = file.read(_PIECE // 16)
-        if not packed:
-          raise EOFError("the packed data is cut short")
-      if piece := decoder.decompress(packed, _PIECE):
-        yield piece
-      # zlib returns what it has not yet used; lzma keeps it, and needs no input.
-      packed = getattr(decoder, "unconsumed_tail", b"")
-    # Zeros may follow a stream.
-    packed = decoder.unused_data.lstrip(b"\0")
-    while not packed:
-      packed = file.read(_PIECE)
-      if not packed:
-        return
-      packed = packed.lstrip(b"\0")
-  raise ValueError(f"it is packed as more than {MAX_STREAMS:,} streams")
+  with files.open_regular(Path(os.path.realpath(path))) as file:
+    # The first bytes tell the compression; the name may be wrong.
+    magic = file.peek(6)
+    if not magic.startswith((b"\x1f\x8b", b"\xfd7zXZ\0")):
+      yield file
+      return
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_PACKED_BYTES:
+      raise ValueError(f"it has {size:,} packed bytes, at most {MAX_PACKED_BYTES:,} are allowed")
+    with gzip.GzipFile(fileobj=file) if magic.startswith(b"\x1f") else lzma.LZMAFile(file) as stream:
+      yield stream
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
@@ -281,36 +210,3 @@ def _check_member(member: tarfile.TarInfo) -> None:
     raise ValueError(f"{name!r} is a sparse file")
   elif not member.isreg() and not member.isdir():
     raise ValueError(f"{name!r} is a link or a device, not a file")
-
-
-def _entries(path: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-  """Yield the reviews and urls files of a folder in no particular order, named as in an archive."""
-  inner = path / "aclImdb"
-  root = inner if os.path.lexists(inner) else path
-  if not (root / "train").is_dir() or not (root / "test").is_dir():
-    raise DataError(f"{path} is a folder without aclImdb in it; --archive takes aclImdb or the folder around it")
-  for directory in (inner, *(root / folder for folder in _FOLDERS)):
-    if directory.is_symlink():
-      raise ValueError(f"{directory} is a link, not a folder")
-  count = 0
-  for folder in _FOLDERS:
-    if not (root / folder).is_dir():
-      continue
-    with os.scandir(root / folder) as entries:
-      found = list(itertools.islice(entries, MAX_MEMBERS + 1))
-    count += len(found)
-    _check_count(count)
-    for entry in found:
-      name = f"aclImdb/{folder}/{entry.name}"
-      if entry.is_symlink():
-        raise ValueError(f"{entry.path!r} is a link, not a file")
-      if _MEMBER.fullmatch(name):
-        if not entry.is_file(follow_symlinks=False):
-          raise ValueError(f"{entry.path!r} is not a regular file")
-        yield name, entry
-
-
-def _folder_files(path: Path) -> _Files:
-  for name, entry in _entries(path):
-    size = entry.stat(follow_symlinks=False).st_size
-    yield name, size, functools.partial(files.read_bytes, Path(entry.path), MAX_URLS_BYTES)

@@ -1,9 +1,7 @@
 """Download of the official archive."""
 
-import concurrent.futures
 import http.client
 import tempfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -22,7 +20,7 @@ def download(directory: Path, report: Callable[[str], None], *, timeout: float =
   Args:
     directory: created if it does not exist.
     report: called with a line per 10 MiB.
-    timeout: seconds allowed for the connection, and for each read from it.
+    timeout: seconds allowed for each connection, and for each read from it.
 
   Raises:
     DataError: the download failed; it is not retried.
@@ -34,7 +32,7 @@ def download(directory: Path, report: Callable[[str], None], *, timeout: float =
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix="incomplete-") as incomplete:
       part = Path(incomplete, target.name)
-      with _connect(imdb.URL, timeout) as response, part.open("wb") as file:
+      with urllib.request.urlopen(imdb.URL, timeout=timeout) as response, part.open("wb") as file:
         while file.tell() <= imdb.SIZE and (chunk := response.read(_MIB)):
           size = file.tell() + file.write(chunk)
           if size % (10 * _MIB) == 0 or size == imdb.SIZE:
@@ -52,24 +50,3 @@ def download(directory: Path, report: Callable[[str], None], *, timeout: float =
       "and use --archive PATH"
     ) from error
   return target
-
-
-def _connect(url: str, timeout: float) -> http.client.HTTPResponse:
-  """Open a URL within `timeout` seconds in total.
-
-  The limit of urllib excludes name resolution, and starts anew for each address of the host and each redirect.
-  """
-  response: concurrent.futures.Future[http.client.HTTPResponse] = concurrent.futures.Future()
-
-  def connect() -> None:
-    try:
-      response.set_result(urllib.request.urlopen(url, timeout=timeout))
-    except Exception as error:
-      response.set_exception(error)
-
-  # A daemon thread does not keep the program from exiting if name resolution hangs.
-  threading.Thread(target=connect, daemon=True).start()
-  try:
-    return response.result(timeout)
-  except TimeoutError:
-    raise TimeoutError(f"no answer within {timeout:g} s") from None

@@ -47,7 +47,7 @@ def find(
 
   Args:
     config: names the data.
-    archive: local archive or folder of the IMDB reviews; None for the official ones.
+    archive: local archive of the IMDB reviews; None for the official ones.
     cache_dir: folder for downloaded and prepared reviews.
     given: texts and labels from Python, by "train" and "test".
 

@@ -166,10 +166,10 @@ def _clear_errors(path: Path) -> Iterator[None]:
     yield
   except FileNotFoundError as error:
     raise DataError(f"{path}: no such file or folder; name {_FORMATS}, or imdb or sample.") from error
-  except OSError as error:
-    raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
   except archive.DAMAGE as error:
     raise DataError(f"{path}: {first_line(error)}.") from error
+  except OSError as error:
+    raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
   finally:
     csv.field_size_limit(previous)
 

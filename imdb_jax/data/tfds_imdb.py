@@ -78,14 +78,8 @@ def prepare(data_dir: Path, archive: Path, *, expected: Mapping[str, int] = imdb
   splits = archive_reader.read_archive(archive, imdb.SPLITS, expected=expected)
   with _quiet(f"cannot write a record store in {data_dir}", "use another data directory"):
     builder = ImdbReviews(splits=splits, data_dir=data_dir, file_format="array_record")
-    store = Path(builder.data_dir)
-    try:
-      builder.download_and_prepare()
-    except OSError:
-      # tfds cannot rename the finished folder into place if another process was faster.
-      if not (store / "dataset_info.json").is_file():
-        raise
-  return store
+    builder.download_and_prepare()
+  return Path(builder.data_dir)
 
 
 def read_store(

@@ -59,7 +59,6 @@ def lstm(
     raise ValueError(f"gate_activation {gate_activation!r}: must be sigmoid or hard_sigmoid")
   call = Call(
     hidden_size=recurrent_kernel.shape[0],
-    recurrent_dropout=recurrent_dropout_mask is not None,
     per_gate_masks=any(mask is not None and mask.ndim == 3 for mask in masks),
     gate_activation=gate_activation,
   )

@@ -1,27 +1,26 @@
 """Choice of the implementation for a call, with the self-check that the kernel must pass first."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from imdb_jax.lstm import chunked, cudnn, scan
+from imdb_jax.lstm import chunked, scan
 from imdb_jax.lstm.shared import Masks, Weights
 
 Cell = Literal["lstm", "gru", "rnn"]
 GateActivation = Literal["sigmoid", "hard_sigmoid"]
 Precision = Literal["auto", "float32", "tensorfloat32", "bfloat16"]
 
-IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "chunked", "scan")
+IMPLEMENTATIONS = ("mosaic_gpu", "chunked", "scan")
 # Whole blocks of 64 units, whose recurrent weights fit on chip: bfloat16 [128, 512] takes 128 of 227 KiB.
 _KERNEL_HIDDEN_SIZES = (64, 128)
+# Hopper.
+_KERNEL_CAPABILITY = 9.0
 # Relative norm of the difference between kernel and `chunked`: twice the rounding of bfloat16, 2^-8.
 _SELF_CHECK_TOLERANCE = 2**-7
 
@@ -33,7 +32,7 @@ def implementation_of(name: str) -> Callable[..., jax.Array]:
     from imdb_jax.lstm import mosaic_gpu
 
     return mosaic_gpu.lstm
-  return {"cudnn": cudnn, "chunked": chunked, "scan": scan}[name].lstm
+  return {"chunked": chunked, "scan": scan}[name].lstm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Call:
 
   hidden_size: int
   cell: Cell = "lstm"
-  recurrent_dropout: bool = True
   per_gate_masks: bool = False  # Each gate has its own dropout masks.
   gate_activation: GateActivation = "sigmoid"
   precision: Precision = "auto"  # Of matrix products; "auto" leaves it to the implementation.
@@ -89,13 +87,7 @@ def unsupported(name: str, call: Call, device: Any = None) -> str | None:
       return f"it computes recurrent products in bfloat16; precision {call.precision} excludes it"
     if call.hidden_size not in _KERNEL_HIDDEN_SIZES:
       return f"it supports hidden sizes of {' and '.join(map(str, _KERNEL_HIDDEN_SIZES))}, not {call.hidden_size}"
-    return gpu_problem(_local(device), 9.0)
-  if name == "cudnn":
-    if call.recurrent_dropout:
-      return "cuDNN has no recurrent dropout"
-    if call.precision == "bfloat16":
-      return "jax.experimental.rnn does not support bfloat16"
-    return gpu_problem(_local(device), 0.0)
+    return gpu_problem(_local(device))
   return None
 
 
@@ -106,13 +98,13 @@ def recurrent_precision(name: str, precision: Precision) -> str:
   return "float32" if precision == "auto" else precision
 
 
-def gpu_problem(device: Any, capability: float) -> str | None:
-  """Return why a device is not an NVIDIA GPU of at least that compute capability, or None if it is."""
+def gpu_problem(device: Any) -> str | None:
+  """Return why a device is not an NVIDIA GPU that the kernel supports, or None if it is."""
   if device.platform != "gpu":
     return f"it needs an NVIDIA GPU, and JAX computes on {device.platform}"
   found = float(getattr(device, "compute_capability", 0))
-  if found < capability:
-    return f"it needs compute capability {capability}, and {device.device_kind} has {found}"
+  if found < _KERNEL_CAPABILITY:
+    return f"it needs compute capability {_KERNEL_CAPABILITY}, and {device.device_kind} has {found}"
   return None
 
 
@@ -124,33 +116,10 @@ def _local(device: Any) -> Any:
 
 @functools.cache
 def _self_check_problem(hidden_size: int, device: Any) -> str | None:
-  """Return what is wrong with the kernel on a device, or None if it agrees with `chunked`.
-
-  It is checked once per process. If JAX caches compiled programs, a file beside them records the agreement, and later
-  processes do not check again.
-  """
-  mark = _mark_of_agreement(hidden_size, device)
-  if mark is not None and mark.exists():
-    return None
+  """Return what is wrong with the kernel on a device, or None if it agrees with `chunked`; checked once per process."""
   # The caller may be tracing. Tracing is local to a thread, so another thread computes right away.
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    problem = executor.submit(_self_check, hidden_size, device).result()
-  if problem is None and mark is not None:
-    # If the file cannot be written, the next process checks again.
-    with contextlib.suppress(OSError):
-      mark.parent.mkdir(parents=True, exist_ok=True)
-      mark.touch()
-  return problem
-
-
-def _mark_of_agreement(hidden_size: int, device: Any) -> Path | None:
-  """Return the file for this kind of device, these versions and this code; None if JAX caches no programs."""
-  folder = jax.config.values["jax_compilation_cache_dir"]
-  if folder is None:
-    return None
-  facts = device.device_kind, device.client.platform_version, jax.__version__, jax.lib.__version__, hidden_size
-  code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-  return Path(folder) / f"mosaic_gpu-agrees-{hashlib.sha256(repr(facts).encode() + code).hexdigest()}"
+    return executor.submit(_self_check, hidden_size, device).result()
 
 
 def _self_check(hidden_size: int, device: Any) -> str | None:

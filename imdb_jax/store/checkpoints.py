@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from absl import logging as absl_logging
-from jax.experimental import multihost_utils
 
 from imdb_jax import processes
 from imdb_jax.errors import CheckpointError, first_line
@@ -27,7 +26,7 @@ from imdb_jax.store import arrays, files, manifest
 _LOG = logging.getLogger(__name__)
 # The newest steps are kept for resuming, and the best one.
 _NUM_KEPT = 2
-# More than are ever kept: processes exchange arrays of a fixed size.
+# More than are ever kept.
 _MAX_STEPS = 64
 # How often a reader retries when the trainer of a live run removes the step that it is about to read.
 _MAX_TRIES = 10
@@ -51,18 +50,8 @@ class Saved:
 
   @property
   def rank(self) -> tuple[float, int]:
-    """Sort key: score, then the earliest step. A missing score or NaN ranks last, the newest step first."""
-    if self.score is None or math.isnan(self.score):
-      return -math.inf, self.step
-    return self.score, -self.step
-
-
-class _UnreadableError(CheckpointError):
-  """A step that agreed with its manifest could not be read."""
-
-
-class _NotFiniteError(CheckpointError):
-  """A step agrees with its manifest, but holds values that are not finite."""
+    """Sort key: score, then the earliest step. A missing score ranks last, the newest step first."""
+    return (-math.inf, self.step) if self.score is None else (self.score, -self.step)
 
 
 class Checkpoints:
@@ -96,8 +85,8 @@ class Checkpoints:
         absl_logging.set_verbosity(absl_logging.FATAL)
         # Of a save that fails, it reports each task.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        with processes.together():
-          self._adopt_steps_of_process_0()
+        # With another view of the folder, a process would train from another step.
+        processes.require_equal({f"the steps in {self.directory}": self.steps()})
         with processes.together():
           if jax.process_index() == 0:
             self._tidy()
@@ -116,7 +105,7 @@ class Checkpoints:
         arrays.check(self._folder(step), self._arrays)
         facts = manifest.check(self._folder(step), self._manifest(step))
         progress, score = facts.get("progress"), facts.get("score")
-        if not isinstance(progress, dict) or not (score is None or (type(score) is float and not math.isinf(score))):
+        if not isinstance(progress, dict) or not (score is None or (type(score) is float and math.isfinite(score))):
           raise ValueError("its manifest lacks progress or score")
       except (OSError, ValueError) as error:
         # The trainer of a live run may have just removed the step.
@@ -139,17 +128,6 @@ class Checkpoints:
 
   def _reasons(self) -> str:
     return "; ".join(f"step {step}: {problem}" for step, problem in self._damaged.items())
-
-  def _adopt_steps_of_process_0(self) -> None:
-    if jax.process_count() == 1:
-      return
-    steps = np.full(_MAX_STEPS, -1, np.int32)
-    steps[: len(self._saved)] = self.steps()
-    wanted = [step for step in multihost_utils.broadcast_one_to_all(steps).tolist() if step >= 0]
-    missing = [step for step in wanted if step not in self._saved]
-    if missing:
-      raise CheckpointError(f"{self.directory}: process {jax.process_index()} cannot use step {missing[0]}.")
-    self._saved = {step: self._saved[step] for step in wanted}
 
   def _folder(self, step: int) -> Path:
     return self.directory / str(step)
@@ -260,22 +238,9 @@ class Checkpoints:
         raise OSError(errno.ENOSPC, message)
 
   def restore_latest(self) -> tuple[Saved, Any]:
-    """Restore the newest step; set aside steps whose values are not finite.
-
-    A step that agrees with its manifest but cannot be read stays where it is: the cause may be memory, the file system
-    or another process, and the next attempt may succeed.
-    """
-    while True:
-      saved = self.find("latest")
-      try:
-        return saved, self._restore(saved.step)
-      except _NotFiniteError as error:
-        _LOG.warning("%s", error)
-        self._damaged[saved.step] = str(error)
-        del self._saved[saved.step]
-        with processes.together():
-          if jax.process_index() == 0 and self._saved:
-            self._set_aside(saved.step)
+    """Restore the newest step. One that cannot be read now stays where it is: the next attempt may succeed."""
+    saved = self.find("latest")
+    return saved, self._restore(saved.step)
 
   def restore(self, which: int | Literal["best", "latest"]) -> tuple[Saved, Any]:
     """Restore a step; if the trainer of a live run removes it meanwhile, look again."""
@@ -283,7 +248,7 @@ class Checkpoints:
       saved = self.find(which)
       try:
         state = self._restore(saved.step)
-      except _UnreadableError:
+      except CheckpointError:
         if os.path.lexists(self._manifest(saved.step)):
           raise
       else:
@@ -299,10 +264,10 @@ class Checkpoints:
       state = arrays.restore(self._orbax, folder, self._abstract)
     # Orbax and tensorstore raise errors without a common base class.
     except Exception as error:
-      raise _UnreadableError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}.") from error
+      raise CheckpointError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}.") from error
     # Every device holds the whole state.
     if not all(np.isfinite(leaf.addressable_data(0)).all() for leaf in jax.tree.leaves(state)):
-      raise _NotFiniteError(f"{folder}: the checkpoint holds values that are not finite.")
+      raise CheckpointError(f"{folder}: the checkpoint holds values that are not finite.")
     return state
 
   def close(self) -> None:

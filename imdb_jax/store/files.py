@@ -37,22 +37,12 @@ def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
   return content
 
 
-def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
-  """Return the content of a UTF-8 file of at most `max_bytes`."""
-  return read_bytes(path, max_bytes).decode()
-
-
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-  """Return the value of a JSON file of at most `max_bytes`."""
-  return parse_json(read_bytes(path, max_bytes), path.name)
-
-
-def parse_json(content: bytes, name: str = "it") -> Any:
-  """Return the value of JSON in UTF-8; `name` is that of the file, for errors."""
+  """Return the value of a JSON file in UTF-8 of at most `max_bytes`."""
   try:
-    return json.loads(content.decode())
+    return json.loads(read_bytes(path, max_bytes).decode())
   except RecursionError as error:
-    raise ValueError(f"{name} is nested too deeply") from error
+    raise ValueError(f"{path.name} is nested too deeply") from error
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from imdb_jax.store import files
 
 def write(folder: Path, path: Path, facts: dict[str, Any]) -> None:
   """Flush a folder to the disk, then write its manifest, with facts in JSON, to `path`, atomically."""
-  listed = {name: {"size": size, "sha256": files.sha256(folder / name)} for name, size in files.walk(folder).items()}
+  listed = {name: _entry(folder / name, size) for name, size in files.walk(folder).items()}
   # Orbax flushes few of its files.
   for written in (*folder.rglob("*"), folder, folder.parent):
     files.sync(written)
@@ -25,7 +25,7 @@ def check(folder: Path, path: Path) -> dict[str, Any]:
     OSError, ValueError: the folder differs from the manifest, or either is damaged; says how.
   """
   manifest = files.read_json(path)
-  if not _is_manifest(manifest):
+  if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("facts", "files")):
     raise ValueError(f"its manifest {path.name} is damaged")
   expected, found = manifest["files"], files.walk(folder)
   for name in sorted(expected.keys() | found.keys()):
@@ -33,25 +33,10 @@ def check(folder: Path, path: Path) -> dict[str, Any]:
       raise ValueError(f"{name} is missing")
     if name not in expected:
       raise ValueError(f"{name} is not listed in the manifest")
-    if found[name] != expected[name]["size"]:
-      raise ValueError(f"{name} has {found[name]:,} bytes instead of {expected[name]['size']:,}")
-  for name in found:
-    if files.sha256(folder / name) != expected[name]["sha256"]:
-      raise ValueError(f"{name} has changed: its SHA-256 differs")
+    if expected[name] != _entry(folder / name, found[name]):
+      raise ValueError(f"{name} has changed: its size or SHA-256 differs")
   return manifest["facts"]
 
 
-def _is_manifest(value: Any) -> bool:
-  is_object = isinstance(value, dict) and value.keys() == {"facts", "files"}
-  return (
-    is_object
-    and isinstance(value["facts"], dict)
-    and isinstance(value["files"], dict)
-    and all(
-      isinstance(file, dict)
-      and file.keys() == {"size", "sha256"}
-      and type(file["size"]) is int
-      and isinstance(file["sha256"], str)
-      for file in value["files"].values()
-    )
-  )
+def _entry(path: Path, size: int) -> dict[str, Any]:
+  return {"size": size, "sha256": files.sha256(path)}

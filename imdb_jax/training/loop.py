@@ -205,7 +205,7 @@ class _Trainer:
       last = f"The last good checkpoint is step {steps[-1]:,}." if steps else "No checkpoint had been saved."
       raise DivergenceError(
         f"{error} {last} The same settings would diverge again: "
-        "try a lower --learning-rate, or --non-finite skip, in a new --run-dir."
+        "try a lower --learning-rate, or --clip-norm, in a new --run-dir."
       ) from error
     console.end_epoch()
     if jax.process_index() == 0:

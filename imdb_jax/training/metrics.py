@@ -18,9 +18,6 @@ from imdb_jax.store.metrics_log import MetricsLog
 from imdb_jax.task import Evaluation
 from imdb_jax.training.console import Console
 
-# Give up after this many consecutive non-finite steps.
-_MAX_SKIPPED = 10
-
 
 class Sums:
   """Weighted sums over reviews, f64[seeds] each, that become means."""
@@ -41,9 +38,8 @@ class Sums:
       self._sums[name] += values[name]
 
   def seed_means(self) -> dict[str, np.ndarray]:
-    """Return loss and accuracy of each seed; NaN where all steps were skipped."""
-    with np.errstate(all="ignore"):
-      return {name: self._sums[key] / self._sums["weight"] for name, key in (("loss", "loss"), ("accuracy", "correct"))}
+    """Return loss and accuracy of each seed."""
+    return {name: self._sums[key] / self._sums["weight"] for name, key in (("loss", "loss"), ("accuracy", "correct"))}
 
   def means(self) -> dict[str, float]:
     """Return the means of loss and accuracy over the seeds."""
@@ -66,9 +62,6 @@ class Recorder:
     try:
       self._epoch_sums = Sums(progress.get("epoch_sums", {}), num_seeds)
       self._window_sums = Sums(progress.get("window_sums", {}), num_seeds)
-      self._num_skipped = np.array(progress.get("num_skipped", [0] * num_seeds), np.int64)
-      if self._num_skipped.shape != (num_seeds,):
-        raise ValueError(f"num_skipped is not that of {num_seeds} seeds")
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
       raise CheckpointError(f"The checkpoint's progress is invalid: {error!r:.200}.") from error
     self._pending: tuple[range, dict[str, jax.Array]] = range(0), {}
@@ -83,11 +76,7 @@ class Recorder:
 
   def progress(self) -> dict[str, Any]:
     """Return what a checkpoint must hold to continue from here. Call `flush` first."""
-    return {
-      "epoch_sums": self._epoch_sums.to_dict(),
-      "window_sums": self._window_sums.to_dict(),
-      "num_skipped": self._num_skipped.tolist(),
-    }
+    return {"epoch_sums": self._epoch_sums.to_dict(), "window_sums": self._window_sums.to_dict()}
 
   def record_steps(self, steps: range, sums: dict[str, jax.Array]) -> None:
     """Take the sums of the steps just dispatched, from `Program.train_steps`, and read those of the steps before."""
@@ -105,11 +94,9 @@ class Recorder:
       self._add(step, {name: value[:, i] for name, value in values.items()})
 
   def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
-    is_finite, grad_norm = values["is_finite"] > 0, float(values["grad_norm"].mean())
-    self._num_skipped = (self._num_skipped + 1) * ~is_finite
-    if not is_finite.all():
-      self._skip(step, values["loss"])
-      values = {name: np.where(is_finite, value, 0) for name, value in values.items()}
+    if causes := self._causes(values["is_finite"], values["loss"]):
+      raise DivergenceError(f"Step {step:,} is not finite ({'; '.join(causes)}).")
+    grad_norm = float(values["grad_norm"].mean())
     self._epoch_sums.add(values)
     self._window_sums.add(values)
     self._num_reviews += int(values["weight"].sum())
@@ -127,22 +114,14 @@ class Recorder:
       self._window_sums = Sums({}, len(self._seeds))
     self.console.show_step(done, self._epoch_sums.means(), self._num_reviews, is_logged=is_logged)
 
-  def _skip(self, step: int, losses: np.ndarray) -> None:
-    """Report a non-finite step, or raise DivergenceError."""
-    if self._config.optimizer.non_finite == "stop":
-      raise DivergenceError(f"Step {step:,} is not finite ({self._causes(losses, 1)}).")
-    if np.any(self._num_skipped >= _MAX_SKIPPED):
-      causes = self._causes(losses, _MAX_SKIPPED)
-      raise DivergenceError(f"Steps {step - _MAX_SKIPPED + 1:,} to {step:,} are not finite (the last: {causes}).")
-    self.console.line(f"Step {step:,} is not finite ({self._causes(losses, 1)}): its update was skipped")
-
-  def _causes(self, losses: np.ndarray, num_skipped: int) -> str:
-    """Describe what is not finite, for each seed with so many consecutive non-finite steps."""
-    causes = []
-    for seed, skipped, loss in zip(self._seeds, self._num_skipped, losses, strict=True):
-      if skipped >= num_skipped:
-        causes.append(f"seed {seed}: " + ("gradients or parameters" if math.isfinite(loss) else f"the loss is {loss}"))
-    return "; ".join(causes)
+  def _causes(self, is_finite: np.ndarray, losses: np.ndarray) -> list[str]:
+    """Return what is not finite, for each seed of which something is not."""
+    causes = zip(self._seeds, is_finite, losses, strict=True)
+    return [
+      f"seed {seed}: {'gradients or parameters' if math.isfinite(loss) else f'the loss is {loss}'}"
+      for seed, fine, loss in causes
+      if not fine
+    ]
 
   def record_epoch(self, step: int, result: Evaluation, *, seconds: float, evaluation_seconds: float) -> dict[str, Any]:
     """Write the line of a finished epoch, start new sums, and return the line.

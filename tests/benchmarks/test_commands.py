@@ -189,7 +189,8 @@ def test_the_breakdown_times_parts_in_turns(module, tmp_path, monkeypatch):
 def test_the_recurrence_is_timed_point_by_point(run, tmp_path):
   done = run(
     "recurrence.py",
-    *("--platform", "cpu", "--systems", "chunked", "cudnn", "torch-float32", "--bench-python", tmp_path / "absent"),
+    *("--systems", "chunked", "mosaic_gpu", "torch-float32", "--platform", "cpu"),
+    *("--bench-python", tmp_path / "absent"),
     *("--batch-size", "2", "--num-steps", "3", "--hidden-size", "4", "--windows", "2", "--window-seconds", "0.01"),
     *("--json", tmp_path / "results.json", "--plot", tmp_path / "figure.png"),
   )
@@ -199,13 +200,13 @@ def test_the_recurrence_is_timed_point_by_point(run, tmp_path):
   assert sizes == [
     (*size, gradients) for size in ((2, 400, 128), (32, 3, 128), (32, 400, 4)) for gradients in (False, True)
   ]
-  for chunked, cudnn, torch in zip(*(results["rows"][k::3] for k in range(3)), strict=True):
+  for chunked, kernel, torch in zip(*(results["rows"][k::3] for k in range(3)), strict=True):
     assert chunked["ms_per_step"] == np.median(chunked["ms_per_step_windows"]) > 0
     assert len(chunked["ms_per_step_windows"]) == 2
     assert chunked["recurrent_dropout"]
     assert chunked["floor_ms"] is None, "there is no GPU"
-    assert (cudnn["ms_per_step"], torch["ms_per_step"]) == (None, None)
-  assert "cudnn: it needs an NVIDIA GPU" in done.stdout
+    assert (kernel["ms_per_step"], torch["ms_per_step"]) == (None, None)
+  assert "mosaic_gpu: it " in done.stdout
   assert "torch-float32: missing: make bench" in done.stdout
   assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
 

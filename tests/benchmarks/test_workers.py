@@ -48,6 +48,8 @@ assert [system.train(system.epoch(1)) for _ in range(3)] == losses
 assert len(set(losses)) == 3
 """
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def job(module, tmp_path):
@@ -142,7 +144,7 @@ def test_the_loss_is_the_mean_over_all_reviews_of_a_window(module, job):
 def test_a_gpu_that_is_missing_is_no_failure(module, job):
   ours, worker = module("ours"), module("worker")
   with pytest.raises(worker.UnableError, match=r"^it needs an NVIDIA GPU, and JAX computes on cpu$"):
-    ours.Training(dataclasses.replace(job, system="ours-cudnn"))
+    ours.Training(dataclasses.replace(job, system="ours-mosaic-gpu", hidden_size=64))
 
 
 PARTS = ["step", "step without Adam", "recurrence, forward and backward", "recurrence, forward"]

@@ -47,14 +47,6 @@ def pack(path: Path, members: dict[str, bytes] | None = None, prefix: str = "") 
   return path
 
 
-def unpack(path: Path, members: dict[str, bytes] | None = None) -> Path:
-  """Write the files of an archive into a folder."""
-  for name, content in (make_members() if members is None else members).items():
-    (path / name).parent.mkdir(parents=True, exist_ok=True)
-    (path / name).write_bytes(content)
-  return path
-
-
 def assert_same(left: dict[str, Reviews], right: dict[str, Reviews]) -> None:
   """Compare texts, labels and films of all splits, and their order."""
   assert list(left) == list(right)

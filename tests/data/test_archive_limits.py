@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -48,12 +49,18 @@ def extended_headers() -> bytes:
   return gzip.compress(extended(b"x", value.ljust(2**20 - 1, b"x") + b"\n")) * 2000
 
 
+def demanding(packed: bytes) -> bytes:
+  """Return a file of .xz that demands a dictionary of 4 GB, in a byte of the block's header, before its checksum."""
+  block = packed[12:16] + b"\x28" + packed[17:20]
+  return packed[:12] + block + zlib.crc32(block).to_bytes(4, "little") + packed[24:]
+
+
 ATTACKS: dict[str, Callable[[], bytes]] = {
   "2 GB of extended headers": extended_headers,
   "a length of 4,000 digits": lambda: extended(b"x", b"1" + b"0" * 4000 + b" path=x\n"),
   "a length of a million digits": lambda: extended(b"x", b"9" * 10**6 + b" path=x\n"),
   "a global header of 1 GB": lambda: lzma.compress(header("extended", b"g", 2**30)),
-  "six million empty streams": lambda: gzip.compress(b"") * (archive.MAX_PACKED_BYTES // 20),
+  "a decoder of 4 GB": lambda: demanding(lzma.compress(bytes(10_000))),
 }
 
 
@@ -96,22 +103,10 @@ class TestLimits:
     path.write_bytes(header("aclImdb/a", kind) * 100 + bytes(1024))
     assert "more than 50 members" in refusal(path)
 
-  @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
-  def test_too_many_streams(self, good, monkeypatch, compress):
-    monkeypatch.setattr(archive, "MAX_STREAMS", 5)
-    good.write_bytes(compress(good.read_bytes()) + compress(b"") * 5)
-    assert "more than 5 streams" in refusal(good)
-
-  def test_decoder_that_needs_too_much_memory(self, good, monkeypatch):
-    monkeypatch.setattr(archive, "MAX_DECODER_BYTES", 2**25)
-    good.write_bytes(lzma.compress(good.read_bytes(), preset=9))
-    assert "Memory usage limit" in refusal(good)
-
   def test_packed_streams_that_are_followed_by_something_else(self, tmp_path):
-    for suffix in ("gz", "xz"):
-      path = pack(tmp_path / f"a.{suffix}")
-      path.write_bytes(path.read_bytes() + bytes(8) + b"something else")
-      assert "damaged" in refusal(path)
+    path = pack(tmp_path / "a.gz")
+    path.write_bytes(path.read_bytes() + bytes(8) + b"something else")
+    assert "damaged" in refusal(path)
 
   def test_file_that_is_too_large_is_not_hashed(self, tmp_path):
     path = tmp_path / "a.tar"

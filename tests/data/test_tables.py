@@ -144,7 +144,7 @@ FAULTS = {
     r"line 1,002, column 'label': more than 1,000 different labels",
   ),
   "another format": ("a.xlsx", "PK", r"the name ends with none of \.csv"),
-  "cut short": ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-9], r"the packed data is cut short"),
+  "cut short": ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-9], r"ended before the end-of-stream marker"),
 }
 
 

@@ -132,18 +132,6 @@ def test_failed_preparation_leaves_no_store(tfds_imdb, small_archive, tmp_path, 
   assert not [path for path in tmp_path.rglob("*") if path.is_file() and "array_record" in path.name]
 
 
-def test_another_process_may_finish_first(tfds_imdb, pristine, small_archive, tmp_path, monkeypatch):
-  generate = tfds_imdb.ImdbReviews._generate_examples
-
-  def be_late(self, split):
-    yield from generate(self, split)
-    shutil.copytree(pristine / STORE, tmp_path / STORE, dirs_exist_ok=True)
-
-  monkeypatch.setattr(tfds_imdb.ImdbReviews, "_generate_examples", be_late)
-  path = tfds_imdb.prepare(tmp_path, small_archive, expected=COUNTS)
-  assert len(tfds_imdb.read_store(path, expected=COUNTS)["train"]) == 6
-
-
 def test_wrong_counts(tfds_imdb, store):
   with pytest.raises(errors.DataError, match=r"test/neg has 3 reviews, expected 12,500"):
     tfds_imdb.read_store(store)

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "lstm.md"
 
 
+@pytest.mark.slow
 def test_the_example_learns():
   """Chance is 1/3. The chains that made the sequences tell how many can be told apart at all."""
   program = DOCUMENT.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]

@@ -58,7 +58,7 @@ def test_unknown_gate_activation_is_named():
 
 
 def test_unknown_implementation_is_named_and_never_replaced():
-  with pytest.raises(ValueError, match="implementation 'abacus': must be one of mosaic_gpu, cudnn, chunked, scan"):
+  with pytest.raises(ValueError, match="implementation 'abacus': must be one of mosaic_gpu, chunked, scan"):
     lstm(**good_call(), implementation="abacus")
 
 
@@ -70,7 +70,7 @@ ONLY_SCAN = {
 
 
 @pytest.mark.parametrize("settings", ONLY_SCAN.values(), ids=ONLY_SCAN)
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "cudnn", "chunked"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "chunked"])
 def test_named_implementation_refuses_what_only_scan_computes(implementation, settings):
   with pytest.raises(ValueError, match=rf"{implementation}.*; only scan computes (one mask per gate|hard_sigmoid)"):
     lstm(**good_call() | settings, implementation=implementation)

@@ -16,7 +16,7 @@ from imdb_jax.lstm import Call, choice, choose, lstm
 @pytest.fixture
 def interpreter(monkeypatch):
   """Run kernels on the CPU: memory that nothing has written is NaN, and a race is a failure."""
-  monkeypatch.setattr(choice, "gpu_problem", lambda device, capability: None)
+  monkeypatch.setattr(choice, "gpu_problem", lambda device: None)
   # The interpreter of jax 0.10.2 supports only indexing with brackets.
   monkeypatch.setattr(plgpu, "load", lambda ref, *no_index, optimized: ref[...])
   set_gpu_interpret_mode(InterpretGPUParams(detect_races=True))
@@ -51,7 +51,7 @@ class TestInterpreted(KernelContract):
   pass
 
 
-@pytest.mark.skipif(choice.gpu_problem(jax.local_devices()[0], 9.0) is not None, reason="no GPU for it")
+@pytest.mark.skipif(choice.gpu_problem(jax.local_devices()[0]) is not None, reason="no GPU for it")
 class TestCompiled(KernelContract):
   @pytest.fixture(autouse=True)
   def poison(self):
@@ -62,7 +62,7 @@ class TestCompiled(KernelContract):
 @pytest.mark.parametrize("num_models", [None, 3])
 def test_compiles_to_one_launch_each_way(monkeypatch, num_models):
   """For a GPU that need not be there: the lowering checks layouts and sizes that the interpreter ignores."""
-  monkeypatch.setattr(choice, "gpu_problem", lambda device, capability: None)
+  monkeypatch.setattr(choice, "gpu_problem", lambda device: None)
   arrays, extras, _ = contract.arguments(Case("kernel_two_blocks", "shared", True))
 
   def loss(arrays):

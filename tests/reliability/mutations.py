@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from reliability.sandbox import Failure, checkpoints_of, require
 
 from imdb_jax import plots, scoring
@@ -23,7 +24,8 @@ from imdb_jax.config import DataConfig, RuntimeConfig
 from imdb_jax.data import archive, reviews, sample, sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import ImdbJaxError
-from imdb_jax.store import files, manifest, metrics_log, run_directory, safetensors
+from imdb_jax.store import files, manifest, metrics_log, run_directory
+from imdb_jax.store.safetensors import load as load_weights
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
 
@@ -158,12 +160,12 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
 
 def _weights(folder: Path) -> tuple[bytes, Reader]:
   arrays = {"dense.bias": np.ones((1, 1), np.float32), "lstm.kernel": np.ones((1, 8, 12), np.float32)}
-  safetensors.save(folder / "model.safetensors", arrays)
+  safetensors.numpy.save_file(arrays, folder / "model.safetensors")
 
   def read(path: Path) -> None:
     # `Classifier.from_safetensors` reports these.
     with contextlib.suppress(OSError, ValueError):
-      safetensors.load(path, arrays)
+      load_weights(path, arrays)
 
   return (folder / "model.safetensors").read_bytes(), read
 

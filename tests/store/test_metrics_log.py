@@ -177,7 +177,7 @@ def test_lines_of_another_form_are_refused(line, tmp_path):
 
 @pytest.mark.parametrize("odd", [{"loss": math.nan, "accuracy": math.nan}, {"val_loss": math.inf}, {"val_loss": 3e38}])
 def test_what_a_run_that_nearly_diverges_writes_is_read(odd, tmp_path):
-  """With --non-finite skip, an epoch may have no step that counts."""
+  """imdb_jax 0.4 could skip steps: an epoch of it may have none that counts."""
   line = epoch_line(1) | odd
   line["seeds"] = [line["seeds"][0] | odd]
   log = resume(tmp_path, 0, 0)

@@ -52,8 +52,8 @@ def test_a_model_that_cannot_be_computed_here_leaves_no_trace(is_folder_there, t
   config = tiny(tmp_path / "run")
   if is_folder_there:
     config.run_dir.mkdir()
-  with pytest.raises(UsageError, match="cuDNN has no recurrent dropout"):
-    imdb_jax.fit(change(config, "runtime", implementation="cudnn"))
+  with pytest.raises(UsageError, match="mosaic_gpu: it supports hidden sizes"):
+    imdb_jax.fit(change(config, "runtime", implementation="mosaic_gpu"))
   if is_folder_there:
     # A folder that holds only the lock is a new run.
     assert {path.name for path in config.run_dir.iterdir()} <= {"lock"}

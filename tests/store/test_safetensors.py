@@ -1,4 +1,4 @@
-"""Files of weights: as the package safetensors writes them, and refused unless they are exactly those expected."""
+"""Files of weights are refused unless they hold exactly the arrays that are expected."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from imdb_jax.store import safetensors
+from imdb_jax.store.safetensors import load
 
 ARRAYS = {
   "lstm.kernel": np.arange(12, dtype=np.float32).reshape(2, 2, 3),
@@ -21,26 +22,21 @@ ARRAYS = {
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-  safetensors.save(tmp_path / "model.safetensors", ARRAYS)
+  safetensors.numpy.save_file(ARRAYS, tmp_path / "model.safetensors")
   return tmp_path / "model.safetensors"
 
 
 def test_arrays_come_back(path):
-  found = safetensors.load(path, ARRAYS)
+  found = load(path, ARRAYS)
   assert found.keys() == ARRAYS.keys()
   for name, array in ARRAYS.items():
     assert found[name].dtype == array.dtype
     np.testing.assert_array_equal(found[name], array)
 
 
-def test_the_package_safetensors_writes_and_reads_the_same_bytes(path, tmp_path):
-  numpy = pytest.importorskip("safetensors.numpy")
-  assert numpy.save(ARRAYS) == path.read_bytes()
-  assert {name: array.tolist() for name, array in numpy.load_file(path).items()} == {
-    name: array.tolist() for name, array in ARRAYS.items()
-  }
-  numpy.save_file(ARRAYS, tmp_path / "other", metadata={"format": "np"})
-  assert safetensors.load(tmp_path / "other", ARRAYS).keys() == ARRAYS.keys()
+def test_metadata_are_allowed(tmp_path):
+  safetensors.numpy.save_file(ARRAYS, tmp_path / "other", metadata={"format": "np"})
+  assert load(tmp_path / "other", ARRAYS).keys() == ARRAYS.keys()
 
 
 def with_header(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
@@ -84,7 +80,7 @@ def test_anything_else_is_refused_without_much_memory(path, damage):
   path.write_bytes(damage(path.read_bytes()))
   tracemalloc.start()
   with pytest.raises(ValueError, match=r"\w") as raised:
-    safetensors.load(path, ARRAYS)
+    load(path, ARRAYS)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert "\n" not in str(raised.value)
@@ -96,4 +92,4 @@ def test_links_and_pipes_are_refused(path, tmp_path):
   os.mkfifo(tmp_path / "pipe")
   for name in ("link", "pipe", "absent"):
     with pytest.raises(OSError, match=name):
-      safetensors.load(tmp_path / name, ARRAYS)
+      load(tmp_path / name, ARRAYS)

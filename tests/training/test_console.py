@@ -113,7 +113,7 @@ def show_a_run(tmp_path) -> None:
   line = {"epoch": 1, **METRICS, "val_loss": 1.23456e12, "seconds": 1234.5, "evaluation_seconds": 1.0}
   line["seeds"] = [{"seed": seed, **METRICS} for seed in range(2)]
   config, console = tiny(tmp_path, num_seeds=2), Console()
-  reason = "mosaic_gpu: it supports hidden sizes of 64 and 128, not 4; cudnn: it has no recurrent dropout"
+  reason = "mosaic_gpu: it supports hidden sizes of 64 and 128, not 4, and an NVIDIA GPU of a later kind"
   console.header({"Preset": "sample", "Seeds": "0 to 1: 2 models, one ensemble", "Recurrence": f"chunked ({reason})"})
   console.line(report.epoch_line(line, 10))
   console.line("\n".join(page.summary(config, [line])))

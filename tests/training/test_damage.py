@@ -114,7 +114,7 @@ def test_a_step_that_is_removed_while_a_reader_checks_it_is_not_damaged(finished
   assert not caplog.text
 
 
-@pytest.mark.parametrize("call", [1, 2, *(pytest.param(call, marks=pytest.mark.slow) for call in (3, 4))])
+@pytest.mark.parametrize("call", [1, *(pytest.param(call, marks=pytest.mark.slow) for call in (2, 3, 4))])
 @pytest.mark.parametrize(("owner", "name"), [(manifest, "write"), (files, "remove"), (ocp.Checkpointer, "save")])
 def test_a_kill_during_a_save_loses_nothing_that_was_saved(whole, owner, name, call, tmp_path, monkeypatch):
   config = change(tiny(tmp_path / "run"), "runtime", save_every_steps=1)
@@ -212,6 +212,6 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, monkey
     record_steps(recorder, steps, sums if 6 not in steps else sums | {"is_finite": np.zeros((1, 1))})
 
   monkeypatch.setattr(Recorder, "record_steps", poisoned)
-  with pytest.raises(DivergenceError, match=r"Step 6 .*gradients.*last good checkpoint is step 4.*non-finite"):
+  with pytest.raises(DivergenceError, match=r"Step 6 .*gradients.*last good checkpoint is step 4.*clip-norm"):
     imdb_jax.fit(config)
   assert checkpoints_of(config.run_dir).steps() == [4]

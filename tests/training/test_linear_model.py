@@ -63,7 +63,7 @@ def linear_logits(reviews: np.ndarray, model: dict[str, np.ndarray]) -> np.ndarr
   return logits
 
 
-@pytest.mark.parametrize(("num_devices", "over_seeds"), [(1, "map"), (3, "vmap")])
+@pytest.mark.parametrize(("num_devices", "over_seeds"), [(1, "map"), pytest.param(3, "vmap", marks=pytest.mark.slow)])
 def test_predictions_are_the_mean_of_the_network_and_the_linear_model(num_devices, over_seeds):
   both, network = Program(WITH, mesh_of(num_devices)), Program(WITHOUT, mesh_of(1))
   if over_seeds == "vmap":

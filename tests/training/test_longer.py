@@ -86,6 +86,7 @@ def test_a_run_without_a_better_epoch_ends_early_and_says_why(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("accuracies")
+@pytest.mark.slow
 def test_a_run_that_ends_with_its_last_epoch_has_not_stopped_early(tmp_path, capsys):
   imdb_jax.fit(patient(tmp_path, 2, epochs=4))
   assert "Stopped early" not in capsys.readouterr().out + (tmp_path / "report.md").read_text()
@@ -107,6 +108,7 @@ def test_a_stopped_run_ends_after_the_same_epoch_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.usefixtures("accuracies")
+@pytest.mark.slow
 def test_a_signal_during_the_epoch_that_ends_the_run_comes_too_late(tmp_path):
   with signal_before(Recorder, "record_epoch", signal.SIGTERM, at_call=4):
     result = imdb_jax.fit(patient(tmp_path, 2))

@@ -129,6 +129,7 @@ def test_compilation_is_not_part_of_an_epoch(tmp_path, monkeypatch):
   assert result.history[0]["seconds"] < 1
 
 
+@pytest.mark.slow
 def test_saves_and_evaluation_are_not_part_of_the_training_time(tmp_path, monkeypatch):
   save, evaluate = Checkpoints.save, evaluation.evaluate
   monkeypatch.setattr(Checkpoints, "save", lambda *arguments, **given: time.sleep(0.7) or save(*arguments, **given))
@@ -138,6 +139,7 @@ def test_saves_and_evaluation_are_not_part_of_the_training_time(tmp_path, monkey
   assert line["seconds"] < 0.7 <= line["evaluation_seconds"]
 
 
+@pytest.mark.slow
 def test_the_training_time_of_an_epoch_includes_the_steps_before_a_stop(tmp_path, monkeypatch):
   record_steps = Recorder.record_steps
 
@@ -229,6 +231,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_implementations_train_alike(tmp_path):
   def losses(implementation):
     config = change(tiny(tmp_path / implementation, epochs=5), "runtime", implementation=implementation, log_every=1)

@@ -40,8 +40,8 @@ def watched(*steps: dict | list[dict]) -> dict[str, Watched]:
 class Run:
   """A recorder that writes metrics.jsonl in a folder."""
 
-  def __init__(self, folder: Path, *, num_seeds: int = 1, non_finite: str = "stop", log_every: int = 100):
-    config = change(tiny(folder, epochs=3, seed=SEED, num_seeds=num_seeds), "optimizer", non_finite=non_finite)
+  def __init__(self, folder: Path, *, num_seeds: int = 1, log_every: int = 100):
+    config = tiny(folder, epochs=3, seed=SEED, num_seeds=num_seeds)
     self.config, self.num_seeds = change(config, "runtime", log_every=log_every), num_seeds
     folder.mkdir(exist_ok=True)
     self.log = MetricsLog(self.config, step=0, num_epochs=0, held={})
@@ -107,11 +107,9 @@ def test_a_line_has_time_rate_norm_and_speed(make_run, monkeypatch):
 
 @pytest.mark.parametrize("per_dispatch", [1, 2])
 @pytest.mark.parametrize("bad", [{"loss": np.nan, "is_finite": 0.0}, {"is_finite": 0.0}])
-def test_a_step_that_is_not_finite_stops_the_run_or_is_left_out(bad, per_dispatch, make_run):
+def test_a_step_that_is_not_finite_stops_the_run(bad, per_dispatch, make_run):
   with pytest.raises(DivergenceError, match="Step 2 is not finite"):
     make_run().record(GOOD, GOOD | bad, GOOD, per_dispatch=per_dispatch)
-  line = make_run(non_finite="skip").record(GOOD, GOOD | bad, GOOD, per_dispatch=per_dispatch)
-  assert (line["loss"], line["accuracy"]) == (2, 0.5)
 
 
 @pytest.mark.parametrize(("loss", "cause"), [(np.inf, "the loss is inf"), (4.0, "gradients or parameters")])
@@ -120,38 +118,9 @@ def test_the_cause_of_a_step_that_is_not_finite_is_named(loss, cause, make_run):
     make_run().record(GOOD | {"loss": loss, "is_finite": 0.0})
 
 
-def test_ten_consecutive_skipped_steps_are_too_many(make_run):
-  run = make_run(non_finite="skip")
-  run.record(*[BAD] * 9, GOOD, *[BAD] * 9)
-  with pytest.raises(DivergenceError, match="Steps 2 to 11 are not finite"):
-    make_run(non_finite="skip").record(GOOD, *[BAD] * 10)
-  # A resumed run continues to count.
-  run.start(run.recorder.progress())
-  with pytest.raises(DivergenceError, match="Steps -8 to 1 are not finite"):
-    run.record(BAD)
-
-
-def test_only_the_seed_that_is_not_finite_is_named_and_left_out(make_run):
+def test_only_the_seed_that_is_not_finite_is_named(make_run):
   with pytest.raises(DivergenceError, match=r"^Step 2 is not finite \(seed 4: the loss is nan\)"):
     make_run(num_seeds=2).record([GOOD, GOOD], [GOOD, BAD])
-  last = [GOOD | {"loss": 1.0}, GOOD | {"loss": 0.0}]
-  line = make_run(num_seeds=2, non_finite="skip").record([GOOD, GOOD], [GOOD, BAD], last)
-  # One seed has processed 6 reviews, the other 4.
-  assert [seed["loss"] for seed in line["seeds"]] == [9 / 6, 4 / 4]
-  assert [seed["seed"] for seed in line["seeds"]] == [3, 4]
-  assert line["loss"] == (9 / 6 + 4 / 4) / 2
-
-
-def test_consecutive_skipped_steps_are_those_of_one_seed(make_run):
-  first_bad, second_bad = [GOOD | {"is_finite": 0.0}, GOOD], [GOOD, BAD]
-  make_run(num_seeds=2, non_finite="skip").record(*[first_bad] * 9, *[second_bad] * 9)
-  with pytest.raises(DivergenceError, match=r"Steps 2 to 11 are not finite \(the last: seed 4: the loss is nan\)"):
-    make_run(num_seeds=2, non_finite="skip").record(first_bad, *[second_bad] * 9, [GOOD | {"is_finite": 0.0}, BAD])
-
-
-def test_an_epoch_in_which_every_step_was_skipped_has_no_number(make_run):
-  line = make_run(non_finite="skip").record(BAD, BAD)
-  assert np.isnan([line["loss"], line["accuracy"]]).all()
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
@@ -201,10 +170,6 @@ def test_windows_and_epochs_continue_from_a_checkpoint(make_run, monkeypatch):
     {"epoch_sums": {"loss": [0.0], "correct": [-1.0], "weight": [0.0]}},
     {"epoch_sums": {"loss": [0.0], "correct": [0.0], "weight": [np.nan]}},
     {"epoch_sums": {"loss": ["long\n" * 10_000], "correct": [0.0], "weight": [0.0]}},
-    {"num_skipped": [0, 0]},
-    {"num_skipped": [10**400]},
-    {"num_skipped": [np.inf]},
-    {"num_skipped": None},
   ],
 )
 def test_progress_of_another_form_is_a_checkpoint_error(progress, make_run):

@@ -146,7 +146,7 @@ def test_a_damaged_run_is_refused(small, tmp_path):
     imdb_jax.fit(config)
 
 
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 3))])
 def test_once_it_has_started_a_run_does_not_depend_on_the_other_one(step, small, tmp_path):
   undisturbed = fewer(tmp_path / "undisturbed", small)
   imdb_jax.fit(undisturbed)
