@@ -10,7 +10,7 @@ import numpy as np
 
 from imdb_jax.config import Config
 from imdb_jax.data import sources, tokens
-from imdb_jax.data.tokenizer import Vocabulary, split_words
+from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import printable
 
 _FEW_ROWS, _DOMINATING, _MANY_CUT, _MANY_UNKNOWN = 50, 0.8, 0.25, 0.25
@@ -32,8 +32,9 @@ def check(config: Config) -> dict[str, Any]:
   source = sources.find(data, config.runtime.archive, config.runtime.cache_dir)
   splits = tokens.split(data, source.load(notes.append))
   train, test = splits["train"], splits["test"]
-  split = {"strip_html": data.strip_html, "punctuation": data.punctuation}
-  vocabulary = Vocabulary.fit(train.texts, size=data.vocabulary_size, **split)
+  vocabulary = Vocabulary.fit(
+    train.texts, size=data.vocabulary_size, strip_html=data.strip_html, punctuation=data.punctuation
+  )
   words = {name: _count_words(each.texts, vocabulary) for name, each in splits.items()}
   sums = {name: each.sum(axis=1).tolist() for name, each in words.items()}
   lengths = np.concatenate([known for _, known in words.values()])
@@ -61,7 +62,7 @@ def _count_words(texts: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
   """Return the numbers of words and of known words of each text, int[2, n]."""
   known, counts = {*vocabulary.words}, []
   for text in texts:
-    words = split_words(text, strip_html=vocabulary.strip_html, punctuation=vocabulary.punctuation)
+    words = vocabulary.split(text)
     counts.append((len(words), sum(word in known for word in words)))
   return np.array(counts).T
 

@@ -323,10 +323,6 @@ def _compare(prog: str, args: Sequence[str]) -> None:
       exits.end(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")
 
 
-<<<<<<< HEAD
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "serve": _serve, "export": _export}
-_COMMANDS |= {"check": _check, "plot": _plot, "report": _report, "prepare": _prepare, "compare": _compare}
-=======
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "explain": _explain, "serve": _serve}
-_COMMANDS |= {"export": _export, "check": _check, "plot": _plot, "prepare": _prepare, "compare": _compare}
->>>>>>> e0e6f0c72f1aeff0842913f0a45b803fefe4ae1d
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "explain": _explain, "report": _report}
+_COMMANDS |= {"compare": _compare, "serve": _serve, "export": _export, "check": _check, "plot": _plot}
+_COMMANDS |= {"prepare": _prepare}

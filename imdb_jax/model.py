@@ -116,7 +116,6 @@ class NGrams(nn.Module):
     weights = self.param("weights", nn.initializers.zeros, (ngrams.SIZE, *size))
     bias = self.param("bias", nn.initializers.zeros, size)
     found = ngrams.keys_of(tokens, self.n) if presence is None else ngrams.occurrences(tokens, self.n)
-    found = ngrams.keys_of(tokens, self.n) if presence is None else ngrams.occurrences(tokens, self.n)
     place, is_listed = ngrams.find(keys, found)
     values = jnp.where(is_listed[:, :, None], weights[place].reshape(*place.shape, self.head_size), 0)
     if presence is not None:

@@ -15,12 +15,8 @@ from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-<<<<<<< HEAD
 from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line
-=======
-from imdb_jax.errors import CheckpointError, DataError, UsageError
 from imdb_jax.explanation import Explanation
->>>>>>> e0e6f0c72f1aeff0842913f0a45b803fefe4ae1d
 from imdb_jax.program import Program
 from imdb_jax.report import page
 from imdb_jax.report.page import Answers

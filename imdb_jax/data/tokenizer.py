@@ -96,11 +96,14 @@ class Vocabulary:
       raise DataError(f"the words of the reviews take more than {_MAX_FILE_BYTES:,} bytes; use the official archive")
     return vocabulary
 
+  def split(self, text: str) -> list[str]:
+    """Return the words of `text`, known and unknown."""
+    return split_words(text, strip_html=self.strip_html, punctuation=self.punctuation)
+
   def ids(self, text: str) -> list[int]:
     """Return the ids of the known words of `text`. Unknown words are dropped, so the result may be empty."""
-    words = split_words(text, strip_html=self.strip_html, punctuation=self.punctuation)
     # No id is 0.
-    return [*filter(None, map(self._ids.get, words))]
+    return [*filter(None, map(self._ids.get, self.split(text)))]
 
   def spans(self, text: str) -> list[tuple[int, int, int]]:
     """Return (id, start, end) of each word, and of each tag that is removed, in order; it is `text[start:end]`.

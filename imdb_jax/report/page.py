@@ -13,7 +13,7 @@ import numpy as np
 from imdb_jax import plots
 from imdb_jax.config import PRESETS, Config, differing_fields
 from imdb_jax.data.reviews import Reviews
-from imdb_jax.data.tokenizer import Vocabulary, split_words
+from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError, printable
 from imdb_jax.report import numbers
@@ -207,7 +207,7 @@ def _answered(
   if reviews is None:
     notes.append("Texts: not at hand here. Reviews are shown as the words that the model reads.")
   else:
-    counts = [len(split_words(text, strip_html=config.data.strip_html)) for text in reviews.texts]
+    counts = [len(answers.vocabulary.split(text)) for text in reviews.texts]
     grouped["dropped words"] = ("words unknown or cut off", *numbers.in_ranges(np.maximum(counts - lengths, 0)))
     if reviews.stars is not None:
       stars, groups = np.unique(reviews.stars, return_inverse=True)
