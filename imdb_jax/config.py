@@ -340,11 +340,7 @@ PRESETS["pretrained"] = dataclasses.replace(
 
 
 def preset(name: str) -> Config:
-  """Return the settings of a preset.
-
-  Raises:
-    UsageError: there is no preset of that name.
-  """
+  """Return the settings of a preset, or raise UsageError if there is none of that name."""
   if name not in PRESETS:
     nearest = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""

@@ -21,9 +21,9 @@ ROOT = PACKAGE.parent
 LAYERS = (
   (("errors", "validation", "config", "store.files"),),
   (("data",), ("lstm",), ("plots",)),
-  (("task", "model", "processes", "devices"),),
+  (("task", "model", "optimizer", "processes", "devices"),),
   (("program",), ("store",)),
-  (("evaluation",), ("checking",), ("report",)),
+  (("evaluation", "explanation"), ("checking",), ("report",)),
   (("prediction", "export"), ("training",)),
   (("comparison",), ("serving",), ("scoring",)),
   (("arguments", "exits", "cli"),),

@@ -20,8 +20,9 @@ from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import Config
 from imdb_jax.data import batches, sources, tokens
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
+from imdb_jax.optimizer import schedule
 from imdb_jax.processes import Interrupted, StopRequest
-from imdb_jax.program import Program, TrainState, schedule
+from imdb_jax.program import Program, TrainState
 from imdb_jax.report import page
 from imdb_jax.store import metrics_log, run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved

@@ -54,7 +54,7 @@ class Recorder:
   """Sums of metrics that feed `console` and `log`. Reading a non-finite step raises DivergenceError."""
 
   def __init__(self, config: Config, console: Console, log: MetricsLog, progress: dict[str, Any], learning_rate: Any):
-    """Continue from the `progress` of a checkpoint; {} for a new run. `learning_rate` is a `program.schedule`."""
+    """Continue from the `progress` of a checkpoint; {} for a new run. `learning_rate` is an `optimizer.schedule`."""
     self.console, self.log, self._config = console, log, config
     self._learning_rate: Any = learning_rate if callable(learning_rate) else lambda step: learning_rate
     self._seeds = config.training.seeds

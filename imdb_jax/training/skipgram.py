@@ -15,7 +15,7 @@ import optax
 
 from imdb_jax.config import OptimizerConfig
 from imdb_jax.data.word_vectors import normalized
-from imdb_jax.program import make_optimizer
+from imdb_jax.optimizer import make_optimizer
 
 # Neighbours of a word are at most 1 to this many words away; the number is drawn for each word.
 _WINDOW = 8

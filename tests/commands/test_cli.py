@@ -16,7 +16,9 @@ from running import ROOT, TINY, assert_one_clear_line, copy_of, run
 
 from imdb_jax import cli, exits
 
-COMMANDS = ("train", "evaluate", "predict", "serve", "export", "check", "plot", "report", "prepare", "compare")
+COMMANDS = (
+  *("train", "evaluate", "predict", "explain", "report", "compare", "serve", "export", "check", "plot", "prepare"),
+)
 
 
 def test_help_answers_at_once():
