@@ -80,10 +80,10 @@ def test_every_config_that_can_be_created_can_be_read_again(data):
   section = getattr(CHANGED, name)
   field = data.draw(st.sampled_from([field.name for field in dataclasses.fields(section)]))
   try:
-    made = dataclasses.replace(section, **{field: data.draw(ANYTHING | st.sampled_from(NUMPY))})
+    changed = dataclasses.replace(section, **{field: data.draw(ANYTHING | st.sampled_from(NUMPY))})
+    made = dataclasses.replace(CHANGED, **{name: changed})
   except UsageError:
     return
-  made = dataclasses.replace(CHANGED, **{name: made})
   assert Config.from_dict(json.loads(json.dumps(made.to_dict())), made.runtime) == made
 
 
