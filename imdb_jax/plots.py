@@ -68,7 +68,7 @@ def _figure(width: float = 5.2, height: float = 3.4) -> Any:
 def _count_in_whole_numbers(axes: Any) -> None:
   from matplotlib.ticker import MaxNLocator
 
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 @_styled
