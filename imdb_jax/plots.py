@@ -68,7 +68,7 @@ def _figure(width: float = 5.2, height: float = 3.4) -> Any:
 def _count_in_whole_numbers(axes: Any) -> None:
   from matplotlib.ticker import MaxNLocator
 
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 @_styled
@@ -173,6 +173,8 @@ def curves(
   Its kind may be "unit", whose axes are from 0 to 1; "diagonal", which has the diagonal as well; or "log", with a
   logarithmic horizontal axis.
   """
+  from matplotlib.ticker import LogLocator
+
   is_unit = kind in ("unit", "diagonal")
   figure = _figure(*_SMALL) if is_unit else _figure()
   axes = figure.subplots()
@@ -184,9 +186,9 @@ def curves(
   if is_unit:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
   elif kind == "log":
-    axes.set_xscale("log")
-    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-      axis(lambda value, _: f"{value:g}")
+    axes.set_xscale("log", subs=[])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
   else:
     _count_in_whole_numbers(axes)
   if any(label for label, *_ in shown):

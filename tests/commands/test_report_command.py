@@ -15,6 +15,9 @@ def test_the_report_of_a_run_shows_what_evaluate_answers(trained, tmp_path, call
   assert call("report", run_dir, "--platform", "cpu") == (0, f"{run_dir / 'report.html'}\n", "")
   after = (run_dir / "report.html").read_text()
   assert "Texts: not at hand" not in after
+  # Words are coloured by the model, which training has not loaded.
+  assert 'class="explained"' in after
+  assert 'class="explained"' not in before
   _, stdout, _ = call("evaluate", run_dir, "--platform", "cpu", "--json")
   accuracy = json.loads(stdout)["accuracy"]
   for text in (before, after):
