@@ -25,11 +25,13 @@ $(STAMP): requirements/test.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup  ## Train on the embedded sample, evaluate, plot, predict
+demo: setup  ## Train on the embedded sample, evaluate, predict, explain, write a report
 	$(BIN)/python scripts/train.py --preset sample --platform cpu --run-dir runs/demo
 	$(BIN)/python scripts/evaluate.py runs/demo --platform cpu
-	$(BIN)/python scripts/plot.py runs/demo
 	$(BIN)/python scripts/predict.py runs/demo --platform cpu "I expected a masterpiece. It was a disaster." "Not bad at all, quite the opposite."
+	$(BIN)/python scripts/explain.py runs/demo --platform cpu "Not bad at all, quite the opposite."
+	@echo "The report of the run, for a browser:"
+	@$(BIN)/python scripts/report.py runs/demo --platform cpu
 
 test: setup  ## Run the tests, without the slow ones (five minutes)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"

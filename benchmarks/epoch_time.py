@@ -18,7 +18,7 @@ FLAGS: list[measuring.Flag] = [
   measuring.WINDOWS,
   ("--systems", tuple(systems.ALL), tuple(systems.ALL), "Systems to measure."),
   measuring.PLOT,
-  ("--archive", Path, None, "Local aclImdb archive or folder; without it, random words in reviews of similar lengths."),
+  ("--archive", Path, None, "Local aclImdb archive; without it, random words in reviews of similar lengths."),
   measuring.CACHE,
   ("--num-reviews", int, 25_000, "Reviews per epoch, if they are random."),
   *measuring.SIZE_FLAGS.values(),

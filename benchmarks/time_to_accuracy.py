@@ -32,7 +32,7 @@ FLAGS: list[measuring.Flag] = [
   ("--epochs", int, None, "Epochs of a preset, instead of its own."),
   ("--keras-epochs", int, ARTICLE.training.epochs, "Epochs of Keras."),
   measuring.PLOT,
-  ("--archive", Path, None, "Local aclImdb archive or folder; without it, the reviews are found as in training."),
+  ("--archive", Path, None, "Local aclImdb archive; without it, the reviews are found as in training."),
   measuring.CACHE,
   ("--limit", int, None, "Use only the first N reviews of each split."),
   measuring.SIZE_FLAGS["sequence_length"],

@@ -255,7 +255,7 @@ def _report(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("more", metavar="RUN_DIR", type=_path, nargs="*", help="Runs to compare with the first one.")
   parser.add_argument("--output", type=_path, help="Page to write. [RUN_DIR/report.html; of several: comparison.html]")
   parser.add_argument("--figures", type=_path, metavar="FOLDER", help="Write the figures of a run as PNG and SVG, too.")
-  parser.add_argument("--archive", type=_path, help="Local aclImdb archive or folder of the reviews.")
+  parser.add_argument("--archive", type=_path, help="Local aclImdb archive of the reviews.")
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
   given.others, show = given.more, functools.partial(print, file=sys.stderr)

@@ -213,7 +213,7 @@ def _answered(
       stars, groups = np.unique(reviews.stars, return_inverse=True)
       grouped["stars"] = ("stars that the reviewer gave", stars.tolist(), groups)
   if _is_imdb(config) and "stars" not in grouped:
-    notes.append("Accuracy by stars: an aclImdb archive or folder has them, see --archive.")
+    notes.append("Accuracy by stars: an aclImdb archive has them, see --archive.")
   for name, (xlabel, names, groups) in grouped.items():
     rows = numbers.accuracy_in_groups(is_correct, groups)
     figures[f"accuracy_by_{name.replace(' ', '_')}"] = plots.groups(names, rows, f"Accuracy by {name}", xlabel)
