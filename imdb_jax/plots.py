@@ -147,7 +147,9 @@ def _draw_metric(
       axes.plot(range(1, len(shown) + 1), shown, **style, linewidth=1, linestyle=":", label=f"article, {label}")
   values = _finite([line[f"val_{name}"] for line in lines])
   if not np.isnan(values).all():
-    best, offset = (np.nanargmax(values), 8) if name == "accuracy" else (np.nanargmin(values), -8)
+    best = np.nanargmax(values) if name == "accuracy" else np.nanargmin(values)
+    # On the side where the training curve is not.
+    offset = -8 if lines[best][name] > values[best] else 8
     place: Any = epochs[best], values[best]
     axes.plot(*place, marker="o", markersize=8, markerfacecolor="none", **ACCENT)
     style = {"ha": "center", "va": "bottom" if offset > 0 else "top", **ACCENT}

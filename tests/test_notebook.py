@@ -22,7 +22,8 @@ def run(cell: str, names: dict) -> object:
   return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 
 
-def test_every_cell_runs_and_shows_something(monkeypatch, capsys):
+def test_every_cell_runs_and_shows_something(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
   # IPython is not needed otherwise.
   monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(HTML=str))
   names: dict = {}

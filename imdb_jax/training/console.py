@@ -37,8 +37,9 @@ class Console:
   """Standard output; quiet in all processes except the first."""
 
   def __init__(self, *, is_quiet: bool = False):
-    # In a notebook, rich would create an output block per line.
-    self._console = _Output(quiet=is_quiet, highlight=False, force_jupyter=False)
+    # In a notebook, rich would create an output block per line. Its kernel asks for colors, as a terminal does.
+    force_terminal = False if "ipykernel" in sys.modules else None
+    self._console = _Output(quiet=is_quiet, highlight=False, force_jupyter=False, force_terminal=force_terminal)
     # A terminal wraps at words; a file or pipe gets whole lines.
     self._console.soft_wrap = not self._console.is_terminal
     self._progress: rich_progress.Progress | None = None

@@ -146,6 +146,9 @@ def test_fit_prints_plain_lines_in_a_notebook_and_no_shell_hints(shared_programs
   shell = type("ZMQInteractiveShell", (), {})()
   monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
   monkeypatch.setattr(sys, "stdout", Notebook())
+  # As the kernel of a notebook does.
+  monkeypatch.setitem(sys.modules, "ipykernel", sys)
+  monkeypatch.setenv("FORCE_COLOR", "1")
   monkeypatch.setenv("COLUMNS", "60")
   imdb_jax.fit(tiny(tmp_path / "run"))
   written = sys.stdout.getvalue()
