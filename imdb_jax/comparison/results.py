@@ -1,4 +1,4 @@
-"""What is kept of each trained model, so that no row of a comparison is computed twice."""
+"""Results of trained models, kept so that no row of a comparison is computed twice."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What is shown of a run while it trains."""
+"""The header of a run, the facts that it records, and the lines that it prints while it trains."""
 
 from typing import Any
 
