@@ -7,6 +7,7 @@ import pytest
 from training.tiny import tiny
 
 import imdb_jax
+from imdb_jax import plots
 from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.program import Program
 from imdb_jax.training import loop
@@ -46,3 +47,12 @@ def whole(shared_programs, tmp_path_factory) -> Config:
   config = tiny(tmp_path_factory.mktemp("runs") / "whole")
   imdb_jax.fit(config)
   return config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_figures():
+  """Draw no figures: they would take half of the time of these runs. tests/report and tests/commands have them."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, "svg", lambda figure: "")
+    patch.setattr(plots, "save", lambda figure, output: None)
+    yield
