@@ -286,8 +286,10 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive.")
   parser.add_argument("--data-dir", type=_path, default=default_cache_dir(), help="Folder to write the store to.")
   given = parser.parse_args(args)
-  from imdb_jax.data import tfds_imdb
-
+  try:
+    from imdb_jax.data import tfds_imdb
+  except ImportError as error:
+    raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
   with exits.interruptible():
     print(tfds_imdb.prepare(given.data_dir, given.archive))
 

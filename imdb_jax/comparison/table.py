@@ -18,7 +18,7 @@ from imdb_jax.training.console import Console
 
 # The row that the others are compared with.
 REFERENCE = "lstm"
-_NUM_DISAGREEMENTS, _MAX_TEXT = 20, 4000
+_NUM_DISAGREEMENTS = 20
 
 Row = dict[str, Any]
 
@@ -104,7 +104,7 @@ def write(
   files.write_json(run_dir / "comparison.json", summary | {"failures": failed})
   context = {"title": "Comparison of models", "notes": notes, "failures": failures, "reference": REFERENCE}
   files.write(run_dir / "comparison.md", report.render("comparison.md", cells=_cells(rows), **context))
-  text = page(rows, results, reviews.labels, lambda row: printable(reviews.texts[row][:_MAX_TEXT]), **context)
+  text = page(rows, results, reviews.labels, lambda row: printable(reviews.texts[row][: report.MAX_TEXT]), **context)
   files.write(run_dir / "comparison.html", text)
   console.line(f"\nWritten to {run_dir}: comparison.html, .md and .json")
 

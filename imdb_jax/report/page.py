@@ -30,7 +30,7 @@ ARTICLE = {
   "val_accuracy": [0.8360, 0.8562, 0.8457, 0.8574, 0.8654, 0.8844, 0.8794, 0.8796, 0.8786, 0.8832],
 }
 _REFERENCES = {"Linear model (NB-SVM)": 0.9147, "The article (Keras LSTM)": ARTICLE["val_accuracy"][-1]}
-_NUM_REVIEWS, _MAX_TEXT = 20, 4000
+_NUM_REVIEWS, MAX_TEXT = 20, 4000
 _CHOSEN_ON = {
   "test": "chosen on the test reviews, as in the article, which flatters",
   "split": "chosen on reviews held out of training",
@@ -256,9 +256,9 @@ def _draw_scores(
 def excerpt(answers: Answers, row: int) -> str:
   """Return the text of a review, or else the known words that the model reads, up to a length for people."""
   if answers.reviews is not None:
-    return printable(re.sub(r"<br ?/?>", " ", answers.reviews.texts[row][:_MAX_TEXT]))
+    return printable(re.sub(r"<br ?/?>", " ", answers.reviews.texts[row][:MAX_TEXT]))
   ids = answers.encoded.tokens[row]
-  return " ".join(answers.vocabulary.words[id - 1] for id in ids[ids > 0])[:_MAX_TEXT]
+  return " ".join(answers.vocabulary.words[id - 1] for id in ids[ids > 0])[:MAX_TEXT]
 
 
 def _shown(task: Classification, answers: Answers, probabilities: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ from imdb_jax.errors import CheckpointError, UsageError
 from imdb_jax.store import files, run_directory
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
-# Fields of an epoch's line. It also has `seeds`, a list of the seeds' own METRICS.
 _STEP_FIELDS = ("epoch", "step", "loss", "accuracy")
 # Lines of steps have these since imdb_jax 0.5.
 _MORE_STEP_FIELDS = ("time", "learning_rate", "grad_norm", "reviews_per_second")
+# Fields of an epoch's line. It also has `seeds`, a list of the seeds' own METRICS.
 EPOCH_FIELDS = ("epoch", "step", *METRICS, "seconds", "evaluation_seconds")
 # Type and largest value of each number: steps are counted in int32, and losses are means of float32 values.
 _RANGES = {
