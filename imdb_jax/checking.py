@@ -70,7 +70,7 @@ def _count_words(texts: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
 def _training_seconds(config: Config, lengths: np.ndarray) -> float:
   model, training = config.model, config.training
   positions = np.minimum(lengths, config.data.sequence_length) if model.mask_padding else config.data.sequence_length
-  gates = {"lstm": 4, "gru": 3, "rnn": 1}[model.cell]
+  gates = {"lstm": 4, "gru": 3, "rnn": 1, "bag": 0}[model.cell]
   # Forward, and backward twice as many: a multiplication and an addition per weight.
   operations = 6 * gates * model.hidden_size * (model.embedding_size + model.hidden_size) * model.directions
   num_steps = math.ceil(len(lengths) / training.batch_size)

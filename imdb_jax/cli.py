@@ -297,7 +297,7 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
 def _compare(prog: str, args: Sequence[str]) -> None:
   """Compare models on the same reviews; the same command again continues."""
   parser = _parser(prog, _compare, restores=False)
-  parser.add_argument("--rows", metavar="A,B,...", help="Models to compute. [all]")
+  parser.add_argument("--rows", metavar="A,B,...", help="Models to compute. [all that are installed]")
   parser.add_argument("--num-seeds", type=int, default=1, metavar="N", help="Models per row, with different seeds. [1]")
   parser.add_argument("--quick", action="store_true", help="Small models on the sample, in two minutes.")
   parser.add_argument("--data", help="imdb, sample, or a CSV or JSONL file or folder with two classes. [imdb]")
@@ -319,7 +319,7 @@ def _compare(prog: str, args: Sequence[str]) -> None:
 
   with exits.clear_errors(), exits.interruptible():
     try:
-      rows.compare(config, rows.ROWS if given.rows is None else given.rows.split(","), quick=given.quick)
+      rows.compare(config, rows.DEFAULT_ROWS if given.rows is None else given.rows.split(","), quick=given.quick)
     except (processes.Interrupted, KeyboardInterrupt) as stop:
       number = getattr(stop, "signal", signal.SIGINT)
       exits.end(128 + number, f"Saved in {given.run_dir}. Resume with:\n  {prog} {shlex.join(args)}")

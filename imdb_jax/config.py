@@ -75,7 +75,9 @@ class ModelConfig(Settings):
   """Embedding, recurrent layer, pooling and head. The defaults are those of the article."""
 
   embedding_size: int = setting(128, "Size of the word vectors.", ge=1, le=65_536)
-  cell: Literal["lstm", "gru", "rnn"] = setting("lstm", "Recurrent cell; gru and simple rnn run on scan (slow).")
+  cell: Literal["lstm", "gru", "rnn", "bag"] = setting(
+    "lstm", "Recurrent cell; gru and simple rnn run on scan (slow). bag: pool the word vectors, in no order."
+  )
   hidden_size: int = setting(128, "Number of recurrent units.", ge=1, le=65_536)
   input_dropout_rate: float = setting(0.2, "Dropout rate of the recurrent layer's inputs.", ge=0, lt=1)
   recurrent_dropout_rate: float = setting(0.2, "Dropout rate of the hidden state.", ge=0, lt=1)
@@ -101,6 +103,8 @@ class ModelConfig(Settings):
     for name, value in (("gate_activation", "hard_sigmoid"), ("dropout_masks", "per_gate")):
       if self.cell != "lstm" and getattr(self, name) == value:
         raise UsageError(f"{flag(name)} {value}: requires --cell lstm, not {self.cell}.")
+    if self.cell == "bag" and (self.directions == 2 or self.pooling == "last"):
+      raise UsageError("--cell bag: requires --directions 1 and --pooling mean, max or mean_max.")
     if self.unlabelled and self.embedding not in ("svd", "skipgram"):
       raise UsageError(f"--unlabelled: requires --embedding svd or skipgram, not {self.embedding}.")
 

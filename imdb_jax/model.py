@@ -56,7 +56,7 @@ def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> 
 
 
 class RecurrentLayer(nn.Module):
-  """LSTM, GRU or simple RNN with Keras's initializers.
+  """LSTM, GRU or simple RNN with Keras's initializers; of a bag of words, the word vectors themselves.
 
   Attributes:
     config: cell, sizes and semantics.
@@ -72,6 +72,9 @@ class RecurrentLayer(nn.Module):
   def __call__(self, inputs: jax.Array, lengths: jax.Array | None, dropout_masks: DropoutMasks) -> jax.Array:
     """Return hidden states f32[b, t, h] of inputs f32[b, t, e]."""
     cell, hidden_size = self.config.cell, self.config.hidden_size
+    if cell == "bag":
+      is_real = real_positions(known_lengths(lengths, inputs), inputs.shape[1])[:, :, None]
+      return jnp.where(is_real, inputs if dropout_masks[0] is None else inputs * dropout_masks[0][:, None], 0)
     columns = {"lstm": 4, "gru": 3, "rnn": 1}[cell] * hidden_size
     bias_init = _lstm_bias_init if cell == "lstm" else nn.initializers.zeros
     weights = Weights(

@@ -313,12 +313,18 @@ def test_every_setting_counts_as_a_difference():
       assert differing_fields(base, other) == [f"{section}.{name}: {saved[section][name]} -> {value}"]
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn"])
+@pytest.mark.parametrize("cell", ["gru", "rnn", "bag"])
 @pytest.mark.parametrize("setting", ["--gate-activation hard_sigmoid", "--dropout-masks per_gate"])
 def test_settings_of_the_lstm_are_refused_with_another_cell(cell, setting):
   name, value = setting.removeprefix("--").replace("-", "_").split()
   with pytest.raises(UsageError, match=rf"^{setting}: requires --cell lstm, not {cell}\.$"):
-    ModelConfig(cell=cell, **{name: value})
+    ModelConfig(cell=cell, pooling="max", **{name: value})
+
+
+@pytest.mark.parametrize("settings", [{"pooling": "last"}, {"pooling": "mean", "directions": 2}])
+def test_a_bag_of_words_has_no_last_state_and_no_direction(settings):
+  with pytest.raises(UsageError, match=r"^--cell bag: requires --directions 1 and --pooling mean, max or mean_max\.$"):
+    ModelConfig(cell="bag", **settings)
 
 
 def test_the_run_directory_is_that_of_the_preset_unless_named():

@@ -53,16 +53,24 @@ def logits_of(config: ModelConfig, params: dict, tokens, lengths, masks=(None, N
     return np.asarray(model.apply({"params": params}, tokens, lengths, masks))[:, 0]
 
 
+def bag(inputs, *, input_dropout_mask, lengths, **others) -> np.ndarray:
+  """Return word vectors; only the real ones count."""
+  del others, lengths
+  return inputs if input_dropout_mask is None else inputs * input_dropout_mask[:, None]
+
+
 def float64_logits(config: ModelConfig, params: dict, tokens, lengths, masks) -> np.ndarray:
   input_mask, recurrent_mask = (mask if mask is None or mask.ndim == 2 else np.moveaxis(mask, 1, 0) for mask in masks)
   h, parts = config.hidden_size, []
   layer_of = functools.partial(reference.lstm, gate_activation=config.gate_activation)
-  if config.cell != "lstm":
+  if config.cell == "bag":
+    layer_of, h = bag, config.embedding_size
+  elif config.cell != "lstm":
     layer_of = functools.partial(cell_reference.hidden, config.cell)
   for direction, layer in enumerate([config.cell, f"backward_{config.cell}"][: config.directions]):
     hidden = layer_of(
       params["embedding"]["embedding"].astype(np.float64)[tokens],
-      **params[layer],
+      **params.get(layer, {}),
       input_dropout_mask=input_mask,
       recurrent_dropout_mask=None if recurrent_mask is None else recurrent_mask[..., direction * h :][..., :h],
       lengths=lengths if config.mask_padding else None,
@@ -113,6 +121,23 @@ def test_other_cells_have_parameters_of_their_own_that_start_as_in_keras(cell, c
     np.testing.assert_allclose(recurrent_kernel @ recurrent_kernel.T, np.eye(32), atol=1e-5)
     np.testing.assert_array_equal(layer["bias"], np.zeros((*biases, columns)))
   assert (params[cell]["kernel"] != params[f"backward_{cell}"]["kernel"]).all(), "directions share their weights"
+
+
+def test_a_bag_of_words_has_no_parameters_but_vectors_and_head():
+  params = init(ModelConfig(cell="bag", pooling="mean_max", **SMALL), VOCABULARY_SIZE)
+  assert jax.tree.map(np.shape, params) == {
+    "embedding": {"embedding": (VOCABULARY_SIZE, 3)},
+    "dense": {"kernel": (6, 1), "bias": (1,)},
+  }
+
+
+def test_a_bag_of_words_does_not_know_their_order():
+  config = ModelConfig(cell="bag", pooling="mean_max", mask_padding=True, **SMALL)
+  params, tokens = random_params(config), make_tokens(LENGTHS, 7)
+  shuffled = tokens.copy()
+  shuffled[3:5] = shuffled[3:5, ::-1]
+  found, expected = (logits_of(config, params, each, LENGTHS) for each in (shuffled, tokens))
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def assert_uniform(values: np.ndarray, bound: float, rtol: float) -> None:
@@ -188,6 +213,9 @@ def test_logits_agree_with_float64(directions, pooling, mask_padding, dropout_ma
     ("rnn", 1, "last", True, True),
     ("rnn", 2, "mean", False, False),
     ("rnn", 2, "max", True, True),
+    ("bag", 1, "mean", True, True),
+    ("bag", 1, "mean_max", False, True),
+    ("bag", 1, "max", True, False),
   ],
 )
 def test_logits_of_other_cells_agree_with_float64(cell, directions, pooling, mask_padding, has_masks):

@@ -1,16 +1,19 @@
-"""The rows without a network. They use all words of the project's tokenizer, and all pairs of consecutive words."""
+"""The rows from other libraries. They use all words of the project's tokenizer, and all pairs of consecutive words."""
 
 import functools
+import importlib
 import math
+import tempfile
 import time
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+from scipy import sparse, special
 
 from imdb_jax.comparison.results import Result
 from imdb_jax.data.reviews import POSITIVE, Reviews
 from imdb_jax.data.tokenizer import split_words
+from imdb_jax.devices import num_cores
 from imdb_jax.errors import UsageError
 
 
@@ -54,6 +57,35 @@ def ngrams(train: Reviews, validation: Reviews, *, is_nb_svm: bool) -> Result:
     logits=logits.tolist(),
     has_probabilities=not is_nb_svm,
     num_parameters=weights.size + 1,
+    train_seconds=train_seconds,
+  )
+
+
+def fasttext(train: Reviews, validation: Reviews) -> Result:
+  """Train fastText (Joulin et al. 2017): a bag of vectors of words and pairs. Raise UsageError without it."""
+  try:
+    trainer: Any = importlib.import_module("fasttext")
+  except ImportError as error:
+    raise UsageError("fastText is missing: pip install fasttext-wheel.") from error
+  texts, held_out = (
+    [" ".join(split_words(text, strip_html=True)) for text in reviews.texts] for reviews in (train, validation)
+  )
+  started = time.perf_counter()
+  with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+    file.writelines(f"__label__{label} {text}\n" for label, text in zip(train.labels, texts, strict=True))
+    file.flush()
+    # Chosen on held-out reviews.
+    model = trainer.train_supervised(file.name, lr=0.5, epoch=5, wordNgrams=2, thread=num_cores(), verbose=0)
+  train_seconds = time.perf_counter() - started
+  started = time.perf_counter()
+  labels, probabilities = model.predict(held_out)
+  predict_seconds = time.perf_counter() - started
+  p = np.clip([float(each[0]) for each in probabilities], 1e-6, 1 - 1e-6)
+  is_positive = np.array([each[0] == f"__label__{POSITIVE}" for each in labels])
+  return Result(
+    predict_seconds=predict_seconds,
+    logits=np.where(is_positive, special.logit(p), -special.logit(p)).tolist(),
+    num_parameters=model.get_input_matrix().size + model.get_output_matrix().size,
     train_seconds=train_seconds,
   )
 

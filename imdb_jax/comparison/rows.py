@@ -9,6 +9,7 @@ lock                held by a running comparison
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -35,9 +36,18 @@ LINEAR: dict[str, Callable[[Reviews, Reviews], Result]] = {
   "majority": linear.majority,
   "tfidf": functools.partial(linear.ngrams, is_nb_svm=False),
   "nb-svm": functools.partial(linear.ngrams, is_nb_svm=True),
+  "fasttext": linear.fasttext,
 }
 # Preset, and the settings that differ from it.
 RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+  "bag": (
+    "fast",
+    {
+      "model": {"cell": "bag", "pooling": "mean", "embedding": "random", "input_dropout_rate": 0.5},
+      "optimizer": {"learning_rate": 5e-3, "embedding_rate": 1.0},
+      "training": {"epochs": 3},
+    },
+  ),
   "rnn": ("article", {"model": {"cell": "rnn"}}),
   "gru": ("article", {"model": {"cell": "gru"}}),
   "lstm": ("article", {}),
@@ -47,9 +57,11 @@ RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "pretrained": ("pretrained", {}),
 }
 ROWS = (*LINEAR, *RECURRENT)
+# fastText is compiled at its installation.
+DEFAULT_ROWS = tuple(row for row in ROWS if row != "fasttext" or importlib.util.find_spec("fasttext"))
 
 
-def compare(base: Config, rows: Sequence[str] = ROWS, *, quick: bool = False) -> None:
+def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = False) -> None:
   """Compute the missing results of some rows; write and print the table of all results in the folder.
 
   Args:

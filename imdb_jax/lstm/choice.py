@@ -12,7 +12,7 @@ import numpy as np
 from imdb_jax.lstm import chunked, scan
 from imdb_jax.lstm.shared import Masks, Weights
 
-Cell = Literal["lstm", "gru", "rnn"]
+Cell = Literal["lstm", "gru", "rnn", "bag"]
 GateActivation = Literal["sigmoid", "hard_sigmoid"]
 Precision = Literal["auto", "float32", "tensorfloat32", "bfloat16"]
 

@@ -1,4 +1,8 @@
-"""The linear models, against scikit-learn's own pipelines and closed forms."""
+"""The linear models, against scikit-learn's own pipelines and closed forms; fastText, against what it was told."""
+
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from sklearn.svm import LinearSVC
 from imdb_jax.comparison import linear
 from imdb_jax.data.reviews import canonical
 from imdb_jax.data.tokenizer import split_words
+from imdb_jax.errors import UsageError
 
 TRAIN, TEST = few_reviews()["train"], few_reviews()["test"]
 
@@ -50,3 +55,38 @@ def test_nb_svm_scales_binary_ngrams_by_their_log_count_ratios():
   result = linear.ngrams(TRAIN, TEST, is_nb_svm=True)
   np.testing.assert_allclose(result.logits, expected, rtol=0.01, atol=0.01)
   assert not result.has_probabilities
+
+
+def test_fasttext_learns_a_line_per_review_and_its_probabilities_become_log_odds(monkeypatch):
+  """Without the library, which has to be compiled; the module in its place answers as it does."""
+  seen = {}
+
+  class Model:
+    def predict(self, lines: list[str]):
+      assert lines == plain(TEST.texts)
+      # The more likely label of each, and its probability, which rounds to more than 1.
+      return [["__label__1"], ["__label__0"]] * 30, [np.array([0.75]), np.array([1.00001])] * 30
+
+    def get_input_matrix(self):
+      return np.zeros((5, 100))
+
+    def get_output_matrix(self):
+      return np.zeros((2, 100))
+
+  def train_supervised(path: str, **settings):
+    seen["lines"] = Path(path).read_text(encoding="utf-8").splitlines()
+    return Model()
+
+  monkeypatch.setitem(sys.modules, "fasttext", types.SimpleNamespace(train_supervised=train_supervised))
+  result = linear.fasttext(TRAIN, TEST)
+  lines = zip(TRAIN.labels, plain(TRAIN.texts), strict=True)
+  assert seen["lines"] == [f"__label__{label} {text}" for label, text in lines]
+  np.testing.assert_allclose(result.logits, [np.log(3), np.log(1e-6 / (1 - 1e-6))] * 30)
+  assert result.num_parameters == 700
+  assert result.train_seconds > 0
+
+
+def test_without_fasttext_its_row_says_so(monkeypatch):
+  monkeypatch.setitem(sys.modules, "fasttext", None)
+  with pytest.raises(UsageError, match=r"^fastText is missing: pip install fasttext-wheel\.$"):
+    linear.fasttext(TRAIN, TEST)
