@@ -75,15 +75,11 @@ class ModelConfig(Settings):
   """Embedding, recurrent layer, pooling and head. The defaults are those of the article."""
 
   embedding_size: int = setting(128, "Size of the word vectors.", ge=1, le=65_536)
-  cell: Literal["lstm", "gru", "rnn", "bag"] = setting(
-    "lstm", "Recurrent cell; gru and simple rnn run on scan (slow). bag: pool the word vectors, in no order."
-  )
+  cell: Literal["lstm", "gru", "rnn", "bag"] = setting("lstm", "Recurrent cell (gru and rnn are slow); bag has none.")
   hidden_size: int = setting(128, "Number of recurrent units.", ge=1, le=65_536)
   input_dropout_rate: float = setting(0.2, "Dropout rate of the recurrent layer's inputs.", ge=0, lt=1)
   recurrent_dropout_rate: float = setting(0.2, "Dropout rate of the hidden state.", ge=0, lt=1)
-  dropout_masks: Literal["shared", "per_gate"] = setting(
-    "shared", "One mask for all gates, or one each (Keras 1 and 3; slow)."
-  )
+  dropout_masks: Literal["shared", "per_gate"] = setting("shared", "One mask for all gates, or one each (slow).")
   gate_activation: Literal["sigmoid", "hard_sigmoid"] = setting("sigmoid", "hard_sigmoid is Keras 1's (slow).")
   mask_padding: bool = setting(False, "Skip padding, which the article's model processes like a word.")
   directions: int = setting(1, "Read the review forwards (1), or by a second layer backwards as well (2).", ge=1, le=2)
