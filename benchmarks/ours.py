@@ -1,12 +1,14 @@
 """Worker: our training step and its parts, the recurrence alone, the machine's ceiling, and whole runs of the trainer.
 
-Besides the requests of `worker.py` it handles {"train": FLAGS}.
+Besides the requests of `worker.py` it handles {"train": FLAGS} and {"linear": FIELDS}.
 """
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,8 +22,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 import imdb_jax
 from imdb_jax import arguments, devices, program
-from imdb_jax.config import Config
+from imdb_jax.comparison import rows
+from imdb_jax.config import Config, DataConfig
 from imdb_jax.data import batches as batches_lib
+from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
 from imdb_jax.lstm import Call, lstm, unsupported
@@ -188,6 +192,17 @@ class _Handlers(worker.Handlers):
     start = json.loads((result.run_dir / "provenance.json").read_text(encoding="utf-8"))["starts"][-1]
     facts = {"device": start["devices"], "precision": start["precision"], "versions": start["versions"]}
     return {"history": result.history, "facts": facts | {"compile_seconds": result.compile_seconds}}
+
+  def linear(self, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fit a linear model of `imdb_jax.comparison` to the reviews of an archive, or to those of TFDS."""
+    config, archive = DataConfig(limit=fields["limit"]), fields["archive"] and Path(fields["archive"])
+    source = sources.find(config, archive, Path(fields["cache_dir"]))
+    splits = tokens.split(config, source.load(lambda line: None))
+    result = rows.LINEAR[fields["system"]](splits["train"], splits["test"])
+    is_right = (np.array(result.logits) > 0) == splits["test"].labels
+    seconds = {"seconds": result.train_seconds, "evaluation_seconds": result.predict_seconds}
+    versions = {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn")}
+    return seconds | {"accuracy": float(np.mean(is_right)), "versions": versions}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Compare the training time to a test accuracy: our trainer with a preset, and Keras with the article's recipe.
+"""Compare the training time to a test accuracy: our presets, linear models, and Keras with the article's recipe.
 
-The systems take turns: a whole run of ours, an epoch of Keras. Every run trains to its end.
+The systems take turns: a whole run of ours or of a linear model, an epoch of Keras. Every run trains to its end.
 """
 
 import contextlib
@@ -22,12 +22,14 @@ from imdb_jax.errors import UsageError
 Run = dict[str, Any]
 
 _PRESETS = ("fast", "article")
+# Rows of `imdb-jax compare`; a fit counts as an epoch.
+_LINEAR = ("tfidf", "nb-svm")
 _KERAS = tuple(name for name, system in systems.BASELINES.items() if system.backend != "torch")
 
 FLAGS: list[measuring.Flag] = [
-  ("--systems", (*_PRESETS, *_KERAS), ("fast", "keras-jax"), "Presets of our trainer, and Keras on its backends."),
+  ("--systems", (*_PRESETS, *_LINEAR, *_KERAS), ("fast", "nb-svm", "keras-jax"), "Presets, linear models, Keras."),
   ("--target", float, 0.8844, "Test accuracy to reach, by default that of the article's best epoch."),
-  ("--seeds", int, 5, "Runs of each preset, each with other seeds."),
+  ("--seeds", int, 5, "Runs of each preset, each with other seeds, and of each linear model."),
   ("--keras-seeds", int, 1, "Runs of each Keras."),
   ("--epochs", int, None, "Epochs of a preset, instead of its own."),
   ("--keras-epochs", int, ARTICLE.training.epochs, "Epochs of Keras."),
@@ -94,6 +96,21 @@ def _train_preset(options: Options, preset: str, runs: list[Run]) -> Generator[N
         run |= answer["facts"]
         for line in answer["history"]:
           _add_epoch(run, line["seconds"], line["evaluation_seconds"], line["val_accuracy"])
+    yield
+
+
+def _fit_linear(options: Options, system: str, runs: list[Run]) -> Generator[None, None, None]:
+  """Add fits of a linear model to `runs`, one per turn. They differ in their seconds only."""
+  for number in range(options.seeds):
+    runs.append(run := new_run(system, number, 1))
+    with Worker("ours.py") as worker:
+      fields = {"system": system, "limit": options.limit, "cache_dir": str(options.cache_dir)}
+      answer = worker.ask("linear", fields | {"archive": options.archive and str(options.archive)})
+      if answer is None:
+        _fail(run, worker.problem)
+      else:
+        run |= {"device": "cpu", "versions": answer["versions"], "compile_seconds": 0.0}
+        _add_epoch(run, answer["seconds"], answer["evaluation_seconds"], answer["accuracy"])
     yield
 
 
@@ -165,9 +182,11 @@ def measure(options: Options, save: Save) -> None:
   with contextlib.ExitStack() as stack:
     counts, trainers = {}, {}
     for name in dict.fromkeys(options.systems):
-      is_keras = name in _KERAS
-      counts[name] = options.keras_seeds * options.keras_epochs if is_keras else options.seeds
-      trainers[name] = _train_keras(options, name, data, runs) if is_keras else _train_preset(options, name, runs)
+      counts[name] = options.keras_seeds * options.keras_epochs if name in _KERAS else options.seeds
+      if name in _KERAS:
+        trainers[name] = _train_keras(options, name, data, runs)
+      else:
+        trainers[name] = (_fit_linear if name in _LINEAR else _train_preset)(options, name, runs)
       # Ends a worker that waits for its next turn.
       stack.callback(trainers[name].close)
     for name in turns(counts):

@@ -1,5 +1,6 @@
 """The benchmark of training time: turns, summaries, and runs of both sides on the same reviews."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -95,7 +96,18 @@ def cache_dir(tmp_path_factory) -> Path:
 def test_both_sides_train_to_the_end_in_turns_on_the_same_reviews(run, cache_dir, tmp_path):
   done = run(
     "time_to_accuracy.py",
-    *("--cache-dir", cache_dir, *ARGUMENTS, "--platform", "cpu", "--num-devices", "1"),
+    *(
+      "--systems",
+      "fast",
+      "keras-jax",
+      "--cache-dir",
+      cache_dir,
+      *ARGUMENTS,
+      "--platform",
+      "cpu",
+      "--num-devices",
+      "1",
+    ),
     *("--seeds", "1", "--epochs", "2", "--keras-epochs", "2", "--target", "1", "--bench-python", sys.executable),
     *("--json", tmp_path / "results.json", "--plot", tmp_path / "figure.png"),
   )
@@ -119,6 +131,33 @@ def test_both_sides_train_to_the_end_in_turns_on_the_same_reviews(run, cache_dir
   missed = sum(not one["reached"] for one in results["runs"])
   assert done.stdout.partition("Target")[0].count("≥ ") in (2 * missed, 3 * missed), "the ratio may be missing"
   assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_linear_model_is_fitted_to_texts_anew_in_every_run(
+  module, time_to_accuracy, monkeypatch, cache_dir, tmp_path
+):
+  texts = [f"film {'good' if row % 2 else 'bad'} {row}" for row in range(24)]
+  found = reviews.canonical(texts, [row % 2 for row in range(24)], list(range(24)))
+  ours, asked = module("ours"), []
+  source = sources.Source(
+    name="texts", content=None, fingerprint=lambda: None, load=lambda say: {"train": found, "test": found}
+  )
+  monkeypatch.setattr(ours.sources, "find", lambda config, archive, cache_dir: asked.append(archive) or source)
+
+  class Worker(contextlib.nullcontext):
+    ask = staticmethod(lambda name, fields: getattr(ours._Handlers(ours.build), name)(fields))
+
+  monkeypatch.setattr(time_to_accuracy, "Worker", lambda script: Worker(Worker()))
+  arguments = ["--systems", "nb-svm", "--seeds", "2", "--limit", "24", "--archive", str(tmp_path / "reviews.tar")]
+  options = module("measuring").parse(None, time_to_accuracy.FLAGS, arguments)
+  runs = []
+  assert len(list(time_to_accuracy._fit_linear(options, "nb-svm", runs))) == len(runs) == 2
+  assert asked == [tmp_path / "reviews.tar"] * 2
+  for run in runs:
+    assert time_to_accuracy.is_finished(run)
+    assert run["epochs"][0]["test_accuracy"] == 1
+    assert run["epochs"][0]["training_seconds"] > 0
+    assert "scikit-learn" in run["versions"]
 
 
 def test_the_others_go_on_without_the_environment_of_keras(module, time_to_accuracy, cache_dir, tmp_path):
