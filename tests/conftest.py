@@ -39,4 +39,7 @@ def pytest_configure(config):
   folder = tempfile.TemporaryDirectory(prefix="imdb_jax-tests-")
   os.environ["XDG_CACHE_HOME"] = folder.name
   os.environ.pop("IMDB_JAX_CACHE", None)
+  # Many tests compile the same small programs, which `imdb_jax.devices` would not keep.
+  jax.config.update("jax_compilation_cache_dir", folder.name + "/programs")
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   config.add_cleanup(folder.cleanup)
