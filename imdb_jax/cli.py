@@ -15,7 +15,7 @@ from typing import Any
 
 from imdb_jax import arguments, exits
 from imdb_jax.config import Config, DataConfig, RuntimeConfig, TrainingConfig, default_cache_dir
-from imdb_jax.errors import UsageError
+from imdb_jax.errors import UsageError, reraise_as
 from imdb_jax.validation import flag
 
 
@@ -191,11 +191,9 @@ def _explain(prog: str, args: Sequence[str]) -> None:
   with exits.interruptible():
     found = classifier.explain(given.texts, given.label)
   if given.html is not None:
-    try:
+    with reraise_as(UsageError, f"--html {given.html}: cannot be written"):
       # Arguments may hold what is no character.
       given.html.write_text(explanation.page(found), encoding="utf-8", errors="replace")
-    except OSError as error:
-      raise UsageError(f"--html {given.html}: {error.strerror}.") from error
   is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
   for each in found:
     print(json.dumps(dataclasses.asdict(each)) if given.json else explanation.to_terminal(each, is_colored=is_colored))
@@ -207,10 +205,8 @@ def _serve(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. [127.0.0.1]")
   parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 takes a free one. [8000]")
   given = parser.parse_args(args)
-  try:
+  with reraise_as(UsageError, "starlette and uvicorn are missing: pip install 'imdb_jax[serve]'", ImportError):
     from imdb_jax.serving import service
-  except ImportError as error:
-    raise UsageError(f"starlette and uvicorn are missing: pip install 'imdb_jax[serve]' ({error}).") from error
   with service.listen(given.host, given.port) as listener:
     service.serve(_load(given), listener)
 
@@ -241,10 +237,8 @@ def _plot(prog: str, args: Sequence[str]) -> None:
   from imdb_jax.store import metrics_log
 
   output = given.output or given.run_dir / "history.png"
-  try:
+  with reraise_as(UsageError, f"--output {output}: cannot be written"):
     plots.save(plots.history(metrics_log.read_history(given.run_dir), given.run_dir.resolve().name), output)
-  except OSError as error:
-    raise UsageError(f"--output {output}: cannot be written: {error}.") from error
   print(output)
 
 
@@ -286,10 +280,8 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive.")
   parser.add_argument("--data-dir", type=_path, default=default_cache_dir(), help="Folder to write the store to.")
   given = parser.parse_args(args)
-  try:
+  with reraise_as(UsageError, "A record store needs tensorflow-datasets and array-record", ImportError):
     from imdb_jax.data import tfds_imdb
-  except ImportError as error:
-    raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
   with exits.interruptible():
     print(tfds_imdb.prepare(given.data_dir, given.archive))
 

@@ -15,7 +15,7 @@ from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line
+from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line, reraise_as
 from imdb_jax.explanation import Explanation
 from imdb_jax.program import Program
 from imdb_jax.report import page
@@ -110,10 +110,8 @@ class Classifier:
     shares = run_directory.load_classes(folder)
     program = Program(config, mesh, classes=tuple(shares))
     shapes, path = program.abstract_state().params, folder / "model.safetensors"
-    try:
+    with reraise_as(UsageError, f"{path}: not the weights of this model", (OSError, ValueError)):
       found = safetensors.load(path, arrays.by_name(shapes))
-    except (OSError, ValueError) as error:
-      raise UsageError(f"{path}: not the weights of this model: {error}.") from error
     params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
     params = devices.put(params, devices.replicated(mesh))
     return cls(program, vocabulary, params, step, temperature)._with_prior(shares)

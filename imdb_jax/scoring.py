@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from imdb_jax.data import tables
 from imdb_jax.data.tables import Record
-from imdb_jax.errors import DataError, UsageError, printable
+from imdb_jax.errors import DataError, UsageError, printable, reraise_as
 from imdb_jax.store import files
 
 # Texts that are computed together, and their characters with all columns. Of more texts, more are of similar length.
@@ -59,18 +59,16 @@ def _read_lines(name: str) -> Generator[list[str]]:
   if name == "-" and sys.stdin is not None and sys.stdin.isatty():
     print("Type reviews, one per line; end with Ctrl-D.", file=sys.stderr)
   rest = bytearray()
-  try:
-    # Standard input is descriptor 0, not a path.
-    with open(0 if name == "-" else name, "rb", buffering=0) as file:  # noqa: PTH123
-      while piece := file.read(_PIECE_BYTES):
-        rest += piece
-        if b"\n" in piece:
-          *lines, rest = rest.split(b"\n")
-          yield list(map(_decode, lines))
-        if len(rest) > _LINE_BYTES:
-          raise UsageError(f"--file {name}: has a line of more than {_LINE_BYTES:,} bytes.")
-  except OSError as error:
-    raise UsageError(f"--file {name}: {error.strerror}.") from error
+  # Standard input is descriptor 0, not a path.
+  path = 0 if name == "-" else name
+  with reraise_as(UsageError, f"--file {name}: cannot be read"), open(path, "rb", buffering=0) as file:  # noqa: PTH123
+    while piece := file.read(_PIECE_BYTES):
+      rest += piece
+      if b"\n" in piece:
+        *lines, rest = rest.split(b"\n")
+        yield list(map(_decode, lines))
+      if len(rest) > _LINE_BYTES:
+        raise UsageError(f"--file {name}: has a line of more than {_LINE_BYTES:,} bytes.")
   if rest:
     yield [_decode(rest)]
 

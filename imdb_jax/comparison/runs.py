@@ -7,7 +7,7 @@ import numpy as np
 
 from imdb_jax.comparison import statistics, table
 from imdb_jax.comparison.results import Result
-from imdb_jax.errors import DataError, UsageError, printable
+from imdb_jax.errors import DataError, UsageError, printable, reraise_as
 from imdb_jax.prediction import Classifier
 from imdb_jax.report import page
 from imdb_jax.store import files, metrics_log
@@ -59,8 +59,6 @@ def write(
   )
   context = {"title": f"{len(results)} runs", "notes": [note], "failures": {}, "reference": reference}
   output = output or Path("comparison.html")
-  try:
+  with reraise_as(UsageError, f"--output {output}: cannot be written"):
     files.write(output, table.page(rows, results, labels, lambda row: page.excerpt(found[0], row), **context))
-  except OSError as error:
-    raise UsageError(f"--output {output}: cannot be written: {error}.") from error
   return output

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import archive
-from imdb_jax.errors import DataError, first_line, printable
+from imdb_jax.errors import DataError, first_line, printable, reraise_as
 from imdb_jax.store import files
 
 # Of a file or folder, unpacked; of one row in bytes, and of a text and a label in characters.
@@ -254,10 +254,8 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
         raise ValueError(f"line 1: has two columns {repeated[0]!r}")
       while True:
         lines.begin_row()
-        try:
+        with reraise_as(ValueError, f"line {lines.start:,}", csv.Error):
           values = next(reader, None)
-        except csv.Error as error:
-          raise ValueError(f"line {lines.start:,}: {error}") from error
         if values is None:
           return
         # An empty line.
@@ -281,11 +279,9 @@ def _json_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
     lines = _Lines(stream)
     for line in lines:
       if line.strip():
-        try:
+        with reraise_as(ValueError, f"line {lines.start:,}: not JSON", (ValueError, RecursionError)):
           # Numbers stay as they are written.
           record = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-        except (ValueError, RecursionError) as error:
-          raise ValueError(f"line {lines.start:,}: not JSON: {error}") from error
         if not isinstance(record, dict):
           raise ValueError(f"line {lines.start:,}: not a JSON object")
         if missing := _missing(columns, record):

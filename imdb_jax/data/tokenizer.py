@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from imdb_jax.config import DataConfig
-from imdb_jax.errors import DataError, UsageError
+from imdb_jax.errors import DataError, UsageError, reraise_as
 from imdb_jax.store import files
 
 PADDING_ID = 0
@@ -154,7 +154,7 @@ class Vocabulary:
     Raises:
       UsageError: the file is absent, not a vocabulary, or not one for this config.
     """
-    try:
+    with reraise_as(UsageError, f"{path}: not a usable vocabulary", (OSError, ValueError)):
       fields = files.read_json(path, _MAX_FILE_BYTES)
       names = {"format", "size", "strip_html", "words"} | ({"punctuation"} if config.punctuation else set())
       if not isinstance(fields, dict) or fields.keys() != names:
@@ -170,6 +170,4 @@ class Vocabulary:
         raise ValueError("a word occurs twice")
       # JSON can hold half of a surrogate pair, which is no character and cannot be encoded.
       "".join(words).encode()
-    except (OSError, ValueError) as error:
-      raise UsageError(f"{path}: not a usable vocabulary: {error}") from error
     return cls(size=size, strip_html=strip_html, words=tuple(words), punctuation=config.punctuation)

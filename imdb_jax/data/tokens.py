@@ -22,7 +22,7 @@ from imdb_jax.data.reviews import CLASSES, Reviews, content, named
 from imdb_jax.data.sources import Source
 from imdb_jax.data.splits import numbered
 from imdb_jax.data.tokenizer import Vocabulary
-from imdb_jax.errors import DataError, UsageError, first_line
+from imdb_jax.errors import DataError, UsageError, first_line, reraise_as
 from imdb_jax.store import files
 
 # Version of the cache. It is part of the names of the entries, so entries of other versions are ignored.
@@ -188,12 +188,9 @@ def load(
   data = _read_intact(entry, config, lambda line: None)
   if data is not None:
     return data
-  try:
-    with _locked(cache_dir, report):
-      # Another process may have filled the cache meanwhile.
-      return _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
-  except OSError as error:
-    raise DataError(f"--cache-dir {cache_dir}: cannot be written: {error}.") from error
+  with reraise_as(DataError, f"--cache-dir {cache_dir}: cannot be written"), _locked(cache_dir, report):
+    # Another process may have filled the cache meanwhile.
+    return _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
 
 
 def load_unlabelled(

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
 
-from imdb_jax.errors import UsageError
+from imdb_jax.errors import UsageError, reraise_as
 
 # A vector of 65,536 numbers, the most that a config permits, with 15 characters each.
 _MAX_LINE_BYTES = 2**20
@@ -94,31 +94,28 @@ def read(path: Path, words: Sequence[str], vocabulary_size: int, embedding_size:
   """
   ids = {word.encode(): id for id, word in enumerate(words, 1)}
   vectors, found = np.zeros((vocabulary_size, embedding_size), np.float32), set()
-  try:
-    with path.open("rb") as file:
-      for number in itertools.count(1):
-        line = file.readline(_MAX_LINE_BYTES)
-        if not line:
-          break
-        if number == 1 and len(line.split()) == 2:
-          continue
-        word, *numbers = line.rstrip().rsplit(b" ", embedding_size)
-        # Some words contain spaces, but hardly the first ones.
-        is_longer = number <= 2 and b" " in word
-        if is_longer or len(numbers) != embedding_size or len(line) == _MAX_LINE_BYTES:
-          raise ValueError(f"line {number:,} is not a word and {embedding_size} numbers; see --embedding-size")
-        id = ids.get(word)
-        if id is None:
-          continue
-        if id in found:
-          raise ValueError(f"line {number:,}: the word {word.decode()!r} occurs twice")
-        vector = np.array(numbers, float)
-        if not (np.abs(vector) <= np.finfo(np.float32).max).all():
-          raise ValueError(f"line {number:,}: a number is not finite")
-        vectors[id] = vector
-        found.add(id)
-  except (OSError, ValueError) as error:
-    raise UsageError(f"--word-vectors {path}: {error}.") from error
+  with reraise_as(UsageError, f"--word-vectors {path}", (OSError, ValueError)), path.open("rb") as file:
+    for number in itertools.count(1):
+      line = file.readline(_MAX_LINE_BYTES)
+      if not line:
+        break
+      if number == 1 and len(line.split()) == 2:
+        continue
+      word, *numbers = line.rstrip().rsplit(b" ", embedding_size)
+      # Some words contain spaces, but hardly the first ones.
+      is_longer = number <= 2 and b" " in word
+      if is_longer or len(numbers) != embedding_size or len(line) == _MAX_LINE_BYTES:
+        raise ValueError(f"line {number:,} is not a word and {embedding_size} numbers; see --embedding-size")
+      id = ids.get(word)
+      if id is None:
+        continue
+      if id in found:
+        raise ValueError(f"line {number:,}: the word {word.decode()!r} occurs twice")
+      vector = np.array(numbers, float)
+      if not (np.abs(vector) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"line {number:,}: a number is not finite")
+      vectors[id] = vector
+      found.add(id)
   if not found:
     raise UsageError(f"--word-vectors {path}: has none of the {len(ids):,} words of the vocabulary.")
   return vectors

@@ -15,7 +15,7 @@ from imdb_jax.config import PRESETS, Config, differing_fields
 from imdb_jax.data.reviews import Reviews
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import UsageError, printable
+from imdb_jax.errors import UsageError, printable, reraise_as
 from imdb_jax.report import numbers
 from imdb_jax.store import files, metrics_log, run_directory
 from imdb_jax.store.metrics_log import METRICS, Line
@@ -96,7 +96,7 @@ def write(
   }
   context |= _answered(config, task, answers, figures, notes) if answers else {}
   target = output or config.run_dir / "report.html"
-  try:
+  with reraise_as(UsageError, f"{target}: cannot be written"):
     shown = {name: plots.svg(figure) for name, figure in figures.items()}
     files.write(target, render("run.html", **context, figures=shown))
     if output is None:
@@ -106,8 +106,6 @@ def write(
     for name, figure in figures.items() if figures_dir else ():
       for suffix in ("png", "svg"):
         plots.save(figure, Path(str(figures_dir), f"{name}.{suffix}"))
-  except OSError as error:
-    raise UsageError(f"{target}: cannot be written: {error}.") from error
   return target
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging as absl_logging
 
 from imdb_jax import processes
-from imdb_jax.errors import CheckpointError, first_line
+from imdb_jax.errors import CheckpointError, first_line, reraise_as
 from imdb_jax.store import arrays, files, manifest
 
 _LOG = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Checkpoints:
       raise CheckpointError(f"{run_dir}: there are no checkpoints. Is this a run directory?")
     self._saved: dict[int, Saved]
     self._damaged: dict[int, str]
-    try:
+    with reraise_as(CheckpointError, f"{self.directory}: cannot be used for checkpoints"):
       self._find_all()
       if self.is_empty():
         self._require_manifests()
@@ -90,8 +90,6 @@ class Checkpoints:
         with processes.together():
           if jax.process_index() == 0:
             self._tidy()
-    except OSError as error:
-      raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
 
   def _find_all(self) -> None:
     self._saved, self._damaged = {}, {}
@@ -260,11 +258,9 @@ class Checkpoints:
 
   def _restore(self, step: int) -> Any:
     folder = self._folder(step)
-    try:
-      state = arrays.restore(self._orbax, folder, self._abstract)
     # Orbax and tensorstore raise errors without a common base class.
-    except Exception as error:
-      raise CheckpointError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}.") from error
+    with reraise_as(CheckpointError, f"{folder}: the checkpoint cannot be restored", Exception):
+      state = arrays.restore(self._orbax, folder, self._abstract)
     # Every device holds the whole state.
     if not all(np.isfinite(leaf.addressable_data(0)).all() for leaf in jax.tree.leaves(state)):
       raise CheckpointError(f"{folder}: the checkpoint holds values that are not finite.")

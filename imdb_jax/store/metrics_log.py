@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imdb_jax.config import Config
-from imdb_jax.errors import CheckpointError, UsageError
+from imdb_jax.errors import CheckpointError, UsageError, reraise_as
 from imdb_jax.store import files, run_directory
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
@@ -87,14 +87,12 @@ def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:
   with file:
     while (text := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
       end += len(text)
-      try:
+      with reraise_as(UsageError, f"{path}: not readable: line ending at byte {end:,}", (ValueError, RecursionError)):
         line = json.loads(text)
         if not _is_valid(line, training.seeds):
           raise ValueError("not a line of metrics")
         if line["kind"] == "epoch" and (line["epoch"] != epoch + 1 or epoch == training.epochs):
           raise ValueError(f"not epoch {epoch + 1} of {training.epochs}")
-      except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not readable: line ending at byte {end:,}: {error}") from error
       epoch += line["kind"] == "epoch"
       yield end, line
   if len(text) == _MAX_LINE_BYTES:
@@ -191,10 +189,9 @@ class MetricsLog:
 
 def _summary_writer(folder: Path, step: int) -> Any:
   """Return a writer for TensorBoard, which hides what another trainer has written from `step` on."""
-  try:
+  missing = "--tensorboard: tensorboardX is missing: pip install 'imdb_jax[tensorboard]'"
+  with reraise_as(UsageError, missing, ImportError):
     import tensorboardX
-  except ImportError as error:
-    raise UsageError("--tensorboard: tensorboardX is missing: pip install 'imdb_jax[tensorboard]'.") from error
   return tensorboardX.SummaryWriter(str(folder), purge_step=step)
 
 

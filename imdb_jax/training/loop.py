@@ -19,7 +19,7 @@ import numpy as np
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import Config
 from imdb_jax.data import batches, sources, tokens
-from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
+from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, reraise_as
 from imdb_jax.optimizer import schedule
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
@@ -110,16 +110,16 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     stack.callback(checkpoints.close)
     saved, state, facts = _restore(program, checkpoints, lambda: start.params(program, loaded, source, console, stop))
     report.show_header(program, loaded, saved.step, console)
-    try:
-      with contextlib.closing(_open_log(config, saved, num_steps, held)) as log:
-        if is_first:
-          for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
-            console.line(f"Changed {change}")
-        recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
-        stack.callback(console.end_epoch)
-        return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
-    except OSError as error:
-      raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. Saved steps were not touched.") from error
+    stack.enter_context(
+      reraise_as(UsageError, f"--run-dir {config.run_dir}: cannot be written; saved steps were not touched")
+    )
+    log = stack.enter_context(contextlib.closing(_open_log(config, saved, num_steps, held)))
+    if is_first:
+      for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
+        console.line(f"Changed {change}")
+    recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
+    stack.callback(console.end_epoch)
+    return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
 
 
 def _shared_settings(program: Program) -> dict[str, Any]:
