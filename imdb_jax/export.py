@@ -27,7 +27,9 @@ def export(classifier: Classifier, format: Literal["safetensors", "stablehlo"], 
     raise UsageError(f"--output {folder}: exists; name a new folder.")
   with contextlib.ExitStack() as stack:
     stack.enter_context(reraise_as(UsageError, f"--output {folder}: cannot be written"))
-    stack.enter_context(reraise_as(UsageError, f"--format {format}: pip install 'imdb_jax[export]'", ImportError))
+    stack.enter_context(
+      reraise_as(UsageError, f"--format {format}: requires pip install 'imdb_jax[export]'", ImportError)
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = stack.enter_context(tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent))
     unfinished = Path(place) / folder.name
@@ -64,5 +66,5 @@ def _difference(classifier: Classifier, format: str, folder: Path) -> float:
     found = Classifier.from_safetensors(folder, runtime=classifier.config.runtime).predict_proba(texts)
   else:
     program = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
-    found = program.call(vocabulary.encode(texts, length)[0].astype(np.int32))
+    found = program.call(vocabulary.encode(texts)[0].astype(np.int32))
   return float(np.abs(found - classifier.predict_proba(texts)).max())

@@ -73,21 +73,17 @@ class Classifier:
       CheckpointError: the checkpoint is missing or damaged, or does not fit config and vocabulary.
       PlatformError: the platform is missing.
     """
-    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(run_dir))
-    # The settings have expanded ~.
-    run_dir = runtime.run_dir or Path(run_dir)
-    config = run_directory.load_config(run_dir, runtime)
-    run_directory.check(run_dir)
-    vocabulary = Vocabulary.load(run_dir / "vocab.json", config.data)
-    mesh = devices.start(runtime, runtime.evaluation_batch_size)
-    shares = run_directory.load_classes(run_dir)
-    program = Program(config, mesh, classes=tuple(shares))
-    with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
-      saved, state = checkpoints.restore(step)
-    temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
-    if not _is_temperature(temperature):
-      raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
-    return cls(program, vocabulary, state.params, saved.step, temperature)._with_prior(shares)
+
+    def restore(program: Program, run_dir: Path) -> tuple[Any, int, float]:
+      run_directory.check(run_dir)
+      with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
+        saved, state = checkpoints.restore(step)
+      temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
+      if not _is_temperature(temperature):
+        raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
+      return state.params, saved.step, temperature
+
+    return cls._restored(run_dir, runtime, restore)
 
   @classmethod
   def from_safetensors(cls, folder: str | Path, *, runtime: RuntimeConfig | None = None) -> "Classifier":
@@ -97,28 +93,35 @@ class Classifier:
       UsageError: a file of the folder is missing or damaged.
       PlatformError: the platform is missing.
     """
-    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(folder))
-    folder = runtime.run_dir or Path(folder)
-    config = run_directory.load_config(folder, runtime)
-    vocabulary = Vocabulary.load(folder / "vocab.json", config.data)
-    facts = run_directory.read_json(folder / "model.json")
-    facts = facts if isinstance(facts, dict) else {}
-    step, temperature = facts.get("step"), facts.get("temperature")
-    if type(step) is not int or not _is_temperature(temperature):
-      raise UsageError(f"{folder / 'model.json'}: has no valid step and temperature.")
-    mesh = devices.start(runtime, runtime.evaluation_batch_size)
-    shares = run_directory.load_classes(folder)
-    program = Program(config, mesh, classes=tuple(shares))
-    shapes, path = program.abstract_state().params, folder / "model.safetensors"
-    with reraise_as(UsageError, f"{path}: not the weights of this model", (OSError, ValueError)):
-      found = safetensors.load(path, arrays.by_name(shapes))
-    params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
-    params = devices.put(params, devices.replicated(mesh))
-    return cls(program, vocabulary, params, step, temperature)._with_prior(shares)
 
-  def _with_prior(self, shares: dict[str, float]) -> "Classifier":
-    self.prior = np.array([*shares.values()], np.float32)
-    return self
+    def restore(program: Program, folder: Path) -> tuple[Any, int, float]:
+      facts = run_directory.read_json(folder / "model.json")
+      facts = facts if isinstance(facts, dict) else {}
+      step, temperature = facts.get("step"), facts.get("temperature")
+      if type(step) is not int or not _is_temperature(temperature):
+        raise UsageError(f"{folder / 'model.json'}: has no valid step and temperature.")
+      shapes, path = program.abstract_state().params, folder / "model.safetensors"
+      with reraise_as(UsageError, f"{path}: not the weights of this model", (OSError, ValueError)):
+        found = safetensors.load(path, arrays.by_name(shapes))
+      params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
+      return devices.put(params, devices.replicated(program.mesh)), step, temperature
+
+    return cls._restored(folder, runtime, restore)
+
+  @classmethod
+  def _restored(
+    cls, folder: str | Path, runtime: RuntimeConfig | None, restore: Callable[[Program, Path], tuple[Any, int, float]]
+  ) -> "Classifier":
+    """Return the model of a folder, from which `restore` reads parameters, step and temperature."""
+    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(folder))
+    # The settings have expanded ~.
+    folder = runtime.run_dir or Path(folder)
+    config, shares = run_directory.load_config(folder, runtime), run_directory.load_classes(folder)
+    program = Program(config, devices.start(runtime, runtime.evaluation_batch_size), classes=tuple(shares))
+    restored = restore(program, folder)
+    model = cls(program, Vocabulary.load(folder / "vocab.json", config.data), *restored)
+    model.prior = np.array([*shares.values()], np.float32)
+    return model
 
   def __repr__(self) -> str:
     name, seeds = self.config.preset, self.config.training.num_seeds
@@ -212,7 +215,7 @@ class Classifier:
     for row, text in enumerate(texts):
       if not isinstance(text, str):
         raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
-    encoded, lengths = self.vocabulary.encode(texts, self.config.data.sequence_length)
+    encoded, lengths = self.vocabulary.encode(texts)
     return TokenSplit(tokens=encoded, lengths=lengths, labels=np.zeros(len(texts), np.int32))
 
   def read_split(self, name: str, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
@@ -253,7 +256,7 @@ class Classifier:
 
   def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
     """Return the encoded texts of another labelled file or folder; see `tokens.read`."""
-    return tokens.read(path, self.config.data, self.vocabulary, self.classes, report)
+    return tokens.read(path, self.vocabulary, self.classes, report)
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""

@@ -144,23 +144,18 @@ def split(config: DataConfig, reviews: dict[str, Reviews]) -> dict[str, Reviews]
 def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
   """Fit the vocabulary on the training reviews alone and encode every split; raise as `split` does."""
   splits = split(config, reviews)
-  texts = splits["train"].texts
-  vocabulary = Vocabulary.fit(
-    texts, size=config.vocabulary_size, strip_html=config.strip_html, punctuation=config.punctuation
-  )
-  encoded = {name: _encode(each, vocabulary, config) for name, each in splits.items()}
+  vocabulary = Vocabulary.fit(splits["train"].texts, config)
+  encoded = {name: _encode(each, vocabulary) for name, each in splits.items()}
   return TokenData.of(encoded, vocabulary, splits["train"].classes)
 
 
-def read(
-  path: Path, config: DataConfig, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]
-) -> TokenSplit:
+def read(path: Path, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]) -> TokenSplit:
   """Return the encoded texts of a labelled file or folder; raise DataError as `tables.read`, or for another class."""
-  return _encode(numbered(tables.read(path, config, report), classes, name=str(path)), vocabulary, config)
+  return _encode(numbered(tables.read(path, vocabulary.config, report), classes, name=str(path)), vocabulary)
 
 
-def _encode(reviews: Reviews, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:
-  tokens, lengths = vocabulary.encode(reviews.texts, config.sequence_length)
+def _encode(reviews: Reviews, vocabulary: Vocabulary) -> TokenSplit:
+  tokens, lengths = vocabulary.encode(reviews.texts)
   return TokenSplit(tokens=tokens, lengths=lengths, labels=reviews.labels)
 
 
@@ -193,13 +188,11 @@ def load(
     return _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
 
 
-def load_unlabelled(
-  source: Source, config: DataConfig, vocabulary: Vocabulary, report: Callable[[str], None]
-) -> np.ndarray:
+def load_unlabelled(source: Source, vocabulary: Vocabulary, report: Callable[[str], None]) -> np.ndarray:
   """Return the unlabelled reviews of a source as int[n, t], or raise DataError. Only the start of a run needs them."""
   report(f"Reading the unlabelled reviews from {source.name}")
   found = source.load_unlabelled(report)
-  texts = found["unsupervised"].texts[: config.limit] if found else ()
+  texts = found["unsupervised"].texts[: vocabulary.config.limit] if found else ()
   if not texts:
     raise DataError(
       f"--unlabelled: {source.name} has no unlabelled texts, unlike the official archive: name a file of your own by "
@@ -207,7 +200,7 @@ def load_unlabelled(
     )
   if count := len({*texts} & {*found["test"].texts}):
     report(f"Warning: {count:,} of the {len(texts):,} unlabelled texts are also test texts; see --no-unlabelled.")
-  return vocabulary.encode(texts, config.sequence_length)[0]
+  return vocabulary.encode(texts)[0]
 
 
 @contextlib.contextmanager
@@ -288,7 +281,7 @@ def _read(entry: Path, config: DataConfig) -> TokenData:
   manifest = files.read_json(entry / "manifest.json")
   with files.open_regular(entry / "arrays") as file:
     names = [name for name in _SPLITS if name in manifest["rows"]]
-    splits = {name: _read_split(file, manifest["rows"][name], vocabulary, config) for name in names}
+    splits = {name: _read_split(file, manifest["rows"][name], vocabulary) for name in names}
     classes = tuple(manifest["classes"])
     if file.read(1):
       raise ValueError("the arrays are too long")
@@ -300,8 +293,9 @@ def _read(entry: Path, config: DataConfig) -> TokenData:
   return data
 
 
-def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:
+def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary) -> TokenSplit:
   # Before memory is allocated. A sparse file may claim any size.
+  config = vocabulary.config
   size = rows * config.sequence_length * np.dtype(vocabulary.dtype).itemsize if type(rows) is int else 0
   if not 0 < size <= min(_MAX_BYTES, os.fstat(file.fileno()).st_size):
     raise ValueError("an impossible number of reviews")
@@ -315,7 +309,7 @@ def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary, config: Data
     lengths=read(np.int32, rows),
     labels=read(np.int32, rows),
   )
-  if split.tokens.min() < 0 or split.tokens.max() >= vocabulary.size:
+  if split.tokens.min() < 0 or split.tokens.max() >= config.vocabulary_size:
     raise ValueError("a token is not an id")
   if not np.array_equal(split.lengths, np.count_nonzero(split.tokens, axis=1)):
     raise ValueError("a length is wrong")

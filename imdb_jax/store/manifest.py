@@ -24,10 +24,11 @@ def check(folder: Path, path: Path) -> dict[str, Any]:
   Raises:
     OSError, ValueError: the folder differs from the manifest, or either is damaged; says how.
   """
-  manifest = files.read_json(path)
-  if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("facts", "files")):
-    raise ValueError(f"its manifest {path.name} is damaged")
-  expected, found = manifest["files"], files.walk(folder)
+  match files.read_json(path):
+    case {"facts": dict(facts), "files": dict(expected)}:
+      found = files.walk(folder)
+    case _:
+      raise ValueError(f"its manifest {path.name} is damaged")
   for name in sorted(expected.keys() | found.keys()):
     if name not in found:
       raise ValueError(f"{name} is missing")
@@ -35,7 +36,7 @@ def check(folder: Path, path: Path) -> dict[str, Any]:
       raise ValueError(f"{name} is not listed in the manifest")
     if expected[name] != _entry(folder / name, found[name]):
       raise ValueError(f"{name} has changed: its size or SHA-256 differs")
-  return manifest["facts"]
+  return facts
 
 
 def _entry(path: Path, size: int) -> dict[str, Any]:

@@ -100,20 +100,13 @@ def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:
 
 
 def _is_valid(line: Any, seeds: range) -> bool:
-  if not isinstance(line, dict):
-    return False
-  numbers = dict(line)
-  kind, of_seeds = numbers.pop("kind", None), numbers.pop("seeds", None)
-  if kind == "step":
-    more = _MORE_STEP_FIELDS if "time" in numbers else ()
-    return _are_numbers(numbers, (*_STEP_FIELDS, *more))
-  return (
-    kind == "epoch"
-    and _are_numbers(numbers, EPOCH_FIELDS)
-    and isinstance(of_seeds, list)
-    and all(_are_numbers(each, ("seed", *METRICS)) for each in of_seeds)
-    and [each["seed"] for each in of_seeds] == list(seeds)
-  )
+  match line:
+    case {"kind": "step", **numbers}:
+      return _are_numbers(numbers, (*_STEP_FIELDS, *(_MORE_STEP_FIELDS if "time" in numbers else ())))
+    case {"kind": "epoch", "seeds": [*of_seeds], **numbers}:
+      are_numbers = all(_are_numbers(each, ("seed", *METRICS)) for each in of_seeds)
+      return are_numbers and _are_numbers(numbers, EPOCH_FIELDS) and [each["seed"] for each in of_seeds] == [*seeds]
+  return False
 
 
 def _are_numbers(values: Any, names: Sequence[str]) -> bool:

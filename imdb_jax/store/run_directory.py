@@ -208,12 +208,11 @@ def load_provenance(run_dir: Path) -> dict[str, Any]:
   """Return the digests of data and vocabulary, and the starts of the trainer."""
   path = run_dir / "provenance.json"
   value = read_json(path)
-  for name, kind in {"data_digest": str, "vocabulary_sha256": str, "starts": list}.items():
-    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
-      raise UsageError(f"{path}: has no {name}.")
-  if not all(isinstance(start, dict) for start in value["starts"]):
-    raise UsageError(f"{path}: starts must be JSON objects.")
-  return value
+  match value:
+    case {"data_digest": str(), "vocabulary_sha256": str(), "starts": [*starts]}:
+      if all(isinstance(start, dict) for start in starts):
+        return value
+  raise UsageError(f"{path}: must have data_digest, vocabulary_sha256 and starts, a list of JSON objects.")
 
 
 def versions() -> dict[str, str]:

@@ -91,9 +91,9 @@ def _fitted(
   config = program.config
   model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
   if model.embedding in ("svd", "skipgram"):
-    texts, sizes = train.tokens, (data.vocabulary.size, model.embedding_size)
+    texts, sizes = train.tokens, (config.data.vocabulary_size, model.embedding_size)
     if model.unlabelled:
-      texts = np.concatenate([texts, tokens.load_unlabelled(source, config.data, data.vocabulary, console.line)])
+      texts = np.concatenate([texts, tokens.load_unlabelled(source, data.vocabulary, console.line)])
     console.line(f"Computing word vectors from {len(texts):,} reviews")
     is_svd = model.embedding == "svd"
     vectors = word_vectors.svd(texts, *sizes) if is_svd else skipgram.fit(texts, *sizes, on_progress)
@@ -102,7 +102,7 @@ def _fitted(
     if path is None:
       raise UsageError("--embedding file: requires --word-vectors FILE.")
     console.line(f"Reading word vectors from {path}")
-    vectors = word_vectors.read(path, data.vocabulary.words, data.vocabulary.size, model.embedding_size)
+    vectors = word_vectors.read(path, data.vocabulary.words, config.data.vocabulary_size, model.embedding_size)
     fitted["embedding"] = {"embedding": vectors}
     console.line(f"The file has {np.count_nonzero(vectors.any(axis=1)):,} of {len(data.vocabulary.words):,} words")
   if model.ngrams:

@@ -75,7 +75,7 @@ def make_inputs(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]]:
 
   def read_lines(path: Path) -> None:
     for window in scoring.read(str(path), "text"):
-      vocabulary.encode([text for text, _ in window], 24)
+      vocabulary.encode([text for text, _ in window])
 
   return {
     "vocab.json": ((whole / "vocab.json").read_bytes(), lambda path: Vocabulary.load(path, config)),

@@ -18,16 +18,16 @@ from imdb_jax.report.page import Answers
 from imdb_jax.store import run_directory
 from imdb_jax.task import Classification
 
+VOCABULARY = Vocabulary(config=PRESETS["sample"].data, words=("good", "bad"))
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 
 
 def run_of(folder: Path, *epochs: tuple[float, ...], preset: str = "sample", classes: int = 2) -> Config:
   """Return the config of a run with these METRICS after each epoch."""
-  vocabulary = Vocabulary(size=1000, strip_html=True, words=("good", "bad")).json
   config = Config.from_dict(PRESETS[preset].to_dict(), RuntimeConfig(run_dir=folder / "run"))
   (folder / "run").mkdir()
   counts = {f"class {number}": 1 for number in range(classes)}
-  run_directory.create(config, vocabulary, "digest", "4 train", None if classes == 2 else counts)
+  run_directory.create(config, VOCABULARY.json, "digest", "4 train", None if classes == 2 else counts)
   lines = []
   for number, values in enumerate(epochs, 1):
     seed = {"seed": 0, **dict(zip(METRICS, values, strict=True))}
@@ -47,10 +47,9 @@ def answers_of(logits: list, labels: list[int], texts: list[str] | None = None, 
   labels_ = np.array(labels, np.int32)
   encoded = TokenSplit(tokens=tokens, lengths=np.arange(n, dtype=np.int32), labels=labels_)
   reviews = Reviews(texts=tuple(texts), labels=labels_, stars=options.pop("stars", None)) if texts is not None else None
-  vocabulary = Vocabulary(size=1000, strip_html=True, words=("good", "bad"))
   array = np.array(logits, np.float32).reshape(1, n, -1)
   known = {"split": "test", "temperature": 1.0} | options
-  return Answers(encoded=encoded, logits=array, vocabulary=vocabulary, reviews=reviews, **known)
+  return Answers(encoded=encoded, logits=array, vocabulary=VOCABULARY, reviews=reviews, **known)
 
 
 def text_of(html: str) -> str:
