@@ -20,7 +20,7 @@ from imdb_jax.explanation import Explanation
 from imdb_jax.program import Program
 from imdb_jax.report import page
 from imdb_jax.report.page import Answers
-from imdb_jax.store import arrays, run_directory, safetensors
+from imdb_jax.store import arrays, run_directory
 from imdb_jax.store.checkpoints import Checkpoints
 from imdb_jax.task import Evaluation
 
@@ -102,7 +102,7 @@ class Classifier:
         raise UsageError(f"{folder / 'model.json'}: has no valid step and temperature.")
       shapes, path = program.abstract_state().params, folder / "model.safetensors"
       with reraise_as(UsageError, f"{path}: not the weights of this model", (OSError, ValueError)):
-        found = safetensors.load(path, arrays.by_name(shapes))
+        found = arrays.load_safetensors(path, arrays.by_name(shapes))
       params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
       return devices.put(params, devices.replicated(program.mesh)), step, temperature
 

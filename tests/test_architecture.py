@@ -48,7 +48,7 @@ ONLY_IN = {
   "matplotlib": {"plots"},
   "rich": {"training"},
   "sklearn": {"comparison"},
-  "safetensors": {"store.safetensors", "export"},
+  "safetensors": {"store.arrays", "export"},
   "starlette": {"serving"},
   "uvicorn": {"serving"},
   "argparse": {"arguments"},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imdb_jax.comparison import statistics, table
+from imdb_jax.comparison import table
 from imdb_jax.comparison.results import Result
 from imdb_jax.errors import DataError, UsageError, printable, reraise_as
 from imdb_jax.prediction import Classifier
@@ -52,7 +52,7 @@ def write(
     ]
   reference, labels = next(iter(results)), found[0].encoded.labels
   is_copy = np.zeros(len(labels), bool)
-  rows = [statistics.summarise(name, each, labels, results[reference], is_copy) for name, each in results.items()]
+  rows = [table.summarise(name, each, labels, results[reference], is_copy) for name, each in results.items()]
   note = (
     f"{len(labels):,} {split} reviews, answered by the best epoch of each run. vs {reference}: difference of accuracy "
     "in points, and its 95% interval (paired bootstrap over the reviews). Train: seconds."

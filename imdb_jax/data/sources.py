@@ -11,7 +11,6 @@ from typing import Any
 from imdb_jax.config import DataConfig
 from imdb_jax.data import archive as archive_reader
 from imdb_jax.data import imdb, sample, splits, tables
-from imdb_jax.data.download import download
 from imdb_jax.data.reviews import Reviews, canonical
 from imdb_jax.errors import DataError, UsageError
 from imdb_jax.store import files
@@ -123,7 +122,7 @@ def _load_official(cache_dir: Path, names: Sequence[str], report: Callable[[str]
   A download is kept in `cache_dir`, also as a record store if tensorflow-datasets and array-record are installed.
   """
   if not all(importlib.util.find_spec(name) for name in ("tensorflow_datasets", "array_record")):
-    return archive_reader.read_archive(download(cache_dir / "downloads", report), names)
+    return archive_reader.read_archive(imdb.download(cache_dir / "downloads", report), names)
   # This import is slow.
   from imdb_jax.data import tfds_imdb
 
@@ -131,7 +130,7 @@ def _load_official(cache_dir: Path, names: Sequence[str], report: Callable[[str]
   shared = Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))  # noqa: PTH111
   store = find_store([cache_dir, shared])
   if store is None:
-    store = tfds_imdb.prepare(cache_dir, download(cache_dir / "downloads", report))
+    store = tfds_imdb.prepare(cache_dir, imdb.download(cache_dir / "downloads", report))
   return tfds_imdb.read_store(store, names)
 
 

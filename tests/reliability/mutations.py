@@ -25,7 +25,7 @@ from imdb_jax.data import archive, reviews, sample, sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import ImdbJaxError
 from imdb_jax.store import files, manifest, metrics_log, run_directory
-from imdb_jax.store.safetensors import load as load_weights
+from imdb_jax.store.arrays import load_safetensors as load_weights
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
 
