@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from imdb_jax.errors import UsageError, printable
+from imdb_jax.store import files
 
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE, _MAX_SEEDS = 60, 100
@@ -92,12 +93,8 @@ def save(figure: Any, output: Path) -> None:
     raise UsageError(f"{output}: its name must end in one of {', '.join(_FORMATS)}.")
   if output.is_symlink():
     raise UsageError(f"{output}: is a link, which is not followed.")
-  unfinished = output.with_name(f"{output.name}.new")
-  unfinished.unlink(missing_ok=True)
-  # What is at `output` is replaced and not written through: it may be a pipe or linked to another file.
-  with unfinished.open("xb") as file:
+  with files.aside(output) as unfinished, unfinished.open("xb") as file:
     figure.savefig(file, format=output.suffix[1:].lower(), dpi=150)
-  unfinished.replace(output)
 
 
 @_styled

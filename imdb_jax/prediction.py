@@ -250,9 +250,9 @@ class Classifier:
       except DataError as error:
         texts, notes = None, [f"Texts: {first_line(error)}."]
     name = "test" if data.validation == "test" and name == "validation" else name
-    logits, known = self.logits(split), {"temperature": self.temperature, "vocabulary": self.vocabulary}
+    known: dict[str, Any] = {"step": self.step, "temperature": self.temperature, "vocabulary": self.vocabulary}
     known["explain"] = lambda texts: [explanation.to_html(each) for each in self.explain(texts)]
-    return Answers(split=name, encoded=split, logits=logits, reviews=texts, **known), notes
+    return Answers(split=name, encoded=split, logits=self.logits(split), reviews=texts, **known), notes
 
   def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
     """Return the encoded texts of another labelled file or folder; see `tokens.read`."""

@@ -155,15 +155,8 @@ def _escaped(cell: Any) -> Any:
 @contextlib.contextmanager
 def _aside(output: Path) -> Iterator[IO[str]]:
   """Open a file under another name, and rename it at the end: a command that is interrupted leaves no part of it."""
-  unfinished = output.with_name(output.name + ".new")
   opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(output.suffix.lower(), open)
-  try:
-    files.remove(unfinished)
-    try:
-      with opener(unfinished, "xt", encoding="utf-8", newline="") as file:
-        yield file
-      unfinished.replace(output)
-    finally:
-      unfinished.unlink(missing_ok=True)
-  except OSError as error:
-    raise UsageError(f"--output {output}: {error.strerror or error}.") from error
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(reraise_as(UsageError, f"--output {output}: cannot be written"))
+    unfinished = stack.enter_context(files.aside(output))
+    yield stack.enter_context(opener(unfinished, "xt", encoding="utf-8", newline=""))

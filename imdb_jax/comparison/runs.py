@@ -20,7 +20,7 @@ def write(
   output: Path | None = None,
   figures_dir: Path | None = None,
 ) -> Path:
-  """Write the page about the best step of a run, or of several, on a split of their reviews; return its path.
+  """Write the page about a step of a run, or of several, on a split of their reviews; return its path.
 
   Raises:
     UsageError: several runs have more than two classes, or a file cannot be written.
@@ -53,9 +53,10 @@ def write(
   reference, labels = next(iter(results)), found[0].encoded.labels
   is_copy = np.zeros(len(labels), bool)
   rows = [table.summarise(name, each, labels, results[reference], is_copy) for name, each in results.items()]
+  steps = ", ".join(f"{name}: {answers.step:,}" for name, answers in zip(results, found, strict=True))
   note = (
-    f"{len(labels):,} {split} reviews, answered by the best epoch of each run. vs {reference}: difference of accuracy "
-    "in points, and its 95% interval (paired bootstrap over the reviews). Train: seconds."
+    f"{len(labels):,} {split} reviews, answered by these steps of the runs: {steps}. vs {reference}: difference of "
+    "accuracy in points, and its 95% interval (paired bootstrap over the reviews). Train: seconds."
   )
   context = {"title": f"{len(results)} runs", "notes": [note], "failures": {}, "reference": reference}
   output = output or Path("comparison.html")

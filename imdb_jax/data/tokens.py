@@ -117,11 +117,11 @@ def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
   if reviews.groups.dtype == np.uint64:
     # Hashes. Their higher bits have decided what is for testing.
     is_held = reviews.groups % np.uint64(2**32) < np.uint64(fraction * 2**32)
-    return reviews.take(np.flatnonzero(~is_held)), reviews.take(np.flatnonzero(is_held))
-  groups, counts = np.unique(reviews.groups, return_counts=True)
-  order = batches.shuffled(len(groups), seed=_HOLD_OUT_SEED, epoch=0)
-  num_held = int(np.searchsorted(np.cumsum(counts[order]), fraction * len(reviews))) + 1
-  is_held = np.isin(reviews.groups, groups[order[:num_held]])
+  else:
+    groups, counts = np.unique(reviews.groups, return_counts=True)
+    order = batches.shuffled(len(groups), seed=_HOLD_OUT_SEED, epoch=0)
+    num_held = int(np.searchsorted(np.cumsum(counts[order]), fraction * len(reviews))) + 1
+    is_held = np.isin(reviews.groups, groups[order[:num_held]])
   return reviews.take(np.flatnonzero(~is_held)), reviews.take(np.flatnonzero(is_held))
 
 

@@ -39,9 +39,10 @@ _CHOSEN_ON = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:
-  """The answers of a run's best step to the reviews of a split.
+  """The answers of a step of a run to the reviews of a split.
 
   Attributes:
+    step: training steps done.
     split: "test", "validation" or "train".
     encoded: n encoded reviews with labels.
     logits: f32[seeds, n, head_size], without temperature.
@@ -51,6 +52,7 @@ class Answers:
     explain: returns HTML for each text, with its words coloured; None if the model is not at hand.
   """
 
+  step: int
   split: str
   encoded: TokenSplit
   logits: np.ndarray
@@ -159,11 +161,10 @@ def _command(config: Config, preset: Config) -> str:
   for section, values in config.settings().items():
     for name, value in values.items():
       if value != preset.settings()[section][name]:
-        is_off = value is False
-        arguments += [
-          f"--no-{flag(name)[2:]}" if is_off else flag(name),
-          *([] if type(value) is bool else [str(value)]),
-        ]
+        if type(value) is bool:
+          arguments.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        else:
+          arguments += [flag(name), str(value)]
   return shlex.join([*arguments, "--run-dir", str(config.run_dir)])
 
 
@@ -221,6 +222,7 @@ def _answered(
   return {
     "metrics": metrics[0],
     "uncalibrated": metrics[-1] if len(metrics) > 1 else None,
+    "step": answers.step,
     "split": answers.split,
     "references": _REFERENCES if _is_imdb(config) and answers.split == "test" else {},
     "mistakes": _shown(task, answers, probabilities, mistakes),
@@ -236,11 +238,8 @@ def _draw_scores(
     parts, values, xlabel = {"wrong": ~is_correct, "right": is_correct}, scores.max(axis=1), "probability of the answer"
   else:
     names = [printable(name)[:20] for name in task.classes]
-    parts, values, xlabel = (
-      {name: labels == i for i, name in enumerate(names)},
-      scores[:, 1],
-      f"probability of {names[1]}",
-    )
+    parts, values = {name: labels == i for i, name in enumerate(names)}, scores[:, 1]
+    xlabel = f"probability of {names[1]}"
   if len(task.classes) == 2 and 0 < labels.sum() < len(labels):
     curve = ("", *numbers.roc(values, labels == 1), plots.ACCENT)
     figures["roc"] = plots.curves([curve], "ROC", "false positive rate", "true positive rate", "diagonal")

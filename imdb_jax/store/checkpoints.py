@@ -235,13 +235,11 @@ class Checkpoints:
         message = f"No space left on device: {free[unit]:,} {unit} are free, {needed[unit]:,} are needed"
         raise OSError(errno.ENOSPC, message)
 
-  def restore_latest(self) -> tuple[Saved, Any]:
-    """Restore the newest step. One that cannot be read now stays where it is: the next attempt may succeed."""
-    saved = self.find("latest")
-    return saved, self._restore(saved.step)
-
   def restore(self, which: int | Literal["best", "latest"]) -> tuple[Saved, Any]:
-    """Restore a step; if the trainer of a live run removes it meanwhile, look again."""
+    """Restore a step; if the trainer of a live run removes it meanwhile, look again.
+
+    A step that cannot be read now stays where it is: the next attempt may succeed.
+    """
     for _ in range(_MAX_TRIES):
       saved = self.find(which)
       try:

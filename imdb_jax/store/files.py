@@ -4,12 +4,14 @@ Links are never followed. All functions raise OSError if a file is missing, not 
 and the reading ones ValueError if its content is too large or malformed.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +55,27 @@ def sha256(path: Path) -> str:
 
 def write(path: Path, text: str) -> None:
   """Write a file that survives a power cut: readers see the old content or the new, never a part."""
-  unfinished = path.with_name(path.name + ".new")
-  remove(unfinished)
-  # Exclusive creation: a link that appears in the meantime is not written through.
-  with unfinished.open("x", encoding="utf-8", newline="") as file:
+  with aside(path) as unfinished, unfinished.open("x", encoding="utf-8", newline="") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-  unfinished.replace(path)
   sync(path.parent)
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+  """Yield the name of a file to create, which is renamed to `path` at the end, or removed after an error.
+
+  A pipe or link at `path` is replaced and not written through. Open the file for exclusive creation: then the same holds
+  for a link that appears under the other name.
+  """
+  unfinished = path.with_name(path.name + ".new")
+  remove(unfinished)
+  try:
+    yield unfinished
+    unfinished.replace(path)
+  finally:
+    unfinished.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -119,7 +119,9 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
         console.line(f"Changed {change}")
     recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
     stack.callback(console.end_epoch)
-    return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
+    trainer = _Trainer(program, loaded, checkpoints, recorder, stop)
+    stack.enter_context(trainer.trace)
+    return trainer.run(saved, state)
 
 
 def _shared_settings(program: Program) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def _restore(
 ) -> tuple[Saved, TrainState, dict[str, Any]]:
   """Return the newest checkpoint or the initial state, and facts about the latter for provenance.json."""
   if not checkpoints.is_empty():
-    return *checkpoints.restore_latest(), {}
+    return *checkpoints.restore("latest"), {}
   started = time.perf_counter()
   params, facts = start_params()
   # The first epoch's time includes this.
@@ -169,16 +171,12 @@ class _Trainer:
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
     self._saved_at = time.monotonic()
-    self._trace, self._traced_from = contextlib.ExitStack(), 0
+    self.trace, self._traced_from = contextlib.ExitStack(), 0
     # Of the best epoch, unless that was before the run was resumed.
     self._answers: page.Answers | None = None
 
   def run(self, saved: Saved, state: TrainState) -> FitResult:
     """Train from a checkpoint to the end of the run."""
-    with self._trace:
-      return self._run(saved, state)
-
-  def _run(self, saved: Saved, state: TrainState) -> FitResult:
     self._step, self._state = saved.step, state
     seconds = saved.progress.get("seconds", 0.0)
     if type(seconds) is not float or not 0 <= seconds < 1e9:
@@ -296,10 +294,10 @@ class _Trainer:
       return
     if self._step + 1 == self._traced_from:
       folder = self._config.run_dir / "profile"
-      self._trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
+      self.trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
     elif self._step + 1 >= self._traced_from + num_steps:
       jax.block_until_ready(self._state)
-      self._trace.close()
+      self.trace.close()
 
   def _evaluate(self, seconds: float, poll_every: int) -> None:
     """Evaluate at the end of an epoch, write the epoch's line and save."""
@@ -321,8 +319,8 @@ class _Trainer:
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out else {}
     if line is best_epoch(self._recorder.log.history):
       name, words = "validation" if is_held_out else "test", self._data.vocabulary
-      temperature = progress.get("temperature", 1.0)
-      self._answers = page.Answers(split=name, encoded=split, logits=logits, temperature=temperature, vocabulary=words)
+      known: Any = {"step": self._step, "temperature": progress.get("temperature", 1.0), "vocabulary": words}
+      self._answers = page.Answers(split=name, encoded=split, logits=logits, **known)
     self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:

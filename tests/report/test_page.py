@@ -48,7 +48,7 @@ def answers_of(logits: list, labels: list[int], texts: list[str] | None = None, 
   encoded = TokenSplit(tokens=tokens, lengths=np.arange(n, dtype=np.int32), labels=labels_)
   reviews = Reviews(texts=tuple(texts), labels=labels_, stars=options.pop("stars", None)) if texts is not None else None
   array = np.array(logits, np.float32).reshape(1, n, -1)
-  known = {"split": "test", "temperature": 1.0} | options
+  known = {"step": 1, "split": "test", "temperature": 1.0} | options
   return Answers(encoded=encoded, logits=array, vocabulary=VOCABULARY, reviews=reviews, **known)
 
 
