@@ -59,13 +59,7 @@ def _similar(name: str, flags: list[str]) -> list[str]:
 def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN) -> Config:
   """Return the settings that command-line arguments describe: those of the preset, and the other flags over them.
 
-  Args:
-    prog: name of the command, for the help.
-    args: its arguments.
-    description: what the command does, for the help.
-
-  Raises:
-    UsageError: a flag or value is invalid.
+  `prog` and `description` are for the help. Raises UsageError if a flag or value is invalid.
   """
   chooser = Parser(add_help=False)
   chooser.add_argument("--preset", default="article")

@@ -29,12 +29,7 @@ def _embedding_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = j
 
 
 def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> DropoutMasks:
-  """Draw the inverted-dropout masks of a global batch, before it is sharded over devices.
-
-  Args:
-    key: a typed PRNG key.
-    config: sizes and rates.
-    batch_size: b.
+  """Draw the inverted-dropout masks of a global batch of b reviews, before it is sharded over devices.
 
   Returns:
     Input mask f32[b, e] and recurrent mask f32[b, d h] of d directions, or [b, 4, e] and [b, 4, d h] with one mask per

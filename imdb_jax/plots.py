@@ -107,15 +107,8 @@ def history(
 ) -> Any:
   """Return the figure of some metrics by epoch, side by side.
 
-  Args:
-    lines: one dict per epoch, see `store.metrics_log`.
-    title: name of the run.
-    validation: what the validation reviews are.
-    reference: the metrics of the article by epoch, if they are to be shown.
-    names: the metrics.
-
-  Raises:
-    UsageError: there are no lines.
+  `lines` has one dict per epoch, see `store.metrics_log`; `validation` says what the validation reviews are. The
+  metrics of the article by epoch may be shown as a `reference`. Raises UsageError if there are no lines.
   """
   if not lines:
     raise UsageError(f"{title}: no epoch has been finished yet.")

@@ -62,11 +62,8 @@ class Classifier:
   ) -> "Classifier":
     """Restore a run, whatever devices it was trained on.
 
-    Args:
-      run_dir: the run directory.
-      step: which checkpoint; best is the one with the highest validation accuracy.
-      runtime: where to compute.
-      calibrate: use the temperature that was fitted to the held-out reviews, if the run has held out some.
+    The best step is the one with the highest validation accuracy. `calibrate` uses the temperature that was fitted to
+    the held-out reviews, if the run has held out some.
 
     Raises:
       UsageError: the folder is not a run directory, or its files are damaged.
@@ -155,13 +152,9 @@ class Classifier:
     return np.array(self.classes)[self.predict_proba(texts).argmax(axis=1)]
 
   def predict_proba(self, texts: Texts) -> np.ndarray:
-    """Return the probability of each class, f32[n, classes]; for a text without a known word, `prior`.
+    """Return the probability of each class, f32[n, classes], of n texts or encoded reviews.
 
-    Args:
-      texts: n texts, or a split of encoded reviews.
-
-    Raises:
-      TypeError: texts is a single text, or holds something that is not a text.
+    For a text without a known word, it is `prior`. Raises TypeError if texts is one text, or holds what is not a text.
     """
     split = self.encode(texts)
     found = self.program.task.probabilities(self.logits(split), self.temperature)
@@ -292,10 +285,8 @@ class Ensemble:
   ) -> list[dict[str, Any]]:
     """Return the class, the probabilities by class and the number of known words that were read, for each text.
 
-    Args:
-      texts: n texts.
-      threshold: of two classes, answer the second from this probability on; None for the most probable class.
-      abstain_below: the class is None if all probabilities are below this one, as it is without a known word.
+    With a `threshold`, of two classes, the second is the answer from this probability on, instead of the most probable.
+    The class is None if all probabilities are below `abstain_below`, as it is without a known word.
     """
     splits = [each.encode(texts) for each in self.classifiers]
     found = np.mean([each.predict_proba(one) for each, one in zip(self.classifiers, splits, strict=True)], axis=0)

@@ -101,12 +101,8 @@ def write(
 ) -> int:
   """Write all rows with their columns and answers to a file, whose name tells the format; return their number.
 
-  Args:
-    windows: from `read`.
-    answers: answers texts.
-    output: the file. It is written aside and renamed at the end.
-    source: the file that is read.
-    escape_formulas: put an apostrophe before cells that a spreadsheet program would execute.
+  The file is written aside and renamed at the end. The rows were read from `source`. With `escape_formulas`, cells that
+  a spreadsheet program would execute get an apostrophe in front.
 
   Raises:
     DataError: the rows have a column of the same name as a column of the answers.

@@ -44,15 +44,10 @@ def check_counts(counts: Mapping[str, int], expected: Mapping[str, int]) -> None
 
 
 def download(directory: Path, report: Callable[[str], None], *, timeout: float = 10) -> Path:
-  """Download the official archive into `directory`, unless it is already there and intact, and return its path.
+  """Download the official archive into a folder, unless it is already there and intact, and return its path.
 
-  Args:
-    directory: created if it does not exist.
-    report: called with a line per 10 MiB.
-    timeout: seconds allowed for each connection, and for each read from it.
-
-  Raises:
-    DataError: the download failed; it is not retried.
+  `report` gets a line per 10 MiB. Each connection, and each read from it, may take `timeout` seconds. Raises DataError
+  if the download fails; it is not retried.
   """
   target = directory / PurePosixPath(URL).name
   try:

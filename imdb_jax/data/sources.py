@@ -44,11 +44,8 @@ def find(
 ) -> Source:
   """Return the source that the settings select, without reading it.
 
-  Args:
-    config: names the data.
-    archive: local archive of the IMDB reviews; None for the official ones.
-    cache_dir: folder for downloaded and prepared reviews.
-    given: texts and labels from Python, by "train" and "test".
+  The IMDB reviews come from a local archive, or are downloaded into `cache_dir` and prepared there. Texts and labels
+  from Python are `given` by "train" and "test".
 
   Raises:
     DataError: the settings are those of a run on texts from Python, but none are given.

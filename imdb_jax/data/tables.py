@@ -96,10 +96,7 @@ def _check_total(size: int) -> None:
 def read(path: Path, config: DataConfig, report: Report) -> list[Row]:
   """Read labelled texts from a file, whose format follows from its name, or a folder.
 
-  Args:
-    path: the file or folder.
-    config: names the columns.
-    report: called with a line of which rows were left out because their text is empty.
+  `report` gets a line of which rows were left out because their text is empty.
 
   Raises:
     DataError: the file is missing, too large or damaged, or a row has no label; names the line and the column.

@@ -164,13 +164,8 @@ def load(
 ) -> TokenData:
   """Return the encoded reviews of a source, from the cache if possible.
 
-  One process at a time reads the source and fills the cache; the others wait for it.
-
-  Args:
-    source: reviews, from `sources.find`.
-    config: which reviews to use and how to encode them.
-    cache_dir: folder of the cache.
-    report: called with a line before slow work.
+  One process at a time reads the source and fills the cache; the others wait for it. `report` gets a line before slow
+  work.
 
   Raises:
     DataError: the reviews are missing or damaged, lack the groups for a held-out part, or cannot be cached.

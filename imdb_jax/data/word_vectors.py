@@ -77,16 +77,9 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
 def read(path: Path, words: Sequence[str], vocabulary_size: int, embedding_size: int) -> np.ndarray:
   """Return a vector for each id from a text file as of word2vec, GloVe or fastText: a word and its numbers per line.
 
-  A first line with the number of words and the size is skipped. The file may be larger than the memory.
-
-  Args:
-    path: the file.
-    words: the words of ids 1, 2, ...
-    vocabulary_size: v, upper bound of the ids.
-    embedding_size: e, the numbers per word.
-
-  Returns:
-    f32[v, e]; 0 for padding and for words that the file lacks.
+  A first line with the number of words and the size is skipped. The file may be larger than the memory. The vectors are
+  f32[v, e] for `vocabulary_size` v and `embedding_size` e, of the words of ids 1, 2, ...; 0 for padding and for words
+  that the file lacks.
 
   Raises:
     UsageError: the file cannot be read, a line has another size, a number is not finite, or a word of the vocabulary

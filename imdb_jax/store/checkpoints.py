@@ -62,11 +62,7 @@ class Checkpoints:
 
     A reader changes nothing, so it may look at a live run. A writer removes what interrupted saves left behind. If
     some step is usable, a writer also moves damaged steps to `RUN_DIR/damaged`, so that they can be saved again.
-
-    Args:
-      run_dir: the run directory.
-      abstract: tree of shapes, dtypes and shardings of the state.
-      read_only: whether this is a reader.
+    `abstract` is the tree of shapes, dtypes and shardings of the state.
     """
     self._abstract, self._orbax = abstract, arrays.checkpointer()
     self._arrays = arrays.by_name(abstract)
@@ -182,9 +178,7 @@ class Checkpoints:
   def save(self, saved: Saved, state: Any) -> None:
     """Save a step and wait until it is on disk; then remove older steps that are no longer needed.
 
-    Args:
-      saved: the step and its facts. If the step exists already, only the facts are replaced.
-      state: a tree of arrays on all devices.
+    If the step exists already, only its facts are replaced. The state is a tree of arrays on all devices.
     """
     try:
       if saved.step not in self._saved:

@@ -66,8 +66,8 @@ def write(path: Path, text: str) -> None:
 def aside(path: Path) -> Iterator[Path]:
   """Yield the name of a file to create, which is renamed to `path` at the end, or removed after an error.
 
-  A pipe or link at `path` is replaced and not written through. Open the file for exclusive creation: then the same holds
-  for a link that appears under the other name.
+  A pipe or link at `path` is replaced and not written through. Open the file for exclusive creation, so that neither is
+  a link that appears under the other name.
   """
   unfinished = path.with_name(path.name + ".new")
   remove(unfinished)

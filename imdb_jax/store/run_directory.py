@@ -145,14 +145,10 @@ def exists(config: Config) -> bool:
 def create(
   config: Config, vocabulary: str, data_digest: str, summary: str = "", classes: dict[str, int] | None = None
 ) -> None:
-  """Write the files of a new run.
+  """Write the files of a new run, with its vocabulary as JSON.
 
-  Args:
-    config: its settings.
-    vocabulary: JSON.
-    data_digest: identifies the data.
-    summary: describes the data for a person.
-    classes: number of training texts by class; None for those of IMDB, in equal shares.
+  `data_digest` identifies the data, and `summary` describes them for a person. `classes` has the number of training
+  texts by class; None for those of IMDB, in equal shares.
   """
   run_dir = config.run_dir
   with reraise_as(UsageError, f"--run-dir {run_dir}: cannot be written"):

@@ -87,13 +87,9 @@ class Console:
       self._task = progress.add_task(f"Epoch {self._epoch}", total=num_steps, completed=done, status="")
 
   def show_step(self, done: int, means: Mapping[str, float], num_reviews: int, *, is_logged: bool) -> None:
-    """Show the progress of an epoch.
+    """Show how many steps of an epoch are done, and loss and accuracy so far; `is_logged`: also without a terminal.
 
-    Args:
-      done: steps of the epoch that are done.
-      means: loss and accuracy of the epoch so far.
-      num_reviews: reviews that all seeds have processed since `start_epoch`.
-      is_logged: whether to print a line if there is no terminal.
+    `num_reviews` counts those that all seeds have processed since `start_epoch`.
     """
     seconds = max(time.perf_counter() - self._started, 1e-9)
     parts = [f"{name} {decimal(means[name])}" for name in ("loss", "accuracy")]
