@@ -30,11 +30,7 @@ class Parser(argparse.ArgumentParser):
     self.add_argument("--version", action="version", version=f"imdb_jax {importlib.metadata.version('imdb_jax')}")
 
   def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Parse all arguments.
-
-    Raises:
-      UsageError: a flag is unknown, or lacks its value.
-    """
+    """Parse all arguments; raise UsageError if a flag is unknown, or lacks its value."""
     # Texts may follow flags, as in `predict RUN_DIR --json TEXT`.
     parsed, unknown = self.parse_known_intermixed_args(args, namespace)
     if unknown:

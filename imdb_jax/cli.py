@@ -115,13 +115,16 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
   ensemble = _load(given, archive=given.archive, cache_dir=given.cache_dir)
+  from imdb_jax.data import tokens
   from imdb_jax.evaluation import lines
 
   runs, splits, report = [], [], functools.partial(print, file=sys.stderr)
   with exits.interruptible():
     for each in ensemble.classifiers:
-      split = each.read_split(given.split, report) if given.data is None else each.read_texts(given.data, report)
-      splits.append(split)
+      if given.data is None:
+        splits.append(each.read_split(given.split, report))
+      else:
+        splits.append(tokens.read(given.data, each.vocabulary, each.classes, report))
       runs.append({"run_dir": str(each.config.run_dir), "step": each.step, "temperature": each.temperature})
   result, kind, parts = {}, "runs", runs
   if given.others:

@@ -240,8 +240,7 @@ class Config(Settings):
   def from_dict(cls, value: Any, runtime: RuntimeConfig | None = None) -> "Config":
     """Return the config with this JSON form. Settings that the form lacks have their default.
 
-    Raises:
-      UsageError: the form is of another version, or has an unknown key or an invalid value.
+    Raises UsageError if the form is of another version, or has an unknown key or an invalid value.
     """
     _require_keys(value, {"format", "preset", *_SECTIONS}, "config")
     if value.get("format") != FORMAT:

@@ -20,12 +20,12 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def reraise_as(kind: type[Exception], subject: str, caught: Any = OSError) -> Iterator[None]:
-  """Raise what a block raises as another kind of error, whose one line has the subject and the reason."""
+def reraise_as(kind: type[Exception], subject: str, caught: Any = OSError, advice: str = "") -> Iterator[None]:
+  """Raise what a block raises as another kind of error, whose one line has the subject, the reason and advice."""
   try:
     yield
   except caught as error:
-    raise kind(f"{subject}: {first_line(error)}.") from error
+    raise kind(f"{subject}: {getattr(error, 'strerror', None) or first_line(error)}. {advice}".rstrip()) from error
 
 
 class ImdbJaxError(Exception):

@@ -214,8 +214,7 @@ class Classifier:
   def read_split(self, name: str, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
     """Return the encoded reviews of "train", "validation" or "test". `report` gets a line before slow work.
 
-    Raises:
-      DataError: the reviews are missing or damaged, or not those that the run was trained on.
+    Raises DataError if the reviews are missing or damaged, or not those that the run was trained on.
     """
     data, runtime = self.config.data, self.config.runtime
     source = sources.find(data, runtime.archive, runtime.cache_dir)
@@ -246,10 +245,6 @@ class Classifier:
     known: dict[str, Any] = {"step": self.step, "temperature": self.temperature, "vocabulary": self.vocabulary}
     known["explain"] = lambda texts: [explanation.to_html(each) for each in self.explain(texts)]
     return Answers(split=name, encoded=split, logits=self.logits(split), reviews=texts, **known), notes
-
-  def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
-    """Return the encoded texts of another labelled file or folder; see `tokens.read`."""
-    return tokens.read(path, self.vocabulary, self.classes, report)
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""
@@ -305,8 +300,7 @@ class Ensemble:
   def evaluate(self, splits: Sequence[TokenSplit]) -> Evaluation:
     """Return the metrics over reviews that each member's own vocabulary has encoded; `seeds` has those of each member.
 
-    Raises:
-      DataError: the labels of the splits differ, so they are not of the same reviews.
+    Raises DataError if the labels of the splits differ, so they are not of the same reviews.
     """
     pairs, task = list(zip(self.classifiers, splits, strict=True)), self.classifiers[0].program.task
     for each, split in pairs:

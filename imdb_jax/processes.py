@@ -88,11 +88,7 @@ def _await_coordinator(address: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Run a block that all processes must pass: if one fails, the others leave instead of waiting for it.
-
-  Raises:
-    PlatformError: another process failed or has gone.
-  """
+  """Run a block that all processes must pass: if one fails or has gone, the others raise PlatformError at once."""
   failure = None
   try:
     yield

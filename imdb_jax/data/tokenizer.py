@@ -76,8 +76,7 @@ class Vocabulary:
   def fit(cls, texts: Iterable[str], config: DataConfig) -> "Vocabulary":
     """Rank the words of `texts` by count. Of words with equal counts, the one that appears first has the lower id.
 
-    Raises:
-      DataError: there are too many different words to be counted in memory, or too long ones for a file.
+    Raises DataError if there are too many different words to be counted in memory, or too long ones for a file.
     """
     counts, empty = collections.Counter(), cls(config=config, words=())
     for text in texts:
@@ -143,11 +142,7 @@ class Vocabulary:
 
   @classmethod
   def load(cls, path: Path, config: DataConfig) -> "Vocabulary":
-    """Read a vocabulary from its JSON file.
-
-    Raises:
-      UsageError: the file is absent, not a vocabulary, or not one for this config.
-    """
+    """Read a JSON file; raise UsageError if it is absent, not a vocabulary, or not one for this config."""
     with reraise_as(UsageError, f"{path}: not a usable vocabulary", (OSError, ValueError)):
       fields = files.read_json(path, _MAX_FILE_BYTES)
       expected = _fields(config)

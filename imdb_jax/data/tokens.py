@@ -104,11 +104,7 @@ class TokenData:
 
 
 def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
-  """Split reviews into the rest and about `fraction` of them; no group is on both sides.
-
-  Raises:
-    DataError: the groups are unknown.
-  """
+  """Split reviews by groups into the rest and about `fraction` of them; raise DataError if the groups are unknown."""
   if reviews.groups is None:
     raise DataError(
       "--validation split requires the film of each review, which this source does not have: "

@@ -73,10 +73,8 @@ def write(
   """Write report.html and report.md into the directory of a run, or `output` alone; return the path of the page.
 
   Without answers, all that depends on them is left out. `notes` are lines that say what else is left out, and why.
-  Into `figures_dir`, an existing folder, the figures are written as PNG and SVG.
-
-  Raises:
-    UsageError: a file of the run is damaged, or cannot be written.
+  Into `figures_dir`, an existing folder, the figures are written as PNG and SVG. Raises UsageError if a file of the run
+  is damaged, or cannot be written.
   """
   history, steps = metrics_log.read(config.run_dir)
   notes, figures = [*notes], _curves(config, history, steps)

@@ -41,8 +41,7 @@ def by_name(tree: Any) -> dict[str, Any]:
 def check(folder: Path, arrays: dict[str, jax.ShapeDtypeStruct]) -> None:
   """Check that a folder holds these arrays in this layout, from the sizes of its files and its metadata alone.
 
-  Raises:
-    OSError, ValueError: it does not, or it contains a link or device; names the file or the array.
+  Raises OSError or ValueError, which name the file or array, if it does not, or contains a link or device.
   """
   expected = {}
   for name, array in arrays.items():
@@ -90,9 +89,7 @@ def restore(orbax: ocp.Checkpointer, folder: Path, abstract: Any) -> Any:
 def load_safetensors(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
   """Return the arrays of a file of weights, which must have the expected names, shapes and dtypes, and finite values.
 
-  Raises:
-    OSError, ValueError: the file cannot be read, or has other arrays.
-    ImportError: the package is missing.
+  Raises OSError or ValueError if the file cannot be read or has other arrays, ImportError if the package is missing.
   """
   import safetensors.numpy
 

@@ -19,11 +19,7 @@ def write(folder: Path, path: Path, facts: dict[str, Any]) -> None:
 
 
 def check(folder: Path, path: Path) -> dict[str, Any]:
-  """Return the facts of the manifest at `path`, if the folder agrees with it.
-
-  Raises:
-    OSError, ValueError: the folder differs from the manifest, or either is damaged; says how.
-  """
+  """Return the facts of the manifest at `path`; raise OSError or ValueError, which say how, if the folder differs."""
   match files.read_json(path):
     case {"facts": dict(facts), "files": dict(expected)}:
       found = files.walk(folder)

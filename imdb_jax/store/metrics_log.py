@@ -43,8 +43,7 @@ def read_history(run_dir: Path) -> list[Line]:
 def read(run_dir: Path) -> tuple[list[Line], list[Line]]:
   """Return the lines of the finished epochs of a run, and up to `MAX_STEP_LINES` of the others, at equal distances.
 
-  Raises:
-    UsageError: a file of the run is damaged.
+  Raises UsageError if a file of the run is damaged.
   """
   config, history, steps, distance = run_directory.load_config(run_dir), [], [], 1
   num_steps = 0

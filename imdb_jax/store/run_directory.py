@@ -177,8 +177,7 @@ def load_classes(run_dir: Path) -> dict[str, float]:
 def check(run_dir: Path, *, digest: str | None = None, summary: str = "", precision: str | None = None) -> None:
   """Check that the vocabulary of a run is unchanged, and that it was trained on these data and in this precision.
 
-  Raises:
-    DataError: the data differ.
+  Raises DataError if the data differ.
   """
   provenance = load_provenance(run_dir)
   with reraise_as(UsageError, f"{run_dir / 'vocab.json'}: not readable"):

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,14 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.callback(checkpoints.close)
-    saved, state, facts = _restore(program, checkpoints, lambda: start.params(program, loaded, source, console, stop))
+    if checkpoints.is_empty():
+      started = time.perf_counter()
+      params, facts = start.params(program, loaded, source, console, stop)
+      # The first epoch's time includes this.
+      progress = {"seconds": time.perf_counter() - started}
+      saved, state = Saved(step=0, progress=progress, score=None), program.init(params)
+    else:
+      (saved, state), facts = checkpoints.restore("latest"), {}
     report.show_header(program, loaded, saved.step, console)
     stack.enter_context(
       reraise_as(UsageError, f"--run-dir {config.run_dir}: cannot be written; saved steps were not touched")
@@ -133,18 +140,6 @@ def _shared_settings(program: Program) -> dict[str, Any]:
   settings["implementation"] = program.choice.name
   settings["num_devices"] = [device.id for device in program.mesh.devices.flat]
   return {f"--{name.replace('_', '-')}": value for name, value in settings.items()} | run_directory.versions()
-
-
-def _restore(
-  program: Program, checkpoints: Checkpoints, start_params: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
-) -> tuple[Saved, TrainState, dict[str, Any]]:
-  """Return the newest checkpoint or the initial state, and facts about the latter for provenance.json."""
-  if not checkpoints.is_empty():
-    return *checkpoints.restore("latest"), {}
-  started = time.perf_counter()
-  params, facts = start_params()
-  # The first epoch's time includes this.
-  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(params), facts
 
 
 def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:
@@ -244,14 +239,6 @@ class _Trainer:
     number, is_due = processes.largest([self._stop.signal or 0, int(is_due and jax.process_index() == 0)])
     return signal.Signals(number) if number else None, bool(is_due)
 
-  def _num_steps(self, left: int) -> int:
-    """Return how many of the steps left in the epoch to dispatch: no more than up to the next save."""
-    runtime = self._config.runtime
-    num_steps = min(left, runtime.steps_per_dispatch)
-    if runtime.save_every_steps is not None:
-      num_steps = min(num_steps, runtime.save_every_steps - self._step % runtime.save_every_steps)
-    return num_steps
-
   def _rows(self, epoch: int) -> np.ndarray:
     """Return the rows of each step of an epoch, i32[steps, seeds, b]."""
     lengths, training = self._data.train.lengths, self._config.training
@@ -270,7 +257,10 @@ class _Trainer:
         break
       self._profile()
       number, is_due = self._poll() if dispatch % poll_every == 0 else (None, False)
-      is_due |= runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0
+      num_steps = min(len(rows) - done, runtime.steps_per_dispatch)
+      if runtime.save_every_steps is not None:
+        is_due |= self._step % runtime.save_every_steps == 0
+        num_steps = min(num_steps, runtime.save_every_steps - self._step % runtime.save_every_steps)
       # The first step of an epoch, or of a resumed run, is saved already.
       if number or (is_due and self._step not in (0, *self._checkpoints.steps())):
         self._recorder.flush()
@@ -278,7 +268,6 @@ class _Trainer:
         self._save_within_epoch(number, seconds)
         # The time of a save does not count.
         started = time.perf_counter() - seconds
-      num_steps = self._num_steps(len(rows) - done)
       chosen = self._program.put_rows(rows[done : done + num_steps])
       with jax.transfer_guard("disallow"):
         self._state, sums = self._program.train_steps(self._state, self._reviews, *chosen)
