@@ -194,7 +194,7 @@ def _explain(prog: str, args: Sequence[str]) -> None:
   with exits.interruptible():
     found = classifier.explain(given.texts, given.label)
   if given.html is not None:
-    with reraise_as(UsageError, f"--html {given.html}: cannot be written"):
+    with reraise_as(UsageError, f"--html {given.html}"):
       # Arguments may hold what is no character.
       given.html.write_text(explanation.page(found), encoding="utf-8", errors="replace")
   is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -61,7 +61,7 @@ def _read_lines(name: str) -> Generator[list[str]]:
   rest = bytearray()
   # Standard input is descriptor 0, not a path.
   path = 0 if name == "-" else name
-  with reraise_as(UsageError, f"--file {name}: cannot be read"), open(path, "rb", buffering=0) as file:  # noqa: PTH123
+  with reraise_as(UsageError, f"--file {name}"), open(path, "rb", buffering=0) as file:  # noqa: PTH123
     while piece := file.read(_PIECE_BYTES):
       rest += piece
       if b"\n" in piece:
@@ -153,6 +153,6 @@ def _aside(output: Path) -> Iterator[IO[str]]:
   """Open a file under another name, and rename it at the end: a command that is interrupted leaves no part of it."""
   opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(output.suffix.lower(), open)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(reraise_as(UsageError, f"--output {output}: cannot be written"))
+    stack.enter_context(reraise_as(UsageError, f"--output {output}"))
     unfinished = stack.enter_context(files.aside(output))
     yield stack.enter_context(opener(unfinished, "xt", encoding="utf-8", newline=""))

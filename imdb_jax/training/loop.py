@@ -117,9 +117,8 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     else:
       (saved, state), facts = checkpoints.restore("latest"), {}
     report.show_header(program, loaded, saved.step, console)
-    stack.enter_context(
-      reraise_as(UsageError, f"--run-dir {config.run_dir}: cannot be written; saved steps were not touched")
-    )
+    advice = "Saved steps were not touched."
+    stack.enter_context(reraise_as(UsageError, f"--run-dir {config.run_dir}: cannot be written", advice=advice))
     log = stack.enter_context(contextlib.closing(_open_log(config, saved, num_steps, held)))
     if is_first:
       for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
