@@ -57,7 +57,7 @@ ONLY_IN = {
 }
 WITHOUT_JAX = {
   *("errors", "validation", "config", "arguments", "exits", "data", "plots", "checking", "scoring"),
-  *("store.files", "store.manifest", "store.metrics_log", "store.run_directory"),
+  *("store.files", "store.metrics_log", "store.run_directory"),
 }
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MAY_COMPILE = {"program", "lstm.choice", "training.skipgram"}
@@ -195,14 +195,13 @@ def test_imports_go_down_only(module):
     ("data.tokens", "from imdb_jax.store import metrics_log"),
     ("data.tokens", "import jax"),
     ("data.tokens", "def f():\n  from flax import linen"),
-    ("store.files", "from imdb_jax.store import manifest"),
+    ("store.files", "from imdb_jax.store import run_directory"),
     ("store.files", "from imdb_jax.data import reviews"),
-    ("store.manifest", "import jax"),
     ("store.run_directory", "import jax"),
     ("store.metrics_log", "import optax"),
-    ("store.manifest", "from imdb_jax import evaluation"),
+    ("store.metrics_log", "from imdb_jax import evaluation"),
     ("store.checkpoints", "from imdb_jax import program"),
-    ("program", "from imdb_jax.store import files, manifest"),
+    ("program", "from imdb_jax.store import files, arrays"),
     ("prediction", "from imdb_jax.training import loop"),
     ("training.loop", "from imdb_jax import prediction"),
     ("training.loop", "from imdb_jax import cli"),
@@ -228,7 +227,7 @@ def test_a_forbidden_import_is_found(module, source):
     ("cli", "from imdb_jax import arguments"),
     ("config", "from imdb_jax.validation import Settings"),
     ("data.tokens", "from imdb_jax.store import files"),
-    ("store.checkpoints", "from imdb_jax.store import files, manifest"),
+    ("store.checkpoints", "from imdb_jax.store import files, arrays"),
     ("store.checkpoints", "import orbax.checkpoint as ocp"),
     ("training.metrics", "from imdb_jax.training.console import Console"),
   ],

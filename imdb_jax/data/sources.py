@@ -33,9 +33,9 @@ class Source:
   """
 
   name: str
-  content: str | None
-  fingerprint: Callable[[], str | None]
   load: Callable[[Callable[[str], None]], dict[str, Reviews]]
+  content: str | None = None
+  fingerprint: Callable[[], str | None] = lambda: None
   load_unlabelled: Callable[[Callable[[str], None]], dict[str, Reviews]] = lambda report: {}
 
 
@@ -55,7 +55,7 @@ def find(
     if path is not None and config.source in ("imdb", "sample"):
       raise UsageError(f"{name} {path}: requires texts of your own, not --data {config.source}.")
   if config.source == "sample":
-    return Source(name="the embedded sample", content=None, fingerprint=lambda: None, load=lambda report: sample.load())
+    return Source(name="the embedded sample", load=lambda report: sample.load())
   if archive is not None:
     return Source(
       name=str(archive),
@@ -64,15 +64,17 @@ def find(
       load=lambda report: archive_reader.read_archive(archive),
       load_unlabelled=lambda report: archive_reader.read_archive(archive, ("test", "unsupervised")),
     )
-  own: dict[str, Any] = {"name": config.source, "fingerprint": functools.partial(_fingerprint, config)}
-  load = functools.partial(_load_own, config)
   if config.source == "python":
     if given is None:
       raise DataError("The run was trained on texts given from Python: name texts to evaluate, as by --data FILE.")
-    own = {"name": "the given texts", "fingerprint": lambda: None}
     load = functools.partial(_load_given, given)
+    more = functools.partial(_load_unlabelled, config, load)
+    return Source(name="the given texts", load=load, load_unlabelled=more)
   if config.source != "imdb":
-    return Source(**own, content=None, load=load, load_unlabelled=functools.partial(_load_unlabelled, config, load))
+    load = functools.partial(_load_own, config)
+    more = functools.partial(_load_unlabelled, config, load)
+    own = functools.partial(_fingerprint, config)
+    return Source(name=config.source, fingerprint=own, load=load, load_unlabelled=more)
   return Source(
     name="the prepared store, or the download",
     content=imdb.CONTENT,

@@ -74,7 +74,7 @@ def check(folder: Path, arrays: dict[str, jax.ShapeDtypeStruct]) -> None:
 
 
 def save(orbax: ocp.Checkpointer, folder: Path, state: Any) -> None:
-  """Write the arrays of a state to a new folder. `manifest.write` flushes them to the disk."""
+  """Write the arrays of a state to a new folder. `files.write_manifest` flushes them to the disk."""
   orbax.save(folder, args=ocp.args.PyTreeSave(by_name(state)))
 
 

@@ -21,7 +21,7 @@ from absl import logging as absl_logging
 
 from imdb_jax import processes
 from imdb_jax.errors import CheckpointError, first_line, reraise_as
-from imdb_jax.store import arrays, files, manifest
+from imdb_jax.store import arrays, files
 
 _LOG = logging.getLogger(__name__)
 # The newest steps are kept for resuming, and the best one.
@@ -97,7 +97,7 @@ class Checkpoints:
       try:
         # First, because it takes no longer for huge files.
         arrays.check(self._folder(step), self._arrays)
-        facts = manifest.check(self._folder(step), self._manifest(step))
+        facts = files.check_manifest(self._folder(step), self._manifest(step))
         progress, score = facts.get("progress"), facts.get("score")
         if not isinstance(progress, dict) or not (score is None or (type(score) is float and math.isfinite(score))):
           raise ValueError("its manifest lacks progress or score")
@@ -191,7 +191,7 @@ class Checkpoints:
           # Whatever the file system or Orbax makes of the path, the files must be where a reader looks for them.
           arrays.check(self._folder(saved.step), self._arrays)
           facts = {"progress": saved.progress, "score": saved.score}
-          manifest.write(self._folder(saved.step), self._manifest(saved.step), facts)
+          files.write_manifest(self._folder(saved.step), self._manifest(saved.step), facts)
     # Orbax, tensorstore and the file system raise errors without a common base class.
     except Exception as error:
       self._find_all()

@@ -1,4 +1,4 @@
-"""Bounded reads and atomic writes of small files.
+"""Bounded reads, atomic writes of small files, and manifests of folders.
 
 Links are never followed. All functions raise OSError if a file is missing, not a regular file, or cannot be written,
 and the reading ones ValueError if its content is too large or malformed.
@@ -122,3 +122,36 @@ def walk(folder: Path) -> dict[str, int]:
         if len(sizes) + len(folders) > _MAX_FILES:
           raise ValueError(f"{folder} holds more than {_MAX_FILES:,} files")
   return sizes
+
+
+def write_manifest(folder: Path, path: Path, facts: dict[str, Any]) -> None:
+  """Flush a folder to the disk, then write its manifest to `path`, atomically: sizes, SHA-256, and facts in JSON.
+
+  Orbax stores no checksums of its arrays, accepts half-copied folders, and follows links. A manifest detects all three.
+  """
+  listed = {name: _entry(folder / name, size) for name, size in walk(folder).items()}
+  # Orbax flushes few of its
+  for written in (*folder.rglob("*"), folder, folder.parent):
+    sync(written)
+  write_json(path, {"facts": facts, "files": listed})
+
+
+def check_manifest(folder: Path, path: Path) -> dict[str, Any]:
+  """Return the facts of the manifest at `path`; raise OSError or ValueError, which say how, if the folder differs."""
+  match read_json(path):
+    case {"facts": dict(facts), "files": dict(expected)}:
+      found = walk(folder)
+    case _:
+      raise ValueError(f"its manifest {path.name} is damaged")
+  for name in sorted(expected.keys() | found.keys()):
+    if name not in found:
+      raise ValueError(f"{name} is missing")
+    if name not in expected:
+      raise ValueError(f"{name} is not listed in the manifest")
+    if expected[name] != _entry(folder / name, found[name]):
+      raise ValueError(f"{name} has changed: its size or SHA-256 differs")
+  return facts
+
+
+def _entry(path: Path, size: int) -> dict[str, Any]:
+  return {"size": size, "sha256": sha256(path)}

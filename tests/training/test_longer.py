@@ -15,7 +15,7 @@ import imdb_jax
 from imdb_jax import evaluation
 from imdb_jax.config import Config
 from imdb_jax.errors import UsageError
-from imdb_jax.store import files, manifest, run_directory
+from imdb_jax.store import files, run_directory
 from imdb_jax.training import report
 from imdb_jax.training.metrics import Recorder
 
@@ -99,7 +99,7 @@ def test_a_stopped_run_ends_after_the_same_epoch_with_the_same_bits(tmp_path):
   with signal_before(Recorder, "record_steps", signal.SIGTERM, at_call=10):
     assert train_until_stopped(config).step == 10
   # After the last epoch's line has been written, and before its state is saved.
-  with death_in(manifest, "write"):
+  with death_in(files, "write_manifest"):
     imdb_jax.fit(config)
   with signal_before(Recorder, "flush", signal.SIGTERM, at_call=2):
     assert train_until_stopped(config).step == 16
