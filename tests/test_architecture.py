@@ -206,7 +206,7 @@ def test_imports_go_down_only(module):
     ("training.loop", "from imdb_jax import prediction"),
     ("training.loop", "from imdb_jax import cli"),
     ("training.loop", "import orbax.checkpoint as ocp"),
-    ("training.report", "from matplotlib.figure import Figure"),
+    ("training.loop", "from matplotlib.figure import Figure"),
     ("evaluation", "from rich.console import Console"),
     ("cli", "import argparse"),
     ("arguments", "from imdb_jax import cli"),

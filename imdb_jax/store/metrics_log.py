@@ -65,6 +65,17 @@ def best_epoch(history: list[Line]) -> Line:
   return max(history, key=lambda line: line["val_accuracy"])
 
 
+def early_end(history: list[Line], patience: int | None) -> Line | None:
+  """Return the epoch after which early stopping ends a run, if it does: none is better in the `patience` before it."""
+  best = history[:1]
+  for line in history if patience is not None else []:
+    if line["val_accuracy"] > best[0]["val_accuracy"]:
+      best = [line]
+    elif line["epoch"] - best[0]["epoch"] == patience:
+      return line
+  return None
+
+
 def decimal(value: float) -> str:
   """Format a metric with four decimals, or with four digits if it is huge."""
   return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"

@@ -26,9 +26,9 @@ from imdb_jax.program import Program, TrainState
 from imdb_jax.report import page
 from imdb_jax.store import metrics_log, run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
-from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch
-from imdb_jax.training import report, start
-from imdb_jax.training.console import Console
+from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch, early_end
+from imdb_jax.training import start
+from imdb_jax.training.console import Console, epoch_line, show_header, start_facts
 from imdb_jax.training.metrics import Recorder
 
 # Dispatches between two agreements of several processes, which wait for each other then.
@@ -108,26 +108,20 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.callback(checkpoints.close)
-    if checkpoints.is_empty():
-      started = time.perf_counter()
-      params, facts = start.params(program, loaded, source, console, stop)
-      # The first epoch's time includes this.
-      progress = {"seconds": time.perf_counter() - started}
-      saved, state = Saved(step=0, progress=progress, score=None), program.init(params)
-    else:
-      (saved, state), facts = checkpoints.restore("latest"), {}
-    report.show_header(program, loaded, saved.step, console)
+    is_new = checkpoints.is_empty()
+    saved, state, facts = (
+      start.first(program, loaded, source, console, stop) if is_new else (*checkpoints.restore("latest"), {})
+    )
+    show_header(program, loaded, saved.step, console)
     advice = "Saved steps were not touched."
     stack.enter_context(reraise_as(UsageError, f"--run-dir {config.run_dir}: cannot be written", advice=advice))
     log = stack.enter_context(contextlib.closing(_open_log(config, saved, num_steps, held)))
     if is_first:
-      for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
+      for change in run_directory.record_start(config, start_facts(program, saved.step) | facts):
         console.line(f"Changed {change}")
     recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
     stack.callback(console.end_epoch)
-    trainer = _Trainer(program, loaded, checkpoints, recorder, stop)
-    stack.enter_context(trainer.trace)
-    return trainer.run(saved, state)
+    return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
 
 
 def _shared_settings(program: Program) -> dict[str, Any]:
@@ -147,7 +141,7 @@ def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.
   num_epochs = steps_with_line // (num_steps // config.training.epochs)
   log = MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
   patience = config.training.early_stopping
-  end = report.early_end(log.history, patience)
+  end = early_end(log.history, patience)
   if end is not None and end["step"] < saved.step:
     log.close()
     raise UsageError(
@@ -165,7 +159,7 @@ class _Trainer:
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
     self._saved_at = time.monotonic()
-    self.trace, self._traced_from = contextlib.ExitStack(), 0
+    self._trace, self._traced_from = contextlib.ExitStack(), 0
     # Of the best epoch, unless that was before the run was resumed.
     self._answers: page.Answers | None = None
 
@@ -186,13 +180,14 @@ class _Trainer:
       page_path.unlink(missing_ok=True)
     compile_seconds = 0.0 if is_over else self._compile()
     try:
-      while not is_over:
-        self._train_epoch(len(history) + 1, seconds)
-        seconds = 0.0
-        number, _ = self._poll()
-        is_over = self._is_over()
-        if number and not is_over:
-          raise Interrupted(number, self._step)
+      with self._trace:
+        while not is_over:
+          self._train_epoch(len(history) + 1, seconds)
+          seconds = 0.0
+          number, _ = self._poll()
+          is_over = self._is_over()
+          if number and not is_over:
+            raise Interrupted(number, self._step)
     except DivergenceError as error:
       steps = self._checkpoints.steps()
       last = f"The last good checkpoint is step {steps[-1]:,}." if steps else "No checkpoint had been saved."
@@ -215,7 +210,7 @@ class _Trainer:
   def _is_over(self) -> bool:
     """Return whether all epochs are done, or early stopping ends the run. All processes must call it."""
     history, training = self._recorder.log.history, self._config.training
-    ends = len(history) == training.epochs or report.early_end(history, training.early_stopping) is not None
+    ends = len(history) == training.epochs or early_end(history, training.early_stopping) is not None
     # Other machines may round differently.
     return bool(processes.largest([int(ends and jax.process_index() == 0)])[0])
 
@@ -282,10 +277,10 @@ class _Trainer:
       return
     if self._step + 1 == self._traced_from:
       folder = self._config.run_dir / "profile"
-      self.trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
+      self._trace.enter_context(jax.profiler.trace(folder, create_perfetto_trace=True))
     elif self._step + 1 >= self._traced_from + num_steps:
       jax.block_until_ready(self._state)
-      self.trace.close()
+      self._trace.close()
 
   def _evaluate(self, seconds: float, poll_every: int) -> None:
     """Evaluate at the end of an epoch, write the epoch's line and save."""
@@ -301,7 +296,7 @@ class _Trainer:
     evaluation_seconds = time.perf_counter() - started
     line = self._recorder.record_epoch(self._step, result, seconds=seconds, evaluation_seconds=evaluation_seconds)
     console.end_epoch()
-    console.line(report.epoch_line(line, self._config.training.epochs))
+    console.line(epoch_line(line, self._config.training.epochs))
     # Not on the test reviews, which are for reporting.
     is_held_out = self._config.data.validation == "split"
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out else {}
