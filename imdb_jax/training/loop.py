@@ -65,10 +65,8 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
 
   Settings of JAX and glibc change for the whole process; see `devices.start` and `devices.keep_freed_memory`.
 
-  Args:
-    config: settings of the run.
-    data: texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
-      pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing.
+  `data` holds texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
+  pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing.
 
   Raises:
     UsageError: the run directory holds something else or is in use, or a setting does not fit data or device.
