@@ -74,18 +74,18 @@ def _path(text: str) -> Path:
   return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
-def _parser(prog: str, command: Callable[..., None], *, restores: bool, several: bool = True) -> arguments.Parser:
+def _restoring(prog: str, command: Callable[..., None], *, several: bool = True) -> arguments.Parser:
+  """Return a parser with the flags of a command that restores a run, or several as an ensemble; see `_load`."""
   parser = arguments.Parser(prog=prog, description=command.__doc__)
-  if restores:
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
-    parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
-    parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
-    no_calibration = "Ignore the temperature that a run with --validation split fits to the held-out reviews."
-    parser.add_argument("--no-calibration", dest="calibrate", action="store_false", help=no_calibration)
-    parser.set_defaults(others=[])
-    if several:
-      others: dict[str, Any] = {"dest": "others", "metavar": "RUN_DIR", "type": _path, "action": "append"}
-      parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
+  parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
+  parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
+  parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
+  no_calibration = "Ignore the temperature that a run with --validation split fits to the held-out reviews."
+  parser.add_argument("--no-calibration", dest="calibrate", action="store_false", help=no_calibration)
+  parser.set_defaults(others=[])
+  if several:
+    others: dict[str, Any] = {"dest": "others", "metavar": "RUN_DIR", "type": _path, "action": "append"}
+    parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
   return parser
 
 
@@ -107,7 +107,7 @@ def _load(given: Any, **runtime: Any):
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
   """Evaluate a checkpoint of a run."""
-  parser = _parser(prog, _evaluate, restores=True)
+  parser = _restoring(prog, _evaluate)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to evaluate.")
   parser.add_argument("--data", type=_path, help="Other labelled texts: a CSV or JSONL file, or a folder.")
@@ -146,7 +146,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 
 def _predict(prog: str, args: Sequence[str]) -> None:
   """Classify texts: those given, or all of a file."""
-  parser = _parser(prog, _predict, restores=True)
+  parser = _restoring(prog, _predict)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("texts", metavar="TEXT", nargs="*", help="Reviews; without any, they are read from --file.")
   parser.add_argument("--file", default="-", help="CSV or JSONL, or a review per line; - is standard input. [-]")
@@ -182,7 +182,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 
 def _explain(prog: str, args: Sequence[str]) -> None:
   """Show by how much each word of a text speaks for a class."""
-  parser = _parser(prog, _explain, restores=True, several=False)
+  parser = _restoring(prog, _explain, several=False)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--html", type=_path, metavar="FILE", help="Write a page with colored words.")
   parser.add_argument("--class", dest="label", metavar="NAME", help="Class. [the second of two, or the answer]")
@@ -204,7 +204,7 @@ def _explain(prog: str, args: Sequence[str]) -> None:
 
 def _serve(prog: str, args: Sequence[str]) -> None:
   """Answer predictions over HTTP, and show a page to type texts into."""
-  parser = _parser(prog, _serve, restores=True)
+  parser = _restoring(prog, _serve)
   parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. [127.0.0.1]")
   parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 takes a free one. [8000]")
   given = parser.parse_args(args)
@@ -216,7 +216,7 @@ def _serve(prog: str, args: Sequence[str]) -> None:
 
 def _export(prog: str, args: Sequence[str]) -> None:
   """Write the model of a run for use elsewhere."""
-  parser = _parser(prog, _export, restores=True, several=False)
+  parser = _restoring(prog, _export, several=False)
   choices = ("safetensors", "stablehlo")
   parser.add_argument("--format", default=choices[0], choices=choices, help="Weights, or a compiled program.")
   parser.add_argument("--output", type=_path, required=True, help="Folder to create.")
@@ -232,7 +232,7 @@ def _export(prog: str, args: Sequence[str]) -> None:
 
 def _plot(prog: str, args: Sequence[str]) -> None:
   """Plot accuracy and loss of a run, training against validation."""
-  parser = _parser(prog, _plot, restores=False)
+  parser = arguments.Parser(prog=prog, description=_plot.__doc__)
   parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
   parser.add_argument("--output", type=_path, help="File to write: .png, .pdf or .svg. [RUN_DIR/history.png]")
   given = parser.parse_args(args)
@@ -247,7 +247,7 @@ def _plot(prog: str, args: Sequence[str]) -> None:
 
 def _report(prog: str, args: Sequence[str]) -> None:
   """Write a page about a run, or one that compares several."""
-  parser = _parser(prog, _report, restores=True, several=False)
+  parser = _restoring(prog, _report, several=False)
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to show.")
   parser.add_argument("more", metavar="RUN_DIR", type=_path, nargs="*", help="Runs to compare with the first one.")
   parser.add_argument("--output", type=_path, help="Page to write. [RUN_DIR/report.html; of several: comparison.html]")
@@ -279,7 +279,7 @@ def _check(prog: str, args: Sequence[str]) -> None:
 
 def _prepare(prog: str, args: Sequence[str]) -> None:
   """Prepare the tensorflow-datasets store from a local archive."""
-  parser = _parser(prog, _prepare, restores=False)
+  parser = arguments.Parser(prog=prog, description=_prepare.__doc__)
   parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive.")
   parser.add_argument("--data-dir", type=_path, default=default_cache_dir(), help="Folder to write the store to.")
   given = parser.parse_args(args)
@@ -291,7 +291,7 @@ def _prepare(prog: str, args: Sequence[str]) -> None:
 
 def _compare(prog: str, args: Sequence[str]) -> None:
   """Compare models on the same reviews; the same command again continues."""
-  parser = _parser(prog, _compare, restores=False)
+  parser = arguments.Parser(prog=prog, description=_compare.__doc__)
   parser.add_argument("--rows", metavar="A,B,...", help="Models to compute. [all that are installed]")
   parser.add_argument("--num-seeds", type=int, default=1, metavar="N", help="Models per row, with different seeds. [1]")
   parser.add_argument("--quick", action="store_true", help="Small models on the sample, in two minutes.")
