@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
+from imdb_jax.errors import reraise_as
 from imdb_jax.store import files
 
 # Orbax's description of the tree. It tells Orbax where to look for each array, and in which format.
@@ -94,10 +95,8 @@ def load_safetensors(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarr
   import safetensors.numpy
 
   size = sum(array.size * array.dtype.itemsize for array in expected.values())
-  try:
+  with reraise_as(ValueError, "it is damaged", safetensors.SafetensorError):
     found = safetensors.numpy.load(files.read_bytes(path, size + files.MAX_JSON_BYTES))
-  except safetensors.SafetensorError as error:
-    raise ValueError(f"it is damaged: {error}") from error
   shapes = ({name: (array.shape, array.dtype) for name, array in arrays.items()} for arrays in (found, expected))
   if next(shapes) != next(shapes):
     raise ValueError("its arrays are not those of this model")

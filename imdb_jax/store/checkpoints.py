@@ -200,17 +200,15 @@ class Checkpoints:
         f"Step {saved.step} could not be saved in {self.directory}: {first_line(error)}. Intact steps: {intact}."
       ) from error
     self._saved[saved.step] = saved
-    try:
+    with reraise_as(
+      CheckpointError, f"Step {saved.step} is saved in {self.directory}, but an older step could not be removed"
+    ):
       for old in self._saved.keys() - {*self.steps()[-_NUM_KEPT:], self.find("best").step}:
         del self._saved[old]
         if jax.process_index() == 0:
           self._manifest(old).unlink(missing_ok=True)
           files.sync(self._manifests)
           files.remove(self._folder(old))
-    except OSError as error:
-      raise CheckpointError(
-        f"Step {saved.step} is saved in {self.directory}, but an older step could not be removed: {first_line(error)}."
-      ) from error
 
   def _require_untouched(self) -> None:
     """Raise OSError if someone has removed saved steps, or the whole folder, which Orbax would create anew."""

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from imdb_jax.errors import reraise_as
+
 MAX_JSON_BYTES = 2**20
 # A checkpoint has fewer than a hundred.
 _MAX_FILES = 1000
@@ -41,10 +43,8 @@ def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
   """Return the value of a JSON file in UTF-8 of at most `max_bytes`."""
-  try:
+  with reraise_as(ValueError, f"{path.name} is nested too deeply", RecursionError):
     return json.loads(read_bytes(path, max_bytes).decode())
-  except RecursionError as error:
-    raise ValueError(f"{path.name} is nested too deeply") from error
 
 
 def sha256(path: Path) -> str:
@@ -95,10 +95,8 @@ def write_json(path: Path, value: Any) -> None:
 def remove(path: Path) -> None:
   """Remove a file, a link or a whole folder; do nothing if the path is missing."""
   if path.is_dir() and not path.is_symlink():
-    try:
+    with reraise_as(OSError, f"{path} is nested too deeply", RecursionError):
       shutil.rmtree(path)
-    except RecursionError as error:
-      raise OSError(f"{path} is nested too deeply") from error
   else:
     path.unlink(missing_ok=True)
 

@@ -87,12 +87,10 @@ def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:
   However long the file is, it holds no more epochs and seeds than the config: few enough for the memory.
   """
   training = config.training
-  try:
-    file = files.open_regular(path)
-  except FileNotFoundError:
+  if not os.path.lexists(path):
     return
-  except OSError as error:
-    raise UsageError(f"{path}: not readable: {error}") from error
+  with reraise_as(UsageError, f"{path}: not readable"):
+    file = files.open_regular(path)
   end, epoch = 0, 0
   with file:
     while (text := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
