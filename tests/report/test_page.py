@@ -1,5 +1,6 @@
 """The page about a run: what it shows, and what it leaves out of a run that has little to show."""
 
+import dataclasses
 import json
 import math
 import re
@@ -74,6 +75,16 @@ def test_the_headline_has_accuracy_interval_and_number_of_reviews(tmp_path):
   assert "90.00 %" in shown
   assert f"Accuracy on 100 test reviews , 95% interval {100 * low:.2f}% to {100 * high:.2f}%." in shown
   assert "Training 12 s" in shown
+
+
+def test_the_page_says_which_step_answered(tmp_path):
+  """Epoch 2 is the best; its step is 2."""
+  config, answers = run_of(tmp_path, GOOD, (0.5, 0.5, 0.5, 0.75), GOOD), answers_of([1, -1], [1, 0])
+  best, latest = (written(config, dataclasses.replace(answers, step=step)) for step in (2, 3))
+  assert "This is what Classifier answers with: epoch 2, chosen on" in best
+  assert "These are the answers of step 3; by default, Classifier answers with epoch 2, step 2." in latest
+  assert "This is what" not in latest
+  assert "On 2 test reviews, after step 3: accuracy 1.0000" in (config.run_dir / "report.md").read_text()
 
 
 def test_the_confusion_matrix_has_a_row_per_label(tmp_path):
