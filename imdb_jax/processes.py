@@ -88,7 +88,7 @@ def _await_coordinator(address: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Run a block that all processes must pass: if one fails or has gone, the others raise PlatformError at once."""
+  """Run a block that all processes must pass: if one fails or has gone, the others raise PlatformError and leave."""
   failure = None
   try:
     yield

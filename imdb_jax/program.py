@@ -76,7 +76,7 @@ class Program:
   """
 
   def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
-    """Build the functions for a run of so many steps in all; they are compiled when they are first called.
+    """Build the functions for a run of `num_steps` steps; they are compiled when they are first called.
 
     Raises:
       UsageError: the named implementation does not support the model or the device, there are too many classes, or

@@ -73,8 +73,8 @@ def find(
   if config.source != "imdb":
     load = functools.partial(_load_own, config)
     more = functools.partial(_load_unlabelled, config, load)
-    own = functools.partial(_fingerprint, config)
-    return Source(name=config.source, fingerprint=own, load=load, load_unlabelled=more)
+    fingerprint = functools.partial(_fingerprint, config)
+    return Source(name=config.source, fingerprint=fingerprint, load=load, load_unlabelled=more)
   return Source(
     name="the prepared store, or the download",
     content=imdb.CONTENT,

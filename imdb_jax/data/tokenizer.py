@@ -70,7 +70,7 @@ class Vocabulary:
   @functools.cached_property
   def json(self) -> str:
     """JSON text that `load` reads."""
-    return json.dumps(_fields(self.config) | {"words": self.words}, ensure_ascii=False, indent=0)
+    return json.dumps(_fields(self.config, self.words), ensure_ascii=False, indent=0)
 
   @classmethod
   def fit(cls, texts: Iterable[str], config: DataConfig) -> "Vocabulary":
@@ -145,11 +145,11 @@ class Vocabulary:
     """Read a JSON file; raise UsageError if it is absent, not a vocabulary, or not one for this config."""
     with reraise_as(UsageError, f"{path}: not a usable vocabulary", (OSError, ValueError)):
       fields = files.read_json(path, _MAX_FILE_BYTES)
-      expected = _fields(config)
-      if not isinstance(fields, dict) or fields.keys() != {*expected, "words"}:
-        raise ValueError(f"not a JSON object with the keys {', '.join(sorted({*expected, 'words'}))}")
+      expected = _fields(config, [])
+      if not isinstance(fields, dict) or fields.keys() != expected.keys():
+        raise ValueError(f"not a JSON object with the keys {', '.join(sorted(expected))}")
       words, size = fields["words"], config.vocabulary_size
-      for name, value in expected.items():
+      for name, value in (expected | {"words": words}).items():
         if type(fields[name]) is not type(value) or fields[name] != value:
           raise ValueError(f"{name} must be {value!r}")
       if not isinstance(words, list) or len(words) >= size or not all(isinstance(word, str) for word in words):
@@ -161,7 +161,8 @@ class Vocabulary:
     return cls(config=config, words=tuple(words))
 
 
-def _fields(config: DataConfig) -> dict[str, Any]:
-  """Return the fields of a vocabulary's file, except the words. Files of older versions lack `punctuation`."""
-  fields = {"format": _FORMAT, "size": config.vocabulary_size, "strip_html": config.strip_html}
+def _fields(config: DataConfig, words: Sequence[str]) -> dict[str, Any]:
+  """Return the fields of a vocabulary's file, in their order: the digest of a run's data depends on it."""
+  fields = {"format": _FORMAT, "size": config.vocabulary_size, "strip_html": config.strip_html, "words": words}
+  # Files of older versions lack the field.
   return fields | ({"punctuation": True} if config.punctuation else {})

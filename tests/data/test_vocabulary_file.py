@@ -40,6 +40,13 @@ def test_vocabulary_with_punctuation_is_not_taken_for_one_without(tmp_path):
     Vocabulary.load(path, config)
 
 
+def test_the_file_has_the_bytes_on_which_the_digests_of_runs_depend():
+  text = '{{\n"format": "imdb_jax vocabulary 1",\n"size": 10,\n"strip_html": {},\n"words": [\n"a",\n"!"\n]{}\n}}'
+  marked, plain = DataConfig(vocabulary_size=10, punctuation=True), DataConfig(vocabulary_size=10, strip_html=False)
+  assert fit("a !", config=marked).json == text.format("true", ',\n"punctuation": true')
+  assert Vocabulary(config=plain, words=("a", "!")).json == text.format("false", "")
+
+
 @pytest.mark.parametrize(
   ("limit", "value", "words"),
   [("_MAX_WORDS", 3, "more than 3 different"), ("_MAX_FILE_BYTES", 99, "more than 99 bytes")],
