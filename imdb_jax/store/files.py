@@ -128,14 +128,14 @@ def write_manifest(folder: Path, path: Path, facts: dict[str, Any]) -> None:
   Orbax stores no checksums of its arrays, accepts half-copied folders, and follows links. A manifest detects all three.
   """
   listed = {name: _entry(folder / name, size) for name, size in walk(folder).items()}
-  # Orbax flushes few of its
+  # Orbax flushes few of its files.
   for written in (*folder.rglob("*"), folder, folder.parent):
     sync(written)
   write_json(path, {"facts": facts, "files": listed})
 
 
 def check_manifest(folder: Path, path: Path) -> dict[str, Any]:
-  """Return the facts of the manifest at `path`; raise OSError or ValueError, which say how, if the folder differs."""
+  """Return a manifest's facts; raise OSError or ValueError, which say how, if it is damaged or the folder differs."""
   match read_json(path):
     case {"facts": dict(facts), "files": dict(expected)}:
       found = walk(folder)
