@@ -114,9 +114,9 @@ class Classifier:
     # The settings have expanded ~.
     folder = runtime.run_dir or Path(folder)
     config, shares = run_directory.load_config(folder, runtime), run_directory.load_classes(folder)
+    vocabulary = Vocabulary.load(folder / "vocab.json", config.data)
     program = Program(config, devices.start(runtime, runtime.evaluation_batch_size), classes=tuple(shares))
-    restored = restore(program, folder)
-    model = cls(program, Vocabulary.load(folder / "vocab.json", config.data), *restored)
+    model = cls(program, vocabulary, *restore(program, folder))
     model.prior = np.array([*shares.values()], np.float32)
     return model
 
