@@ -72,7 +72,6 @@ class Classifier:
     """
 
     def restore(program: Program, run_dir: Path) -> tuple[Any, int, float]:
-      run_directory.check(run_dir)
       with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
         saved, state = checkpoints.restore(step)
       temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
@@ -80,7 +79,7 @@ class Classifier:
         raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
       return state.params, saved.step, temperature
 
-    return cls._restored(run_dir, runtime, restore)
+    return cls._restored(run_dir, runtime, restore, is_run=True)
 
   @classmethod
   def from_safetensors(cls, folder: str | Path, *, runtime: RuntimeConfig | None = None) -> "Classifier":
@@ -103,17 +102,24 @@ class Classifier:
       params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
       return devices.put(params, devices.replicated(program.mesh)), step, temperature
 
-    return cls._restored(folder, runtime, restore)
+    return cls._restored(folder, runtime, restore, is_run=False)
 
   @classmethod
   def _restored(
-    cls, folder: str | Path, runtime: RuntimeConfig | None, restore: Callable[[Program, Path], tuple[Any, int, float]]
+    cls,
+    folder: str | Path,
+    runtime: RuntimeConfig | None,
+    restore: Callable[[Program, Path], tuple[Any, int, float]],
+    *,
+    is_run: bool,
   ) -> "Classifier":
     """Return the model of a folder, from which `restore` reads parameters, step and temperature."""
     runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(folder))
     # The settings have expanded ~.
     folder = runtime.run_dir or Path(folder)
     config, shares = run_directory.load_config(folder, runtime), run_directory.load_classes(folder)
+    if is_run:
+      run_directory.check(folder)
     vocabulary = Vocabulary.load(folder / "vocab.json", config.data)
     program = Program(config, devices.start(runtime, runtime.evaluation_batch_size), classes=tuple(shares))
     model = cls(program, vocabulary, *restore(program, folder))

@@ -61,8 +61,10 @@ def ngrams(train: Reviews, validation: Reviews, *, is_nb_svm: bool) -> Result:
 
 def fasttext(train: Reviews, validation: Reviews) -> Result:
   """Train fastText (Joulin et al. 2017): a bag of vectors of words and pairs. Raise UsageError without it."""
-  with reraise_as(UsageError, "fastText is missing: pip install fasttext-wheel", ImportError):
+  try:
     trainer: Any = importlib.import_module("fasttext")
+  except ImportError as error:
+    raise UsageError("fastText is missing: pip install fasttext-wheel.") from error
   texts, held_out = (
     [" ".join(split_words(text, strip_html=True)) for text in reviews.texts] for reviews in (train, validation)
   )
