@@ -30,11 +30,7 @@ class Parser(argparse.ArgumentParser):
     self.add_argument("--version", action="version", version=f"imdb_jax {importlib.metadata.version('imdb_jax')}")
 
   def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Parse all arguments.
-
-    Raises:
-      UsageError: a flag is unknown, or lacks its value.
-    """
+    """Parse all arguments; raise UsageError if a flag is unknown, or lacks its value."""
     # Texts may follow flags, as in `predict RUN_DIR --json TEXT`.
     parsed, unknown = self.parse_known_intermixed_args(args, namespace)
     if unknown:
@@ -59,13 +55,7 @@ def _similar(name: str, flags: list[str]) -> list[str]:
 def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN) -> Config:
   """Return the settings that command-line arguments describe: those of the preset, and the other flags over them.
 
-  Args:
-    prog: name of the command, for the help.
-    args: its arguments.
-    description: what the command does, for the help.
-
-  Raises:
-    UsageError: a flag or value is invalid.
+  `prog` and `description` are for the help. Raises UsageError if a flag or value is invalid.
   """
   chooser = Parser(add_help=False)
   chooser.add_argument("--preset", default="article")

@@ -15,7 +15,7 @@ from typing import Any
 
 from imdb_jax import arguments, exits
 from imdb_jax.config import Config, DataConfig, RuntimeConfig, TrainingConfig, default_cache_dir
-from imdb_jax.errors import UsageError
+from imdb_jax.errors import UsageError, reraise_as
 from imdb_jax.validation import flag
 
 
@@ -74,18 +74,18 @@ def _path(text: str) -> Path:
   return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
-def _parser(prog: str, command: Callable[..., None], *, restores: bool, several: bool = True) -> arguments.Parser:
+def _restoring(prog: str, command: Callable[..., None], *, several: bool = True) -> arguments.Parser:
+  """Return a parser with the flags of a command that restores a run, or several as an ensemble; see `_load`."""
   parser = arguments.Parser(prog=prog, description=command.__doc__)
-  if restores:
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
-    parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
-    parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
-    no_calibration = "Ignore the temperature that a run with --validation split fits to the held-out reviews."
-    parser.add_argument("--no-calibration", dest="calibrate", action="store_false", help=no_calibration)
-    parser.set_defaults(others=[])
-    if several:
-      others: dict[str, Any] = {"dest": "others", "metavar": "RUN_DIR", "type": _path, "action": "append"}
-      parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
+  parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
+  parser.add_argument("--step", default="best", help="Checkpoint: best (validation accuracy), latest or a number.")
+  parser.add_argument("--platform", default="auto", metavar="{auto,cpu,gpu,tpu}", help="Where to compute.")
+  no_calibration = "Ignore the temperature that a run with --validation split fits to the held-out reviews."
+  parser.add_argument("--no-calibration", dest="calibrate", action="store_false", help=no_calibration)
+  parser.set_defaults(others=[])
+  if several:
+    others: dict[str, Any] = {"dest": "others", "metavar": "RUN_DIR", "type": _path, "action": "append"}
+    parser.add_argument("--with", **others, help="Another run, to average probabilities with; may be repeated.")
   return parser
 
 
@@ -107,7 +107,7 @@ def _load(given: Any, **runtime: Any):
 
 def _evaluate(prog: str, args: Sequence[str]) -> None:
   """Evaluate a checkpoint of a run."""
-  parser = _parser(prog, _evaluate, restores=True)
+  parser = _restoring(prog, _evaluate)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to evaluate.")
   parser.add_argument("--data", type=_path, help="Other labelled texts: a CSV or JSONL file, or a folder.")
@@ -115,13 +115,16 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
   parser.add_argument("--cache-dir", type=_path, default=default_cache_dir(), help="Cache folder for reviews.")
   given = parser.parse_args(args)
   ensemble = _load(given, archive=given.archive, cache_dir=given.cache_dir)
+  from imdb_jax.data import tokens
   from imdb_jax.evaluation import lines
 
   runs, splits, report = [], [], functools.partial(print, file=sys.stderr)
   with exits.interruptible():
     for each in ensemble.classifiers:
-      split = each.read_split(given.split, report) if given.data is None else each.read_texts(given.data, report)
-      splits.append(split)
+      if given.data is None:
+        splits.append(each.read_split(given.split, report))
+      else:
+        splits.append(tokens.read(given.data, each.vocabulary, each.classes, report))
       runs.append({"run_dir": str(each.config.run_dir), "step": each.step, "temperature": each.temperature})
   result, kind, parts = {}, "runs", runs
   if given.others:
@@ -143,7 +146,7 @@ def _evaluate(prog: str, args: Sequence[str]) -> None:
 
 def _predict(prog: str, args: Sequence[str]) -> None:
   """Classify texts: those given, or all of a file."""
-  parser = _parser(prog, _predict, restores=True)
+  parser = _restoring(prog, _predict)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("texts", metavar="TEXT", nargs="*", help="Reviews; without any, they are read from --file.")
   parser.add_argument("--file", default="-", help="CSV or JSONL, or a review per line; - is standard input. [-]")
@@ -179,7 +182,7 @@ def _predict(prog: str, args: Sequence[str]) -> None:
 
 def _explain(prog: str, args: Sequence[str]) -> None:
   """Show by how much each word of a text speaks for a class."""
-  parser = _parser(prog, _explain, restores=True, several=False)
+  parser = _restoring(prog, _explain, several=False)
   parser.add_argument("--json", action="store_true", help="Print JSON.")
   parser.add_argument("--html", type=_path, metavar="FILE", help="Write a page with colored words.")
   parser.add_argument("--class", dest="label", metavar="NAME", help="Class. [the second of two, or the answer]")
@@ -191,11 +194,9 @@ def _explain(prog: str, args: Sequence[str]) -> None:
   with exits.interruptible():
     found = classifier.explain(given.texts, given.label)
   if given.html is not None:
-    try:
+    with reraise_as(UsageError, f"--html {given.html}"):
       # Arguments may hold what is no character.
       given.html.write_text(explanation.page(found), encoding="utf-8", errors="replace")
-    except OSError as error:
-      raise UsageError(f"--html {given.html}: {error.strerror}.") from error
   is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
   for each in found:
     print(json.dumps(dataclasses.asdict(each)) if given.json else explanation.to_terminal(each, is_colored=is_colored))
@@ -203,21 +204,19 @@ def _explain(prog: str, args: Sequence[str]) -> None:
 
 def _serve(prog: str, args: Sequence[str]) -> None:
   """Answer predictions over HTTP, and show a page to type texts into."""
-  parser = _parser(prog, _serve, restores=True)
+  parser = _restoring(prog, _serve)
   parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. [127.0.0.1]")
   parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 takes a free one. [8000]")
   given = parser.parse_args(args)
-  try:
+  with reraise_as(UsageError, "starlette and uvicorn are missing: pip install 'imdb_jax[serve]'", ImportError):
     from imdb_jax.serving import service
-  except ImportError as error:
-    raise UsageError(f"starlette and uvicorn are missing: pip install 'imdb_jax[serve]' ({error}).") from error
   with service.listen(given.host, given.port) as listener:
     service.serve(_load(given), listener)
 
 
 def _export(prog: str, args: Sequence[str]) -> None:
   """Write the model of a run for use elsewhere."""
-  parser = _parser(prog, _export, restores=True, several=False)
+  parser = _restoring(prog, _export, several=False)
   choices = ("safetensors", "stablehlo")
   parser.add_argument("--format", default=choices[0], choices=choices, help="Weights, or a compiled program.")
   parser.add_argument("--output", type=_path, required=True, help="Folder to create.")
@@ -233,7 +232,7 @@ def _export(prog: str, args: Sequence[str]) -> None:
 
 def _plot(prog: str, args: Sequence[str]) -> None:
   """Plot accuracy and loss of a run, training against validation."""
-  parser = _parser(prog, _plot, restores=False)
+  parser = arguments.Parser(prog=prog, description=_plot.__doc__)
   parser.add_argument("run_dir", metavar="RUN_DIR", type=_path, help="Run directory.")
   parser.add_argument("--output", type=_path, help="File to write: .png, .pdf or .svg. [RUN_DIR/history.png]")
   given = parser.parse_args(args)
@@ -241,16 +240,14 @@ def _plot(prog: str, args: Sequence[str]) -> None:
   from imdb_jax.store import metrics_log
 
   output = given.output or given.run_dir / "history.png"
-  try:
+  with reraise_as(UsageError, f"--output {output}: cannot be written"):
     plots.save(plots.history(metrics_log.read_history(given.run_dir), given.run_dir.resolve().name), output)
-  except OSError as error:
-    raise UsageError(f"--output {output}: cannot be written: {error}.") from error
   print(output)
 
 
 def _report(prog: str, args: Sequence[str]) -> None:
   """Write a page about a run, or one that compares several."""
-  parser = _parser(prog, _report, restores=True, several=False)
+  parser = _restoring(prog, _report, several=False)
   parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="Reviews to show.")
   parser.add_argument("more", metavar="RUN_DIR", type=_path, nargs="*", help="Runs to compare with the first one.")
   parser.add_argument("--output", type=_path, help="Page to write. [RUN_DIR/report.html; of several: comparison.html]")
@@ -282,21 +279,19 @@ def _check(prog: str, args: Sequence[str]) -> None:
 
 def _prepare(prog: str, args: Sequence[str]) -> None:
   """Prepare the tensorflow-datasets store from a local archive."""
-  parser = _parser(prog, _prepare, restores=False)
+  parser = arguments.Parser(prog=prog, description=_prepare.__doc__)
   parser.add_argument("--archive", type=_path, required=True, help="Local aclImdb archive.")
   parser.add_argument("--data-dir", type=_path, default=default_cache_dir(), help="Folder to write the store to.")
   given = parser.parse_args(args)
-  try:
+  with reraise_as(UsageError, "A record store needs tensorflow-datasets and array-record", ImportError):
     from imdb_jax.data import tfds_imdb
-  except ImportError as error:
-    raise UsageError(f"A record store needs tensorflow-datasets and array-record: {error}.") from error
   with exits.interruptible():
     print(tfds_imdb.prepare(given.data_dir, given.archive))
 
 
 def _compare(prog: str, args: Sequence[str]) -> None:
   """Compare models on the same reviews; the same command again continues."""
-  parser = _parser(prog, _compare, restores=False)
+  parser = arguments.Parser(prog=prog, description=_compare.__doc__)
   parser.add_argument("--rows", metavar="A,B,...", help="Models to compute. [all that are installed]")
   parser.add_argument("--num-seeds", type=int, default=1, metavar="N", help="Models per row, with different seeds. [1]")
   parser.add_argument("--quick", action="store_true", help="Small models on the sample, in two minutes.")

@@ -48,16 +48,12 @@ class DataConfig(Settings):
   label_column: str = setting("label", "Column of the labels.")
   group_column: str | None = setting(None, "Column whose equal values stay on one side of every split.")
   limit: int | None = setting(None, "Use only the first N reviews of each split.", ge=1, le=1_000_000)
-  validation: Literal["test", "split"] = setting(
-    "test", "Evaluate on the test set (as the article) or on held-out reviews."
-  )
+  validation: Literal["test", "split"] = setting("test", "Evaluate on test reviews (as the article) or held-out ones.")
   validation_fraction: float = setting(0.1, "Share of training reviews to hold out, whole films.", gt=0, lt=1)
   vocabulary_size: int = setting(4000, "Number of token ids, including one for padding.", ge=2, le=1_000_000)
   sequence_length: int = setting(400, "Keep the last N known words of a review.", ge=1, le=10_000)
   strip_html: bool = setting(True, "Remove HTML tags such as <br />.")
-  punctuation: bool = setting(
-    False, "Read punctuation marks as words, except the apostrophe, instead of dropping them."
-  )
+  punctuation: bool = setting(False, "Read punctuation as words, except the apostrophe, instead of dropping it.")
 
   def __post_init__(self):
     super().__post_init__()
@@ -165,9 +161,7 @@ class RuntimeConfig(Settings):
   run_dir: Path | None = setting(None, "Run directory (default: runs/PRESET). The same command again resumes the run.")
   archive: Path | None = setting(None, "Local aclImdb archive; otherwise the reviews are downloaded.")
   cache_dir: Path = setting(default_cache_dir, "Cache folder for reviews.")
-  word_vectors: Path | None = setting(
-    None, "Word vectors for --embedding file, as text of word2vec, GloVe or fastText."
-  )
+  word_vectors: Path | None = setting(None, "Vectors for --embedding file, as text of word2vec, GloVe or fastText.")
   init_from: Path | None = setting(None, "Run directory whose best weights a new run starts from, words by name.")
   num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=1024)
   implementation: Literal["auto", "mosaic_gpu", "chunked", "scan"] = setting(
@@ -188,14 +182,13 @@ class RuntimeConfig(Settings):
 
   def __post_init__(self):
     super().__post_init__()
-    by_hand = (self.coordinator_address, self.num_processes, self.process_id)
-    if self.coordinator_address is not None and self.num_processes is not None and self.process_id is not None:
-      if not re.fullmatch(r".+:\d{1,5}", self.coordinator_address):
-        raise UsageError(f"--coordinator-address {self.coordinator_address!r:.80}: must be HOST:PORT.")
-      if self.process_id >= self.num_processes:
-        raise UsageError(f"--process-id {self.process_id}: must be below --num-processes {self.num_processes}.")
-    elif by_hand != (None, None, None):
+    address, count, number = self.coordinator_address, self.num_processes, self.process_id
+    if (address, count, number).count(None) in (1, 2):
       raise UsageError("--coordinator-address, --num-processes and --process-id go together: give all three.")
+    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+      raise UsageError(f"--coordinator-address {address!r:.80}: must be HOST:PORT.")
+    if count is not None and number is not None and number >= count:
+      raise UsageError(f"--process-id {number}: must be below --num-processes {count}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,8 +233,7 @@ class Config(Settings):
   def from_dict(cls, value: Any, runtime: RuntimeConfig | None = None) -> "Config":
     """Return the config with this JSON form. Settings that the form lacks have their default.
 
-    Raises:
-      UsageError: the form is of another version, or has an unknown key or an invalid value.
+    Raises UsageError if the form is of another version, or has an unknown key or an invalid value.
     """
     _require_keys(value, {"format", "preset", *_SECTIONS}, "config")
     if value.get("format") != FORMAT:

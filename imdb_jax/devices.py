@@ -49,11 +49,8 @@ def start(runtime: RuntimeConfig, batch_size: int) -> Mesh:
   """Join the other processes, start the platform and return a mesh over its devices.
 
   Call it before JAX's first computation. It sets what JAX keeps for the whole program: the number of CPU devices, and
-  the cache of compiled programs unless the program has set one.
-
-  Args:
-    runtime: where to compute.
-    batch_size: rows of a batch; by default no more devices are used than that.
+  the cache of compiled programs unless the program has set one. By default, no more devices are used than a batch has
+  rows.
 
   Raises:
     PlatformError: the platform or that many devices are missing, or the other processes do not answer.

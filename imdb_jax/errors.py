@@ -1,5 +1,9 @@
 """Errors that end a command, with one line for people and an exit code for scripts."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 
 def first_line(error: BaseException) -> str:
   """Return the first line of an error's message, without a full stop; its type if it has no message.
@@ -13,6 +17,15 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
   """Return a text as one line without control characters, which could change what a terminal shows."""
   return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+@contextlib.contextmanager
+def reraise_as(kind: type[Exception], subject: str, caught: Any = OSError, advice: str = "") -> Iterator[None]:
+  """Raise what a block raises as another kind of error, whose one line has the subject, the reason and advice."""
+  try:
+    yield
+  except caught as error:
+    raise kind(f"{subject}: {getattr(error, 'strerror', None) or first_line(error)}. {advice}".rstrip()) from error
 
 
 class ImdbJaxError(Exception):

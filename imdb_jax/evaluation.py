@@ -23,15 +23,9 @@ def predict(
   on_progress: Callable[[int], None] = lambda num_reviews: None,
   output: Literal["logits", "features"] = "logits",
 ) -> np.ndarray:
-  """Return the logits of a split, f32[seeds, n, head_size], or the inputs of the head, f32[seeds, n, features].
+  """Return the logits of n reviews, f32[seeds, n, head_size], or the inputs of the head, f32[seeds, n, features].
 
-  Args:
-    program: the model and its devices.
-    params: parameters of all seeds.
-    split: n reviews.
-    batch_size: reviews per step.
-    on_progress: called after each batch with the number of reviews done.
-    output: what to return.
+  `on_progress` is called after each batch with the number of reviews done.
   """
   compute, width = program.predict, program.task.head_size
   if output == "features":

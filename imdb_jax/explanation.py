@@ -56,11 +56,8 @@ def explain(
 ) -> Explanation:
   """Return the contributions of words: integrals of `Program.slopes` over the presence of all words, from 0 to 1.
 
-  Args:
-    text: the text.
-    label: name of the class.
-    spans: words and tags from `Vocabulary.spans`.
-    slopes: turns up to `MIN_STEPS` + 1 presences f64[m] into `Program.slopes` f32[m, 1 + t].
+  `label` is the name of the class; `spans` are those of `Vocabulary.spans`. `slopes` turns up to `MIN_STEPS` + 1
+  presences f64[m] into `Program.slopes` f32[m, 1 + t].
   """
   found = slopes(np.linspace(0, 1, MIN_STEPS + 1))
   while True:

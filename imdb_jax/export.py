@@ -1,5 +1,6 @@
 """Models for use elsewhere: a folder with weights or a compiled program, see docs/export.md."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from imdb_jax.errors import CheckpointError, UsageError
+from imdb_jax.errors import CheckpointError, UsageError, reraise_as
 from imdb_jax.prediction import Classifier
 from imdb_jax.store import arrays, files
 
@@ -24,21 +25,21 @@ def export(classifier: Classifier, format: Literal["safetensors", "stablehlo"], 
   """
   if folder.exists():
     raise UsageError(f"--output {folder}: exists; name a new folder.")
-  try:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(reraise_as(UsageError, f"--output {folder}: cannot be written"))
+    stack.enter_context(
+      reraise_as(UsageError, f"--format {format}: requires pip install 'imdb_jax[export]'", ImportError)
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as place:
-      unfinished = Path(place) / folder.name
-      unfinished.mkdir()
-      _write(classifier, format, unfinished)
-      difference = _difference(classifier, format, unfinished)
-      # NaN is not below the tolerance either.
-      if not difference < _TOLERANCE:
-        raise CheckpointError(f"The exported model's probabilities differ from the run's by {difference:.1e}.")
-      unfinished.rename(folder)
-  except ImportError as error:
-    raise UsageError(f"--format {format}: requires pip install 'imdb_jax[export]': {error}.") from error
-  except OSError as error:
-    raise UsageError(f"--output {folder}: cannot be written: {error}.") from error
+    place = stack.enter_context(tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent))
+    unfinished = Path(place) / folder.name
+    unfinished.mkdir()
+    _write(classifier, format, unfinished)
+    difference = _difference(classifier, format, unfinished)
+    # NaN is not below the tolerance either.
+    if not difference < _TOLERANCE:
+      raise CheckpointError(f"The exported model's probabilities differ from the run's by {difference:.1e}.")
+    unfinished.rename(folder)
 
 
 def _write(classifier: Classifier, format: str, folder: Path) -> None:
@@ -65,5 +66,5 @@ def _difference(classifier: Classifier, format: str, folder: Path) -> float:
     found = Classifier.from_safetensors(folder, runtime=classifier.config.runtime).predict_proba(texts)
   else:
     program = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
-    found = program.call(vocabulary.encode(texts, length)[0].astype(np.int32))
+    found = program.call(vocabulary.encode(texts)[0].astype(np.int32))
   return float(np.abs(found - classifier.predict_proba(texts)).max())

@@ -29,12 +29,7 @@ def _embedding_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = j
 
 
 def draw_dropout_masks(key: jax.Array, config: ModelConfig, batch_size: int) -> DropoutMasks:
-  """Draw the inverted-dropout masks of a global batch, before it is sharded over devices.
-
-  Args:
-    key: a typed PRNG key.
-    config: sizes and rates.
-    batch_size: b.
+  """Draw the inverted-dropout masks of a global batch of b reviews, before it is sharded over devices.
 
   Returns:
     Input mask f32[b, e] and recurrent mask f32[b, d h] of d directions, or [b, 4, e] and [b, 4, d h] with one mask per
@@ -158,18 +153,11 @@ class TextClassifier(nn.Module):
     self.ngrams = NGrams(self.config.ngrams, self.head_size)
 
   def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
-    """Return the logits of the network alone, which training improves.
+    """Return the logits f32[b, head_size] of the network alone, which training improves.
 
-    It must not learn beside the linear model of n-grams, whose logits are nearly perfect on the reviews that it was
-    fitted to and would leave no error to learn from.
-
-    Args:
-      tokens: int[b, t], padded at the front.
-      lengths: i32[b], number of tokens of each review.
-      dropout_masks: from `draw_dropout_masks`; none for prediction.
-
-    Returns:
-      f32[b, head_size].
+    The tokens are int[b, t], padded at the front, and the lengths i32[b] their number in each review. The network must
+    not learn beside the linear model of n-grams, whose logits are nearly perfect on the reviews that it was fitted to
+    and would leave no error to learn from.
     """
     return self.head(self.encode(self.embed(tokens), lengths, dropout_masks))
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from imdb_jax.errors import UsageError, printable
+from imdb_jax.store import files
 
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE, _MAX_SEEDS = 60, 100
@@ -92,12 +93,8 @@ def save(figure: Any, output: Path) -> None:
     raise UsageError(f"{output}: its name must end in one of {', '.join(_FORMATS)}.")
   if output.is_symlink():
     raise UsageError(f"{output}: is a link, which is not followed.")
-  unfinished = output.with_name(f"{output.name}.new")
-  unfinished.unlink(missing_ok=True)
-  # What is at `output` is replaced and not written through: it may be a pipe or linked to another file.
-  with unfinished.open("xb") as file:
+  with files.aside(output) as unfinished, unfinished.open("xb") as file:
     figure.savefig(file, format=output.suffix[1:].lower(), dpi=150)
-  unfinished.replace(output)
 
 
 @_styled
@@ -110,15 +107,8 @@ def history(
 ) -> Any:
   """Return the figure of some metrics by epoch, side by side.
 
-  Args:
-    lines: one dict per epoch, see `store.metrics_log`.
-    title: name of the run.
-    validation: what the validation reviews are.
-    reference: the metrics of the article by epoch, if they are to be shown.
-    names: the metrics.
-
-  Raises:
-    UsageError: there are no lines.
+  `lines` has one dict per epoch, see `store.metrics_log`; `validation` says what the validation reviews are. The
+  metrics of the article by epoch may be shown as a `reference`. Raises UsageError if there are no lines.
   """
   if not lines:
     raise UsageError(f"{title}: no epoch has been finished yet.")

@@ -15,12 +15,12 @@ from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line
+from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line, reraise_as
 from imdb_jax.explanation import Explanation
 from imdb_jax.program import Program
 from imdb_jax.report import page
 from imdb_jax.report.page import Answers
-from imdb_jax.store import arrays, run_directory, safetensors
+from imdb_jax.store import arrays, run_directory
 from imdb_jax.store.checkpoints import Checkpoints
 from imdb_jax.task import Evaluation
 
@@ -62,32 +62,24 @@ class Classifier:
   ) -> "Classifier":
     """Restore a run, whatever devices it was trained on.
 
-    Args:
-      run_dir: the run directory.
-      step: which checkpoint; best is the one with the highest validation accuracy.
-      runtime: where to compute.
-      calibrate: use the temperature that was fitted to the held-out reviews, if the run has held out some.
+    The best step is the one with the highest validation accuracy. `calibrate` uses the temperature that was fitted to
+    the held-out reviews, if the run has held out some.
 
     Raises:
       UsageError: the folder is not a run directory, or its files are damaged.
       CheckpointError: the checkpoint is missing or damaged, or does not fit config and vocabulary.
       PlatformError: the platform is missing.
     """
-    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(run_dir))
-    # The settings have expanded ~.
-    run_dir = runtime.run_dir or Path(run_dir)
-    config = run_directory.load_config(run_dir, runtime)
-    run_directory.check(run_dir)
-    vocabulary = Vocabulary.load(run_dir / "vocab.json", config.data)
-    mesh = devices.start(runtime, runtime.evaluation_batch_size)
-    shares = run_directory.load_classes(run_dir)
-    program = Program(config, mesh, classes=tuple(shares))
-    with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
-      saved, state = checkpoints.restore(step)
-    temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
-    if not _is_temperature(temperature):
-      raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
-    return cls(program, vocabulary, state.params, saved.step, temperature)._with_prior(shares)
+
+    def restore(program: Program, run_dir: Path) -> tuple[Any, int, float]:
+      with contextlib.closing(Checkpoints(run_dir, program.abstract_state(), read_only=True)) as checkpoints:
+        saved, state = checkpoints.restore(step)
+      temperature = saved.progress.get("temperature", 1.0) if calibrate else 1.0
+      if not _is_temperature(temperature):
+        raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
+      return state.params, saved.step, temperature
+
+    return cls._restored(run_dir, runtime, restore, is_run=True)
 
   @classmethod
   def from_safetensors(cls, folder: str | Path, *, runtime: RuntimeConfig | None = None) -> "Classifier":
@@ -97,30 +89,42 @@ class Classifier:
       UsageError: a file of the folder is missing or damaged.
       PlatformError: the platform is missing.
     """
-    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(folder))
-    folder = runtime.run_dir or Path(folder)
-    config = run_directory.load_config(folder, runtime)
-    vocabulary = Vocabulary.load(folder / "vocab.json", config.data)
-    facts = run_directory.read_json(folder / "model.json")
-    facts = facts if isinstance(facts, dict) else {}
-    step, temperature = facts.get("step"), facts.get("temperature")
-    if type(step) is not int or not _is_temperature(temperature):
-      raise UsageError(f"{folder / 'model.json'}: has no valid step and temperature.")
-    mesh = devices.start(runtime, runtime.evaluation_batch_size)
-    shares = run_directory.load_classes(folder)
-    program = Program(config, mesh, classes=tuple(shares))
-    shapes, path = program.abstract_state().params, folder / "model.safetensors"
-    try:
-      found = safetensors.load(path, arrays.by_name(shapes))
-    except (OSError, ValueError) as error:
-      raise UsageError(f"{path}: not the weights of this model: {error}.") from error
-    params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
-    params = devices.put(params, devices.replicated(mesh))
-    return cls(program, vocabulary, params, step, temperature)._with_prior(shares)
 
-  def _with_prior(self, shares: dict[str, float]) -> "Classifier":
-    self.prior = np.array([*shares.values()], np.float32)
-    return self
+    def restore(program: Program, folder: Path) -> tuple[Any, int, float]:
+      facts = run_directory.read_json(folder / "model.json")
+      facts = facts if isinstance(facts, dict) else {}
+      step, temperature = facts.get("step"), facts.get("temperature")
+      if type(step) is not int or not _is_temperature(temperature):
+        raise UsageError(f"{folder / 'model.json'}: has no valid step and temperature.")
+      shapes, path = program.abstract_state().params, folder / "model.safetensors"
+      with reraise_as(UsageError, f"{path}: not the weights of this model", (OSError, ValueError)):
+        found = arrays.load_safetensors(path, arrays.by_name(shapes))
+      params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in arrays.by_name(shapes)])
+      return devices.put(params, devices.replicated(program.mesh)), step, temperature
+
+    return cls._restored(folder, runtime, restore, is_run=False)
+
+  @classmethod
+  def _restored(
+    cls,
+    folder: str | Path,
+    runtime: RuntimeConfig | None,
+    restore: Callable[[Program, Path], tuple[Any, int, float]],
+    *,
+    is_run: bool,
+  ) -> "Classifier":
+    """Return the model of a folder, from which `restore` reads parameters, step and temperature."""
+    runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(folder))
+    # The settings have expanded ~.
+    folder = runtime.run_dir or Path(folder)
+    config, shares = run_directory.load_config(folder, runtime), run_directory.load_classes(folder)
+    if is_run:
+      run_directory.check(folder)
+    vocabulary = Vocabulary.load(folder / "vocab.json", config.data)
+    program = Program(config, devices.start(runtime, runtime.evaluation_batch_size), classes=tuple(shares))
+    model = cls(program, vocabulary, *restore(program, folder))
+    model.prior = np.array([*shares.values()], np.float32)
+    return model
 
   def __repr__(self) -> str:
     name, seeds = self.config.preset, self.config.training.num_seeds
@@ -154,13 +158,9 @@ class Classifier:
     return np.array(self.classes)[self.predict_proba(texts).argmax(axis=1)]
 
   def predict_proba(self, texts: Texts) -> np.ndarray:
-    """Return the probability of each class, f32[n, classes]; for a text without a known word, `prior`.
+    """Return the probability of each class, f32[n, classes], of n texts or encoded reviews.
 
-    Args:
-      texts: n texts, or a split of encoded reviews.
-
-    Raises:
-      TypeError: texts is a single text, or holds something that is not a text.
+    For a text without a known word, it is `prior`. Raises TypeError if texts is one text, or holds what is not a text.
     """
     split = self.encode(texts)
     found = self.program.task.probabilities(self.logits(split), self.temperature)
@@ -214,14 +214,13 @@ class Classifier:
     for row, text in enumerate(texts):
       if not isinstance(text, str):
         raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
-    encoded, lengths = self.vocabulary.encode(texts, self.config.data.sequence_length)
+    encoded, lengths = self.vocabulary.encode(texts)
     return TokenSplit(tokens=encoded, lengths=lengths, labels=np.zeros(len(texts), np.int32))
 
   def read_split(self, name: str, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
     """Return the encoded reviews of "train", "validation" or "test". `report` gets a line before slow work.
 
-    Raises:
-      DataError: the reviews are missing or damaged, or not those that the run was trained on.
+    Raises DataError if the reviews are missing or damaged, or not those that the run was trained on.
     """
     data, runtime = self.config.data, self.config.runtime
     source = sources.find(data, runtime.archive, runtime.cache_dir)
@@ -249,13 +248,9 @@ class Classifier:
       except DataError as error:
         texts, notes = None, [f"Texts: {first_line(error)}."]
     name = "test" if data.validation == "test" and name == "validation" else name
-    logits, known = self.logits(split), {"temperature": self.temperature, "vocabulary": self.vocabulary}
+    known: dict[str, Any] = {"step": self.step, "temperature": self.temperature, "vocabulary": self.vocabulary}
     known["explain"] = lambda texts: [explanation.to_html(each) for each in self.explain(texts)]
-    return Answers(split=name, encoded=split, logits=logits, reviews=texts, **known), notes
-
-  def read_texts(self, path: Path, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
-    """Return the encoded texts of another labelled file or folder; see `tokens.read`."""
-    return tokens.read(path, self.config.data, self.vocabulary, self.classes, report)
+    return Answers(split=name, encoded=split, logits=self.logits(split), reviews=texts, **known), notes
 
   def evaluate(self, split: TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""
@@ -291,10 +286,8 @@ class Ensemble:
   ) -> list[dict[str, Any]]:
     """Return the class, the probabilities by class and the number of known words that were read, for each text.
 
-    Args:
-      texts: n texts.
-      threshold: of two classes, answer the second from this probability on; None for the most probable class.
-      abstain_below: the class is None if all probabilities are below this one, as it is without a known word.
+    With a `threshold`, of two classes, the second is the answer from this probability on, instead of the most probable.
+    The class is None if all probabilities are below `abstain_below`, as it is without a known word.
     """
     splits = [each.encode(texts) for each in self.classifiers]
     found = np.mean([each.predict_proba(one) for each, one in zip(self.classifiers, splits, strict=True)], axis=0)
@@ -313,8 +306,7 @@ class Ensemble:
   def evaluate(self, splits: Sequence[TokenSplit]) -> Evaluation:
     """Return the metrics over reviews that each member's own vocabulary has encoded; `seeds` has those of each member.
 
-    Raises:
-      DataError: the labels of the splits differ, so they are not of the same reviews.
+    Raises DataError if the labels of the splits differ, so they are not of the same reviews.
     """
     pairs, task = list(zip(self.classifiers, splits, strict=True)), self.classifiers[0].program.task
     for each, split in pairs:

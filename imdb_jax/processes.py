@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from imdb_jax.config import RuntimeConfig
-from imdb_jax.errors import PlatformError, UsageError, first_line
+from imdb_jax.errors import PlatformError, UsageError, first_line, reraise_as
 
 # Seconds to wait for other processes to start, and for a sign of life afterwards.
 _TIMEOUT = 60
@@ -41,7 +41,7 @@ def join(runtime: RuntimeConfig) -> None:
   )
   if runtime.process_id:
     _await_coordinator(str(runtime.coordinator_address))
-  try:
+  with reraise_as(PlatformError, "Cannot join the other processes", (RuntimeError, ValueError)):
     if runtime.coordinator_address is not None:
       initialize(
         runtime.coordinator_address,
@@ -54,8 +54,6 @@ def join(runtime: RuntimeConfig) -> None:
       )
     elif runtime.distributed:
       initialize(local_device_ids=local_device_ids(os.environ))
-  except (RuntimeError, ValueError) as error:
-    raise PlatformError(f"Cannot join the other processes: {first_line(error)}.") from error
 
 
 def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
@@ -90,11 +88,7 @@ def _await_coordinator(address: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Run a block that all processes must pass: if one fails, the others leave instead of waiting for it.
-
-  Raises:
-    PlatformError: another process failed or has gone.
-  """
+  """Run a block that all processes must pass: if one fails or has gone, the others raise PlatformError and leave."""
   failure = None
   try:
     yield

@@ -76,13 +76,7 @@ class Program:
   """
 
   def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
-    """Build the functions; they are compiled when they are first called.
-
-    Args:
-      config: settings of the run.
-      mesh: devices to use.
-      num_steps: steps of the whole run.
-      classes: names of the labels.
+    """Build the functions for a run of `num_steps` steps; they are compiled when they are first called.
 
     Raises:
       UsageError: the named implementation does not support the model or the device, there are too many classes, or
@@ -123,8 +117,7 @@ class Program:
   def init(self, fitted: Any = None) -> TrainState:
     """Return the state before the first step, on every device.
 
-    Args:
-      fitted: parameters of one layer or several, by layer, from which every seed starts; others are drawn at random.
+    Every seed starts from the `fitted` parameters of one layer or several, by layer; others are drawn at random.
     """
     state = self._init(np.array(self.config.training.seeds, np.uint32))
     num_seeds = self.config.training.num_seeds

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from imdb_jax.data import tables
 from imdb_jax.data.tables import Record
-from imdb_jax.errors import DataError, UsageError, printable
+from imdb_jax.errors import DataError, UsageError, printable, reraise_as
 from imdb_jax.store import files
 
 # Texts that are computed together, and their characters with all columns. Of more texts, more are of similar length.
@@ -59,18 +59,16 @@ def _read_lines(name: str) -> Generator[list[str]]:
   if name == "-" and sys.stdin is not None and sys.stdin.isatty():
     print("Type reviews, one per line; end with Ctrl-D.", file=sys.stderr)
   rest = bytearray()
-  try:
-    # Standard input is descriptor 0, not a path.
-    with open(0 if name == "-" else name, "rb", buffering=0) as file:  # noqa: PTH123
-      while piece := file.read(_PIECE_BYTES):
-        rest += piece
-        if b"\n" in piece:
-          *lines, rest = rest.split(b"\n")
-          yield list(map(_decode, lines))
-        if len(rest) > _LINE_BYTES:
-          raise UsageError(f"--file {name}: has a line of more than {_LINE_BYTES:,} bytes.")
-  except OSError as error:
-    raise UsageError(f"--file {name}: {error.strerror}.") from error
+  # Standard input is descriptor 0, not a path.
+  path = 0 if name == "-" else name
+  with reraise_as(UsageError, f"--file {name}"), open(path, "rb", buffering=0) as file:  # noqa: PTH123
+    while piece := file.read(_PIECE_BYTES):
+      rest += piece
+      if b"\n" in piece:
+        *lines, rest = rest.split(b"\n")
+        yield list(map(_decode, lines))
+      if len(rest) > _LINE_BYTES:
+        raise UsageError(f"--file {name}: has a line of more than {_LINE_BYTES:,} bytes.")
   if rest:
     yield [_decode(rest)]
 
@@ -103,12 +101,8 @@ def write(
 ) -> int:
   """Write all rows with their columns and answers to a file, whose name tells the format; return their number.
 
-  Args:
-    windows: from `read`.
-    answers: answers texts.
-    output: the file. It is written aside and renamed at the end.
-    source: the file that is read.
-    escape_formulas: put an apostrophe before cells that a spreadsheet program would execute.
+  The file is written aside and renamed at the end. The rows were read from `source`. With `escape_formulas`, cells that
+  a spreadsheet program would execute get an apostrophe in front.
 
   Raises:
     DataError: the rows have a column of the same name as a column of the answers.
@@ -157,15 +151,8 @@ def _escaped(cell: Any) -> Any:
 @contextlib.contextmanager
 def _aside(output: Path) -> Iterator[IO[str]]:
   """Open a file under another name, and rename it at the end: a command that is interrupted leaves no part of it."""
-  unfinished = output.with_name(output.name + ".new")
   opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(output.suffix.lower(), open)
-  try:
-    files.remove(unfinished)
-    try:
-      with opener(unfinished, "xt", encoding="utf-8", newline="") as file:
-        yield file
-      unfinished.replace(output)
-    finally:
-      unfinished.unlink(missing_ok=True)
-  except OSError as error:
-    raise UsageError(f"--output {output}: {error.strerror or error}.") from error
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(reraise_as(UsageError, f"--output {output}"))
+    unfinished = stack.enter_context(files.aside(output))
+    yield stack.enter_context(opener(unfinished, "xt", encoding="utf-8", newline=""))

@@ -78,15 +78,10 @@ class Classification:
     self.head_size = 1 if len(classes) == 2 else len(classes)
 
   def loss_weights(self, labels: np.ndarray, wanted: str) -> np.ndarray | None:
-    """Return weights f64[n] of the losses of reviews with labels int[n]; None if all are 1.
+    """Return weights f64[n] of the losses of training reviews with labels int[n]; None if all are 1.
 
-    Args:
-      labels: of the training reviews.
-      wanted: "none"; "balanced", in inverse proportion to the size of the class and with a mean of 1; or weights of
-        some classes, such as "spam=3,ham=0.5".
-
-    Raises:
-      UsageError: `wanted` is none of these, or names an unknown class.
+    They may be wanted as "none"; "balanced", in inverse proportion to the size of the class and with a mean of 1; or by
+    class, such as "spam=3,ham=0.5", and are 1 for others. Raises UsageError for anything else, or an unknown class.
     """
     if wanted == "none":
       return None
@@ -108,16 +103,10 @@ class Classification:
   def sums(
     self, logits: jax.Array, labels: jax.Array, weights: jax.Array, loss_weights: jax.Array | None = None
   ) -> dict[str, jax.Array]:
-    """Return sums over a batch; dividing by `weight` gives means.
+    """Return sums over a batch, f32[] each: loss (cross-entropy), correct, weight; dividing by the last gives means.
 
-    Args:
-      logits: f32[b, h].
-      labels: i32[b].
-      weights: f32[b]; a review of weight 0 changes nothing.
-      loss_weights: f32[b], further weights of the losses; None if all are 1.
-
-    Returns:
-      f32[] each: loss (cross-entropy), correct, weight.
+    The logits are f32[b, h] and the labels i32[b]. A review whose entry in `weights`, f32[b], is 0 changes nothing.
+    `loss_weights`, f32[b], are further weights of the losses; None if all are 1.
     """
     if self.head_size == 1:
       losses = optax.sigmoid_binary_cross_entropy(logits[:, 0], labels.astype(jnp.float32))

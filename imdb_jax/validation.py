@@ -23,12 +23,9 @@ _TYPE_NAMES = {
 
 
 def setting(default: Any, doc: str, **bounds: float) -> Any:
-  """Declare a field of a settings dataclass.
+  """Declare a field of a settings dataclass, with a default value or a function that returns it.
 
-  Args:
-    default: value, or a function that returns it.
-    doc: one line for `--help`.
-    **bounds: allowed range of a number, as ge, gt, le or lt.
+  `doc` is one line for `--help`; `bounds` is the allowed range of a number, as ge, gt, le or lt.
   """
   metadata = {"doc": doc, "bounds": bounds}
   if callable(default):

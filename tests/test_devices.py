@@ -19,8 +19,7 @@ from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.program import Program
-from imdb_jax.training import report
-from imdb_jax.training.console import Console
+from imdb_jax.training.console import Console, show_header
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 CPU = RuntimeConfig(platform="cpu")
@@ -132,7 +131,7 @@ def test_the_header_tells_how_many_devices_are_used(tmp_path, capsys):
   data = tokens.load(sources.find(config.data, None, tmp_path), config.data, cache_dir=tmp_path, report=print)
   for num_rows, expected in ((2, r"2 x cpu (cpu) of 4, 1 process(es)"), (32, r"4 x cpu (cpu), 1 process(es)")):
     program = Program(config, devices.start(CPU, num_rows))
-    report.show_header(program, data, 0, Console())
+    show_header(program, data, 0, Console())
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Devices"))
     assert line.split(maxsplit=1)[1] == expected
 

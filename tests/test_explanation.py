@@ -48,7 +48,7 @@ def make_classifier(
     weights = np.where((keys > 0)[:, None], params["ngrams"]["weights"][0].reshape(len(keys), -1), 0)
     weights = np.broadcast_to(weights.reshape(params["ngrams"]["weights"].shape[1:]), params["ngrams"]["weights"].shape)
     params["ngrams"] |= {"keys": np.broadcast_to(keys, (num_seeds, len(keys))), "weights": weights}
-  vocabulary = Vocabulary(size=len(WORDS) + 1, strip_html=True, words=WORDS)
+  vocabulary = Vocabulary(config=config.data, words=WORDS)
   return Classifier(program, vocabulary, programs.put(program, params), step=0, temperature=1.5)
 
 
@@ -102,7 +102,7 @@ def test_contributions_are_integrals_along_the_straight_path(model, num_seeds, r
   """Central differences in float64, and another quadrature: by Gauss, or of 200 midpoints."""
   monkeypatch.setattr(explanation, "MAX_CHANGE", atol)
   classifier, text = make_classifier(model, num_seeds), "not good film"
-  params, (tokens, _) = jax.device_get(classifier.params), classifier.vocabulary.encode([text], 5)
+  params, (tokens, _) = jax.device_get(classifier.params), classifier.vocabulary.encode([text])
   expected, step = np.zeros(3), 1e-5
   for node, weight in zip(*rule, strict=True):
     for word, change in enumerate(step * np.eye(3)):
@@ -167,9 +167,9 @@ def test_explanations_do_not_depend_on_devices_or_other_texts():
 
 
 def test_contributions_add_up_on_the_sample():
-  vocabulary = Vocabulary.fit(sample.load()["train"].texts, size=500, strip_html=True)
   config = programs.config_of(dataclasses.replace(STRONG, ngrams=0), length=40)
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocabulary_size=500))
+  vocabulary = Vocabulary.fit(sample.load()["train"].texts, config.data)
   program, rng = Program(config, programs.mesh_of(1)), np.random.default_rng(0)
   shapes = program.abstract_state().params
   params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)

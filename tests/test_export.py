@@ -26,10 +26,11 @@ from imdb_jax.program import Program
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = "the a film was good bad don't not dull déjà vu masterpiece plot of in it as and 10 br"
-VOCABULARY = Vocabulary(size=21, strip_html=True, words=(*WORDS.split(),))
 # The last one is longer than the sequences. Lower-cased, "İ" is two characters.
 TEXTS = ["", "A good film.", "not the PLOT<br />of it: don't", "unknown", "Déjà-vu in 10/10 İ", "bad dull film " * 9]
 LENGTH = 12
+DATA = DataConfig(vocabulary_size=21, sequence_length=LENGTH)
+VOCABULARY = Vocabulary(config=DATA, words=(*WORDS.split(),))
 ARTICLE = ModelConfig(embedding_size=4, hidden_size=5)
 FAST = dataclasses.replace(ARTICLE, mask_padding=True, pooling="mean_max")
 VARIANTS = {
@@ -51,12 +52,11 @@ def make_classifier(name: str, num_seeds: int = 2, temperature: float = 1.7) -> 
   model, classes = MODELS[name], ("bad", "so-so", "good") if name.startswith("three") else CLASSES
   vocabulary = VOCABULARY
   if name == "punctuation":
-    vocabulary = dataclasses.replace(
-      VOCABULARY, words=("-", "/", ".", "'", ":", *VOCABULARY.words[5:]), punctuation=True
-    )
+    data = dataclasses.replace(DATA, punctuation=True)
+    vocabulary = Vocabulary(config=data, words=("-", "/", ".", "'", ":", *VOCABULARY.words[5:]))
   config = dataclasses.replace(
     programs.config_of(model, training=TrainingConfig(num_seeds=num_seeds)),
-    data=DataConfig(vocabulary_size=VOCABULARY.size, sequence_length=LENGTH, punctuation=vocabulary.punctuation),
+    data=vocabulary.config,
     runtime=RuntimeConfig(platform="cpu", num_devices=1, implementation="scan"),
   )
   program = Program(config, programs.mesh_of(1), classes=classes)
@@ -64,7 +64,7 @@ def make_classifier(name: str, num_seeds: int = 2, temperature: float = 1.7) -> 
   initial = jax.device_get(program.init().params)
   params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.7, leaf.shape).astype(leaf.dtype), initial)
   if model.ngrams:
-    tokens, _ = VOCABULARY.encode(TEXTS, LENGTH)
+    tokens, _ = VOCABULARY.encode(TEXTS)
     fitted = ngrams.fit(tokens, np.arange(len(TEXTS)) % len(classes), model.ngrams, len(classes))
     params["ngrams"] = {name: np.stack([array] * num_seeds) for name, array in fitted.items()}
   return Classifier(program, vocabulary, programs.put(program, params), step=3, temperature=temperature)
@@ -123,7 +123,7 @@ def test_stablehlo_takes_batches_of_any_size(name, exported, tmp_path):
   export(classifier, "stablehlo", tmp_path / "out")
   program = jax.export.deserialize(bytearray((tmp_path / "out" / "model.stablehlo").read_bytes()))
   assert program.platforms == ("cpu", "cuda", "tpu")
-  tokens, expected = VOCABULARY.encode(TEXTS, LENGTH)[0].astype(np.int32), classifier.predict_proba(TEXTS)
+  tokens, expected = VOCABULARY.encode(TEXTS)[0].astype(np.int32), classifier.predict_proba(TEXTS)
   for rows in ([1], [0, 1, 2, 3, 4, 5, 2]):
     np.testing.assert_allclose(program.call(tokens[rows]), expected[rows], atol=1e-6)
 
@@ -136,7 +136,7 @@ def test_onnx_runtime_computes_the_same_probabilities(name, exported, monkeypatc
   model = example("to_onnx").convert(example("predict_numpy").Model(folder))
   onnx.checker.check_model(model, full_check=True)
   session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-  tokens, _ = VOCABULARY.encode(TEXTS, LENGTH)
+  tokens, _ = VOCABULARY.encode(TEXTS)
   (found,) = session.run(["probabilities"], {"tokens": tokens.astype(np.int32)})
   # ONNX Runtime approximates sigmoid and tanh.
   np.testing.assert_allclose(found, classifier.predict_proba(TEXTS), atol=5e-6)

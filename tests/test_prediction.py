@@ -17,8 +17,8 @@ from imdb_jax.program import Program
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints
 
-VOCABULARY = Vocabulary(size=4, strip_html=True, words=("good", "bad", "film"))
 CONFIG = dataclasses.replace(config_of(), data=DataConfig(vocabulary_size=4, sequence_length=3))
+VOCABULARY = Vocabulary(config=CONFIG.data, words=("good", "bad", "film"))
 
 
 def make_classifier(num_devices: int = 1, evaluation_batch_size: int = 40, seed: int = 0) -> Classifier:
@@ -58,7 +58,7 @@ def test_logits_and_features_are_those_of_each_seed():
   np.testing.assert_allclose(features @ head["kernel"] + head["bias"][:, None], logits, atol=1e-6)
   np.testing.assert_array_equal(features[:, 2], 0)
   assert abs(features[0, 0] - features[1, 0]).max() > 0.01
-  tokens, lengths = VOCABULARY.encode(texts, 3)
+  tokens, lengths = VOCABULARY.encode(texts)
   split = TokenSplit(tokens=tokens, lengths=lengths, labels=np.zeros(3, np.int32))
   for compute in (classifier.features, classifier.logits, classifier.predict_proba):
     np.testing.assert_allclose(compute(split), compute(texts), atol=1e-6)
@@ -157,7 +157,7 @@ def test_checkpoints_are_closed_when_none_can_be_restored(tmp_path, monkeypatch)
 
 def members() -> list[Classifier]:
   """Return two classifiers of the same classes with different vocabularies, parameters and temperatures."""
-  other = Vocabulary(size=4, strip_html=True, words=("film", "good", "awful"))
+  other = Vocabulary(config=CONFIG.data, words=("film", "good", "awful"))
   found = [make_classifier(seed=seed) for seed in (0, 1)]
   found[1].vocabulary, found[0].temperature, found[1].temperature = other, 0.05, 2.0
   return found
@@ -175,7 +175,7 @@ def test_an_ensemble_evaluates_each_member_with_its_own_encoding_and_temperature
   both, texts, labels = members(), ["good film", "bad", "", "awful film"], np.array([1, 0, 1, 0], np.int32)
   splits = []
   for each in both:
-    tokens, lengths = each.vocabulary.encode(texts, 3)
+    tokens, lengths = each.vocabulary.encode(texts)
     splits.append(TokenSplit(tokens=tokens, lengths=lengths, labels=labels))
   result = Ensemble(both).evaluate(splits)
   x = np.stack([each.logits(split)[0, :, 0] / each.temperature for each, split in zip(both, splits, strict=True)])

@@ -31,7 +31,7 @@ from reliability.watch import untouched
 from training.tiny import assert_close_end
 
 from imdb_jax.errors import CheckpointError, PlatformError
-from imdb_jax.store import manifest
+from imdb_jax.store import files
 from imdb_jax.store.checkpoints import Checkpoints
 
 COUNTS = torture.Options(
@@ -191,6 +191,6 @@ def test_most_forgeries_agree_with_themselves(sandbox, folder):
     assert snapshot(run_dir) != snapshot(sandbox.whole)
     with contextlib.suppress(OSError, ValueError):
       for path in (run_dir / "manifests").iterdir():
-        manifest.check(run_dir / "checkpoints" / path.stem, path)
+        files.check_manifest(run_dir / "checkpoints" / path.stem, path)
       num_agreeing += 1
   assert num_agreeing > 12

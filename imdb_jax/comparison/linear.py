@@ -14,7 +14,7 @@ from imdb_jax.comparison.results import Result
 from imdb_jax.data.reviews import POSITIVE, Reviews
 from imdb_jax.data.tokenizer import split_words
 from imdb_jax.devices import num_cores
-from imdb_jax.errors import UsageError
+from imdb_jax.errors import UsageError, reraise_as
 
 
 def majority(train: Reviews, validation: Reviews) -> Result:
@@ -30,11 +30,9 @@ def ngrams(train: Reviews, validation: Reviews, *, is_nb_svm: bool) -> Result:
 
   The SVM is that of Wang and Manning 2012, "Baselines and Bigrams", without their interpolation of the weights.
   """
-  try:
+  with reraise_as(UsageError, "scikit-learn is missing: pip install 'imdb_jax[compare]'", ImportError):
     from sklearn import linear_model, svm
     from sklearn.feature_extraction import text
-  except ImportError as error:
-    raise UsageError("scikit-learn is missing: pip install 'imdb_jax[compare]'.") from error
   words: dict[str, Any] = {"ngram_range": (1, 2), "lowercase": False, "token_pattern": None}
   words["tokenizer"] = functools.partial(split_words, strip_html=True)
   # C and the logarithm of the counts were chosen on held-out reviews.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from imdb_jax.comparison import statistics, table
+from imdb_jax.comparison import table
 from imdb_jax.comparison.results import Result
-from imdb_jax.errors import DataError, UsageError, printable
+from imdb_jax.errors import DataError, UsageError, printable, reraise_as
 from imdb_jax.prediction import Classifier
 from imdb_jax.report import page
 from imdb_jax.store import files, metrics_log
@@ -20,7 +20,7 @@ def write(
   output: Path | None = None,
   figures_dir: Path | None = None,
 ) -> Path:
-  """Write the page about the best step of a run, or of several, on a split of their reviews; return its path.
+  """Write the page about a step of a run, or of several, on a split of their reviews; return its path.
 
   Raises:
     UsageError: several runs have more than two classes, or a file cannot be written.
@@ -52,15 +52,14 @@ def write(
     ]
   reference, labels = next(iter(results)), found[0].encoded.labels
   is_copy = np.zeros(len(labels), bool)
-  rows = [statistics.summarise(name, each, labels, results[reference], is_copy) for name, each in results.items()]
+  rows = [table.summarise(name, each, labels, results[reference], is_copy) for name, each in results.items()]
+  steps = ", ".join(f"{name}: {answers.step:,}" for name, answers in zip(results, found, strict=True))
   note = (
-    f"{len(labels):,} {split} reviews, answered by the best epoch of each run. vs {reference}: difference of accuracy "
-    "in points, and its 95% interval (paired bootstrap over the reviews). Train: seconds."
+    f"{len(labels):,} {split} reviews, answered by these steps of the runs: {steps}. vs {reference}: difference of "
+    "accuracy in points, and its 95% interval (paired bootstrap over the reviews). Train: seconds."
   )
   context = {"title": f"{len(results)} runs", "notes": [note], "failures": {}, "reference": reference}
   output = output or Path("comparison.html")
-  try:
+  with reraise_as(UsageError, f"--output {output}: cannot be written"):
     files.write(output, table.page(rows, results, labels, lambda row: page.excerpt(found[0], row), **context))
-  except OSError as error:
-    raise UsageError(f"--output {output}: cannot be written: {error}.") from error
   return output

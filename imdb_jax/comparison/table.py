@@ -1,4 +1,4 @@
-"""The table of a comparison, for a terminal, as Markdown and as JSON, with its figures."""
+"""The table of a comparison: its rows, for a terminal, as Markdown and as JSON, with figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,13 +7,13 @@ import numpy as np
 from scipy import special
 
 from imdb_jax import plots
-from imdb_jax.comparison import statistics
 from imdb_jax.comparison.results import Result
 from imdb_jax.config import Config
 from imdb_jax.data.reviews import CLASSES, Reviews
 from imdb_jax.errors import printable
 from imdb_jax.report import page as report
 from imdb_jax.store import files
+from imdb_jax.task import Classification, bootstrap_interval
 from imdb_jax.training.console import Console
 
 # The row that the others are compared with.
@@ -21,6 +21,43 @@ REFERENCE = "lstm"
 _NUM_DISAGREEMENTS = 20
 
 Row = dict[str, Any]
+
+
+def correctness(results: Sequence[Result], labels: np.ndarray) -> np.ndarray:
+  """Return for each review the share of the models that are right, f64[n]."""
+  return np.mean([(np.array(result.logits) > 0) == (labels == 1) for result in results], axis=0)
+
+
+def summarise(
+  name: str, results: Sequence[Result], labels: np.ndarray, reference: Sequence[Result], is_copy: np.ndarray
+) -> Row:
+  """Return a row of the table: means over one model or more, and the sample standard deviation of their accuracies.
+
+  `is_copy`, bool[n], marks reviews that are also among the training reviews. None is what is not defined: a spread of
+  one model, a difference without reference, loss and calibration error without probabilities, an accuracy over no
+  reviews, and speed if there is nothing to compute.
+  """
+  logits = [np.array(result.logits) for result in results]
+  metrics = Classification().evaluate(np.stack(logits)[:, :, None], labels).seeds
+  accuracies = [each.accuracy for each in metrics]
+  is_right = correctness(results, labels)
+  differences = is_right - correctness(reference, labels) if reference else None
+  has_probabilities = results[0].has_probabilities
+  seconds = float(np.mean([result.predict_seconds for result in results]))
+  return {
+    "name": name,
+    "accuracies": accuracies,
+    "accuracy": float(np.mean(accuracies)),
+    "accuracy_without_copies": None if is_copy.all() else float(is_right[~is_copy].mean()),
+    "accuracy_std": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
+    "difference": None if differences is None else float(differences.mean()),
+    "interval": None if differences is None else bootstrap_interval(differences),
+    "train_seconds": float(np.mean([result.train_seconds for result in results])),
+    "loss": float(np.mean([each.loss for each in metrics])) if has_probabilities else None,
+    "calibration_error": float(np.mean([each.calibration_error for each in metrics])) if has_probabilities else None,
+    "num_parameters": results[0].num_parameters,
+    "reviews_per_second": len(labels) / seconds if seconds else None,
+  }
 
 
 def _number(value: float) -> str:
@@ -80,7 +117,7 @@ def write(
   """Print the table of the rows' results and failures, and write it and its figures into the comparison's folder."""
   run_dir, reviews, reference = config.run_dir, splits["validation"], results.get(REFERENCE, ())
   is_copy = reviews.occur_in(splits["train"])
-  rows = [statistics.summarise(row, each, reviews.labels, reference, is_copy) for row, each in results.items()]
+  rows = [summarise(row, each, reviews.labels, reference, is_copy) for row, each in results.items()]
   changes = [abs(row["accuracy_without_copies"] - row["accuracy"]) for row in rows if not is_copy.all()]
   machines = sorted({printable(result.computed_on) for each in results.values() for result in each})
   split = {"test": "test reviews", "split": "reviews held out of training"}[config.data.validation]
@@ -145,7 +182,7 @@ def disagreements(
 ) -> list[dict[str, Any]]:
   """Return the reviews on which the rows disagree most: whose probabilities of "positive" vary most over the rows."""
   means = {row: special.expit([result.logits for result in each]).mean(axis=0) for row, each in results.items()}
-  is_right = {row: statistics.correctness(each, labels) > 0.5 for row, each in results.items()}
+  is_right = {row: correctness(each, labels) > 0.5 for row, each in results.items()}
   order = np.argsort(-np.std([*means.values()], axis=0), kind="stable")[:_NUM_DISAGREEMENTS]
   return [
     {

@@ -49,15 +49,10 @@ DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, ValueError)
 def read_archive(
   path: Path, splits: Collection[str] = imdb.LABELLED_SPLITS, *, expected: Mapping[str, int] = imdb.COUNTS
 ) -> dict[str, Reviews]:
-  """Read reviews from an archive (.tar.gz, .tar.xz, .tar).
+  """Read some of `imdb.SPLITS` from an archive (.tar.gz, .tar.xz, .tar), in canonical order; count all reviews.
 
-  Args:
-    path: the archive.
-    splits: which of `imdb.SPLITS` to read; other reviews are only counted.
-    expected: number of reviews of each kind.
-
-  Returns:
-    The splits, in canonical order. A group is a film; `groups` is None if the archive lacks the split's urls files.
+  A group is a film; `groups` is None if the archive lacks the split's urls files. `expected` is the number of reviews
+  of each kind.
 
   Raises:
     DataError: the archive is missing, unreadable, damaged, unsafe or incomplete.

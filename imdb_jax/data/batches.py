@@ -32,12 +32,7 @@ def epoch_rows(
   With `by_length`, the reviews are shuffled, sorted by length within windows of many batches, and cut into batches,
   which are shuffled. So each epoch combines other reviews, and long batches are spread over the epoch.
 
-  Args:
-    lengths: int[n], real positions of each review.
-    seeds: one per model.
-    epoch: number of the epoch.
-    batch_size: rows per batch, or n if that is less.
-    by_length: whether to form batches of reviews of similar length.
+  The lengths int[n] are the real positions of each review. A batch has n rows if `batch_size` is more.
 
   Returns:
     int32[num_batches, num_seeds, batch_size], rows of the split; -1 where a smaller batch has no row.

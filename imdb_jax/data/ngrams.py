@@ -24,14 +24,9 @@ _CHUNK = 1000
 
 
 def occurrences(tokens: Any, n: int) -> Any:
-  """Return the n-grams of each review, of one to n words, by their last word.
+  """Return the n-grams of one to n words of tokens int[b, t], padded at the front with 0, by their last word.
 
-  Args:
-    tokens: int[b, t], padded at the front with 0.
-    n: number of words of the longest.
-
-  Returns:
-    u32[b, n t], a hash of each n-gram, first all of one word, then all of two and so on; 0 stands for none.
+  The result is u32[b, n t], a hash of each n-gram, first all of one word, then all of two and so on; 0 stands for none.
   """
   xp = tokens.__array_namespace__()
   words = tokens.astype(xp.uint32)

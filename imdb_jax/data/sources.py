@@ -11,7 +11,6 @@ from typing import Any
 from imdb_jax.config import DataConfig
 from imdb_jax.data import archive as archive_reader
 from imdb_jax.data import imdb, sample, splits, tables
-from imdb_jax.data.download import download
 from imdb_jax.data.reviews import Reviews, canonical
 from imdb_jax.errors import DataError, UsageError
 from imdb_jax.store import files
@@ -34,9 +33,9 @@ class Source:
   """
 
   name: str
-  content: str | None
-  fingerprint: Callable[[], str | None]
   load: Callable[[Callable[[str], None]], dict[str, Reviews]]
+  content: str | None = None
+  fingerprint: Callable[[], str | None] = lambda: None
   load_unlabelled: Callable[[Callable[[str], None]], dict[str, Reviews]] = lambda report: {}
 
 
@@ -45,11 +44,8 @@ def find(
 ) -> Source:
   """Return the source that the settings select, without reading it.
 
-  Args:
-    config: names the data.
-    archive: local archive of the IMDB reviews; None for the official ones.
-    cache_dir: folder for downloaded and prepared reviews.
-    given: texts and labels from Python, by "train" and "test".
+  The IMDB reviews come from a local archive, or are downloaded into `cache_dir` and prepared there. Texts and labels
+  from Python are `given` by "train" and "test".
 
   Raises:
     DataError: the settings are those of a run on texts from Python, but none are given.
@@ -59,7 +55,7 @@ def find(
     if path is not None and config.source in ("imdb", "sample"):
       raise UsageError(f"{name} {path}: requires texts of your own, not --data {config.source}.")
   if config.source == "sample":
-    return Source(name="the embedded sample", content=None, fingerprint=lambda: None, load=lambda report: sample.load())
+    return Source(name="the embedded sample", load=lambda report: sample.load())
   if archive is not None:
     return Source(
       name=str(archive),
@@ -68,15 +64,17 @@ def find(
       load=lambda report: archive_reader.read_archive(archive),
       load_unlabelled=lambda report: archive_reader.read_archive(archive, ("test", "unsupervised")),
     )
-  own: dict[str, Any] = {"name": config.source, "fingerprint": functools.partial(_fingerprint, config)}
-  load = functools.partial(_load_own, config)
   if config.source == "python":
     if given is None:
       raise DataError("The run was trained on texts given from Python: name texts to evaluate, as by --data FILE.")
-    own = {"name": "the given texts", "fingerprint": lambda: None}
     load = functools.partial(_load_given, given)
+    more = functools.partial(_load_unlabelled, config, load)
+    return Source(name="the given texts", load=load, load_unlabelled=more)
   if config.source != "imdb":
-    return Source(**own, content=None, load=load, load_unlabelled=functools.partial(_load_unlabelled, config, load))
+    load = functools.partial(_load_own, config)
+    more = functools.partial(_load_unlabelled, config, load)
+    fingerprint = functools.partial(_fingerprint, config)
+    return Source(name=config.source, fingerprint=fingerprint, load=load, load_unlabelled=more)
   return Source(
     name="the prepared store, or the download",
     content=imdb.CONTENT,
@@ -123,7 +121,7 @@ def _load_official(cache_dir: Path, names: Sequence[str], report: Callable[[str]
   A download is kept in `cache_dir`, also as a record store if tensorflow-datasets and array-record are installed.
   """
   if not all(importlib.util.find_spec(name) for name in ("tensorflow_datasets", "array_record")):
-    return archive_reader.read_archive(download(cache_dir / "downloads", report), names)
+    return archive_reader.read_archive(imdb.download(cache_dir / "downloads", report), names)
   # This import is slow.
   from imdb_jax.data import tfds_imdb
 
@@ -131,7 +129,7 @@ def _load_official(cache_dir: Path, names: Sequence[str], report: Callable[[str]
   shared = Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))  # noqa: PTH111
   store = find_store([cache_dir, shared])
   if store is None:
-    store = tfds_imdb.prepare(cache_dir, download(cache_dir / "downloads", report))
+    store = tfds_imdb.prepare(cache_dir, imdb.download(cache_dir / "downloads", report))
   return tfds_imdb.read_store(store, names)
 
 

@@ -64,11 +64,7 @@ def _order(name: str) -> tuple[float, str]:
 def numbered(
   rows: Sequence[tables.Row], classes: tuple[str, ...], groups: np.ndarray | None = None, name: str = ""
 ) -> Reviews:
-  """Return rows as reviews, in canonical order.
-
-  Raises:
-    DataError: a row's label is not among the classes; says where, in what has this name.
-  """
+  """Return rows as reviews, in canonical order; raise DataError, with this name, if a label is not a class."""
   numbers = {name: number for number, name in enumerate(classes)}
   for row in rows:
     if row.label not in numbers:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import archive
-from imdb_jax.errors import DataError, first_line, printable
+from imdb_jax.errors import DataError, first_line, printable, reraise_as
 from imdb_jax.store import files
 
 # Of a file or folder, unpacked; of one row in bytes, and of a text and a label in characters.
@@ -96,13 +96,8 @@ def _check_total(size: int) -> None:
 def read(path: Path, config: DataConfig, report: Report) -> list[Row]:
   """Read labelled texts from a file, whose format follows from its name, or a folder.
 
-  Args:
-    path: the file or folder.
-    config: names the columns.
-    report: called with a line of which rows were left out because their text is empty.
-
-  Raises:
-    DataError: the file is missing, too large or damaged, or a row has no label; names the line and the column.
+  `report` gets a line of which rows were left out because their text is empty. Raises DataError, which names line and
+  column, if the file is missing, too large or damaged, or a row has no label.
   """
   columns = [config.text_column, config.label_column, config.group_column or "", "id"]
   with _clear_errors(path), contextlib.closing(_rows(path, columns)) as rows:
@@ -112,8 +107,7 @@ def read(path: Path, config: DataConfig, report: Report) -> list[Row]:
 def from_python(given: Mapping[str, Sequence[Any]], name: str, report: Report) -> list[Row]:
   """Return rows of the texts, labels and perhaps groups of a split: lists, or columns of NumPy, pandas or Arrow.
 
-  Raises:
-    DataError: the columns differ in length, or a label is missing, or a text is not a text.
+  Raises DataError if the columns differ in length, a label is missing, or a text is not a text.
   """
   columns, path = [], Path(f"data[{name!r}]")
   for column in given[name]:
@@ -177,8 +171,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
 def fingerprint(path: Path) -> str:
   """Return a SHA-256 in hex: of a file's bytes, or of the names, sizes and times of a folder's texts.
 
-  Raises:
-    DataError: the file or folder is missing or unreadable.
+  Raises DataError if the file or folder is missing or unreadable.
   """
   with _clear_errors(path):
     if not path.is_dir():
@@ -197,8 +190,7 @@ def kind(path: Path) -> str:
 def records(path: Path, text_column: str) -> Generator[tuple[str, Record]]:
   """Yield the text and all columns of each row of a CSV or JSONL file, labelled or not, as a stream.
 
-  Raises:
-    DataError: the file is missing, too large or damaged, or lacks the column of the texts; names the line.
+  Raises DataError, which names the line, if the file is missing, too large or damaged, or has no column of texts.
   """
   with _clear_errors(path), contextlib.closing(_records(path, [text_column])) as found:
     for record in found:
@@ -254,10 +246,8 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
         raise ValueError(f"line 1: has two columns {repeated[0]!r}")
       while True:
         lines.begin_row()
-        try:
+        with reraise_as(ValueError, f"line {lines.start:,}", csv.Error):
           values = next(reader, None)
-        except csv.Error as error:
-          raise ValueError(f"line {lines.start:,}: {error}") from error
         if values is None:
           return
         # An empty line.
@@ -281,11 +271,9 @@ def _json_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
     lines = _Lines(stream)
     for line in lines:
       if line.strip():
-        try:
+        with reraise_as(ValueError, f"line {lines.start:,}: not JSON", (ValueError, RecursionError)):
           # Numbers stay as they are written.
           record = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-        except (ValueError, RecursionError) as error:
-          raise ValueError(f"line {lines.start:,}: not JSON: {error}") from error
         if not isinstance(record, dict):
           raise ValueError(f"line {lines.start:,}: not a JSON object")
         if missing := _missing(columns, record):

@@ -66,14 +66,10 @@ class ImdbReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(data_dir: Path, archive: Path, *, expected: Mapping[str, int] = imdb.COUNTS) -> Path:
-  """Write the record store of all reviews of a local archive, unless it exists, and return its folder.
+  """Write the record store of an archive's reviews below a root of tfds stores, unless it exists; return its folder.
 
-  Args:
-    data_dir: root of the tfds stores.
-    archive, expected: as for `archive.read_archive`.
-
-  Raises:
-    DataError: the archive is missing or damaged, or the store cannot be written; no part of it is left.
+  `expected` is as for `archive.read_archive`. Raises DataError if the archive is missing or damaged, or the store
+  cannot be written; no part of it is left.
   """
   splits = archive_reader.read_archive(archive, imdb.SPLITS, expected=expected)
   with _quiet(f"cannot write a record store in {data_dir}", "use another data directory"):
@@ -85,14 +81,10 @@ def prepare(data_dir: Path, archive: Path, *, expected: Mapping[str, int] = imdb
 def read_store(
   path: Path, splits: Collection[str] = imdb.LABELLED_SPLITS, *, expected: Mapping[str, int] = imdb.COUNTS
 ) -> dict[str, Reviews]:
-  """Read reviews from a record store; `groups` is None in a store of the stock builder.
+  """Read reviews from a folder `imdb_reviews/plain_text/1.0.0`, as `archive.read_archive` does from an archive.
 
-  Args:
-    path: the folder `imdb_reviews/plain_text/1.0.0`.
-    splits, expected: as for `archive.read_archive`.
-
-  Raises:
-    DataError: the store is damaged, incomplete or in a format that only TensorFlow reads.
+  `groups` is None in a store of the stock builder. Raises DataError if the store is damaged, incomplete or in a format
+  that only TensorFlow reads.
   """
   path = path.absolute()
   with _quiet(f"cannot read the record store {path}", "delete it to have it prepared again, or use --archive"):

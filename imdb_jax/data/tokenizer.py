@@ -8,11 +8,12 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imdb_jax.config import DataConfig
-from imdb_jax.errors import DataError, UsageError
+from imdb_jax.errors import DataError, UsageError, reraise_as
 from imdb_jax.store import files
 
 PADDING_ID = 0
@@ -49,16 +50,13 @@ class Vocabulary:
   """The known words, most frequent first: `words[i]` has id i + 1, and id 0 is padding.
 
   Attributes:
-    size: upper bound of the ids, exclusive; at most `size - 1` words are known.
-    strip_html: whether to remove HTML tags from a text first.
+    config: `vocabulary_size` is the exclusive upper bound of the ids, so one word fewer is known at most. Others say
+      what is a word, and how many are kept of a text.
     words: the known words.
-    punctuation: whether punctuation marks are words.
   """
 
-  size: int
-  strip_html: bool
+  config: DataConfig
   words: tuple[str, ...]
-  punctuation: bool = False
 
   @functools.cached_property
   def _ids(self) -> dict[str, int]:
@@ -67,38 +65,34 @@ class Vocabulary:
   @property
   def dtype(self) -> type[np.signedinteger]:
     """The type of ids in arrays."""
-    return np.int16 if self.size <= 2**15 else np.int32
+    return np.int16 if self.config.vocabulary_size <= 2**15 else np.int32
 
   @functools.cached_property
   def json(self) -> str:
     """JSON text that `load` reads."""
-    fields = {"format": _FORMAT, "size": self.size, "strip_html": self.strip_html, "words": self.words}
-    # Files of older versions lack the field.
-    fields |= {"punctuation": True} if self.punctuation else {}
-    return json.dumps(fields, ensure_ascii=False, indent=0)
+    return json.dumps(_fields(self.config, self.words), ensure_ascii=False, indent=0)
 
   @classmethod
-  def fit(cls, texts: Iterable[str], *, size: int, strip_html: bool, punctuation: bool = False) -> "Vocabulary":
+  def fit(cls, texts: Iterable[str], config: DataConfig) -> "Vocabulary":
     """Rank the words of `texts` by count. Of words with equal counts, the one that appears first has the lower id.
 
-    Raises:
-      DataError: there are too many different words to be counted in memory, or too long ones for a file.
+    Raises DataError if there are too many different words to be counted in memory, or too long ones for a file.
     """
-    counts = collections.Counter()
+    counts, empty = collections.Counter(), cls(config=config, words=())
     for text in texts:
-      counts.update(split_words(text, strip_html=strip_html, punctuation=punctuation))
+      counts.update(empty.split(text))
       if len(counts) > _MAX_WORDS:
         raise DataError(f"the reviews have more than {_MAX_WORDS:,} different words; use the official archive")
     # sorted() is stable and a Counter keeps the order of first appearance. most_common(n) is not stable.
     ranked = sorted(counts, key=lambda word: -counts[word])
-    vocabulary = cls(size=size, strip_html=strip_html, words=tuple(ranked[: size - 1]), punctuation=punctuation)
+    vocabulary = cls(config=config, words=tuple(ranked[: config.vocabulary_size - 1]))
     if len(vocabulary.json.encode()) > _MAX_FILE_BYTES:
       raise DataError(f"the words of the reviews take more than {_MAX_FILE_BYTES:,} bytes; use the official archive")
     return vocabulary
 
   def split(self, text: str) -> list[str]:
     """Return the words of `text`, known and unknown."""
-    return split_words(text, strip_html=self.strip_html, punctuation=self.punctuation)
+    return split_words(text, strip_html=self.config.strip_html, punctuation=self.config.punctuation)
 
   def ids(self, text: str) -> list[int]:
     """Return the ids of the known words of `text`. Unknown words are dropped, so the result may be empty."""
@@ -111,7 +105,7 @@ class Vocabulary:
     Tags and unknown words have the id of padding. The other ids are those of `ids(text)`.
     """
     found = []
-    if self.strip_html:
+    if self.config.strip_html:
 
       def remove(tag: re.Match[str]) -> str:
         found.append((PADDING_ID, *tag.span()))
@@ -120,7 +114,7 @@ class Vocabulary:
 
       text = _replace_tags(text, remove)
     # Lower-cased as a whole, because a final sigma depends on its neighbours.
-    table, pattern = (_BLANKS, _WORD_OR_MARK) if self.punctuation else (_SEPARATORS, _WORD)
+    table, pattern = (_BLANKS, _WORD_OR_MARK) if self.config.punctuation else (_SEPARATORS, _WORD)
     lowered = text.lower().translate(table)
     # A lower-cased character may be several: "İ" becomes "i" and a combining dot.
     origins = [i for i, character in enumerate(text) for _ in character.lower()]
@@ -128,16 +122,15 @@ class Vocabulary:
       found.append((self._ids.get(word[0], PADDING_ID), origins[word.start()], origins[word.end() - 1] + 1))
     return sorted(found, key=operator.itemgetter(1))
 
-  def encode(self, texts: Sequence[str], sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Encode texts as padded ids.
+  def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encode n texts as padded ids.
 
-    Args:
-      texts: n texts.
-      sequence_length: t. Of a longer text the last t known words are kept; a shorter one is padded at the front.
+    Of a text, the last `sequence_length` t known words are kept; a shorter one is padded at the front.
 
     Returns:
       tokens int16[n, t] (int32 if the ids do not fit) and lengths int32[n], the number of known words kept.
     """
+    sequence_length = self.config.sequence_length
     tokens = np.full((len(texts), sequence_length), PADDING_ID, self.dtype)
     lengths = np.zeros(len(texts), np.int32)
     for row, text in enumerate(texts):
@@ -149,19 +142,14 @@ class Vocabulary:
 
   @classmethod
   def load(cls, path: Path, config: DataConfig) -> "Vocabulary":
-    """Read a vocabulary from its JSON file.
-
-    Raises:
-      UsageError: the file is absent, not a vocabulary, or not one for this config.
-    """
-    try:
+    """Read a JSON file; raise UsageError if it is absent, not a vocabulary, or not one for this config."""
+    with reraise_as(UsageError, f"{path}: not a usable vocabulary", (OSError, ValueError)):
       fields = files.read_json(path, _MAX_FILE_BYTES)
-      names = {"format", "size", "strip_html", "words"} | ({"punctuation"} if config.punctuation else set())
-      if not isinstance(fields, dict) or fields.keys() != names:
-        raise ValueError(f"not a JSON object with the keys {', '.join(sorted(names))}")
-      size, strip_html, words = config.vocabulary_size, config.strip_html, fields.pop("words")
-      expected = {"format": _FORMAT, "size": size, "strip_html": strip_html, "punctuation": True}
-      for name, value in {name: expected[name] for name in fields}.items():
+      expected = _fields(config, [])
+      if not isinstance(fields, dict) or fields.keys() != expected.keys():
+        raise ValueError(f"not a JSON object with the keys {', '.join(sorted(expected))}")
+      words, size = fields["words"], config.vocabulary_size
+      for name, value in (expected | {"words": words}).items():
         if type(fields[name]) is not type(value) or fields[name] != value:
           raise ValueError(f"{name} must be {value!r}")
       if not isinstance(words, list) or len(words) >= size or not all(isinstance(word, str) for word in words):
@@ -170,6 +158,11 @@ class Vocabulary:
         raise ValueError("a word occurs twice")
       # JSON can hold half of a surrogate pair, which is no character and cannot be encoded.
       "".join(words).encode()
-    except (OSError, ValueError) as error:
-      raise UsageError(f"{path}: not a usable vocabulary: {error}") from error
-    return cls(size=size, strip_html=strip_html, words=tuple(words), punctuation=config.punctuation)
+    return cls(config=config, words=tuple(words))
+
+
+def _fields(config: DataConfig, words: Sequence[str]) -> dict[str, Any]:
+  """Return the fields of a vocabulary's file, in their order: the digest of a run's data depends on it."""
+  fields = {"format": _FORMAT, "size": config.vocabulary_size, "strip_html": config.strip_html, "words": words}
+  # Files of older versions lack the field.
+  return fields | ({"punctuation": True} if config.punctuation else {})

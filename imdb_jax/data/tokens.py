@@ -22,7 +22,7 @@ from imdb_jax.data.reviews import CLASSES, Reviews, content, named
 from imdb_jax.data.sources import Source
 from imdb_jax.data.splits import numbered
 from imdb_jax.data.tokenizer import Vocabulary
-from imdb_jax.errors import DataError, UsageError, first_line
+from imdb_jax.errors import DataError, UsageError, first_line, reraise_as
 from imdb_jax.store import files
 
 # Version of the cache. It is part of the names of the entries, so entries of other versions are ignored.
@@ -104,11 +104,7 @@ class TokenData:
 
 
 def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
-  """Split reviews into the rest and about `fraction` of them; no group is on both sides.
-
-  Raises:
-    DataError: the groups are unknown.
-  """
+  """Split reviews by groups into the rest and about `fraction` of them; raise DataError if the groups are unknown."""
   if reviews.groups is None:
     raise DataError(
       "--validation split requires the film of each review, which this source does not have: "
@@ -117,11 +113,11 @@ def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
   if reviews.groups.dtype == np.uint64:
     # Hashes. Their higher bits have decided what is for testing.
     is_held = reviews.groups % np.uint64(2**32) < np.uint64(fraction * 2**32)
-    return reviews.take(np.flatnonzero(~is_held)), reviews.take(np.flatnonzero(is_held))
-  groups, counts = np.unique(reviews.groups, return_counts=True)
-  order = batches.shuffled(len(groups), seed=_HOLD_OUT_SEED, epoch=0)
-  num_held = int(np.searchsorted(np.cumsum(counts[order]), fraction * len(reviews))) + 1
-  is_held = np.isin(reviews.groups, groups[order[:num_held]])
+  else:
+    groups, counts = np.unique(reviews.groups, return_counts=True)
+    order = batches.shuffled(len(groups), seed=_HOLD_OUT_SEED, epoch=0)
+    num_held = int(np.searchsorted(np.cumsum(counts[order]), fraction * len(reviews))) + 1
+    is_held = np.isin(reviews.groups, groups[order[:num_held]])
   return reviews.take(np.flatnonzero(~is_held)), reviews.take(np.flatnonzero(is_held))
 
 
@@ -144,23 +140,18 @@ def split(config: DataConfig, reviews: dict[str, Reviews]) -> dict[str, Reviews]
 def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
   """Fit the vocabulary on the training reviews alone and encode every split; raise as `split` does."""
   splits = split(config, reviews)
-  texts = splits["train"].texts
-  vocabulary = Vocabulary.fit(
-    texts, size=config.vocabulary_size, strip_html=config.strip_html, punctuation=config.punctuation
-  )
-  encoded = {name: _encode(each, vocabulary, config) for name, each in splits.items()}
+  vocabulary = Vocabulary.fit(splits["train"].texts, config)
+  encoded = {name: _encode(each, vocabulary) for name, each in splits.items()}
   return TokenData.of(encoded, vocabulary, splits["train"].classes)
 
 
-def read(
-  path: Path, config: DataConfig, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]
-) -> TokenSplit:
+def read(path: Path, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]) -> TokenSplit:
   """Return the encoded texts of a labelled file or folder; raise DataError as `tables.read`, or for another class."""
-  return _encode(numbered(tables.read(path, config, report), classes, name=str(path)), vocabulary, config)
+  return _encode(numbered(tables.read(path, vocabulary.config, report), classes, name=str(path)), vocabulary)
 
 
-def _encode(reviews: Reviews, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:
-  tokens, lengths = vocabulary.encode(reviews.texts, config.sequence_length)
+def _encode(reviews: Reviews, vocabulary: Vocabulary) -> TokenSplit:
+  tokens, lengths = vocabulary.encode(reviews.texts)
   return TokenSplit(tokens=tokens, lengths=lengths, labels=reviews.labels)
 
 
@@ -169,13 +160,8 @@ def load(
 ) -> TokenData:
   """Return the encoded reviews of a source, from the cache if possible.
 
-  One process at a time reads the source and fills the cache; the others wait for it.
-
-  Args:
-    source: reviews, from `sources.find`.
-    config: which reviews to use and how to encode them.
-    cache_dir: folder of the cache.
-    report: called with a line before slow work.
+  One process at a time reads the source and fills the cache; the others wait for it. `report` gets a line before slow
+  work.
 
   Raises:
     DataError: the reviews are missing or damaged, lack the groups for a held-out part, or cannot be cached.
@@ -188,21 +174,16 @@ def load(
   data = _read_intact(entry, config, lambda line: None)
   if data is not None:
     return data
-  try:
-    with _locked(cache_dir, report):
-      # Another process may have filled the cache meanwhile.
-      return _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
-  except OSError as error:
-    raise DataError(f"--cache-dir {cache_dir}: cannot be written: {error}.") from error
+  with reraise_as(DataError, f"--cache-dir {cache_dir}: cannot be written"), _locked(cache_dir, report):
+    # Another process may have filled the cache meanwhile.
+    return _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
 
 
-def load_unlabelled(
-  source: Source, config: DataConfig, vocabulary: Vocabulary, report: Callable[[str], None]
-) -> np.ndarray:
+def load_unlabelled(source: Source, vocabulary: Vocabulary, report: Callable[[str], None]) -> np.ndarray:
   """Return the unlabelled reviews of a source as int[n, t], or raise DataError. Only the start of a run needs them."""
   report(f"Reading the unlabelled reviews from {source.name}")
   found = source.load_unlabelled(report)
-  texts = found["unsupervised"].texts[: config.limit] if found else ()
+  texts = found["unsupervised"].texts[: vocabulary.config.limit] if found else ()
   if not texts:
     raise DataError(
       f"--unlabelled: {source.name} has no unlabelled texts, unlike the official archive: name a file of your own by "
@@ -210,7 +191,7 @@ def load_unlabelled(
     )
   if count := len({*texts} & {*found["test"].texts}):
     report(f"Warning: {count:,} of the {len(texts):,} unlabelled texts are also test texts; see --no-unlabelled.")
-  return vocabulary.encode(texts, config.sequence_length)[0]
+  return vocabulary.encode(texts)[0]
 
 
 @contextlib.contextmanager
@@ -291,7 +272,7 @@ def _read(entry: Path, config: DataConfig) -> TokenData:
   manifest = files.read_json(entry / "manifest.json")
   with files.open_regular(entry / "arrays") as file:
     names = [name for name in _SPLITS if name in manifest["rows"]]
-    splits = {name: _read_split(file, manifest["rows"][name], vocabulary, config) for name in names}
+    splits = {name: _read_split(file, manifest["rows"][name], vocabulary) for name in names}
     classes = tuple(manifest["classes"])
     if file.read(1):
       raise ValueError("the arrays are too long")
@@ -303,8 +284,9 @@ def _read(entry: Path, config: DataConfig) -> TokenData:
   return data
 
 
-def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary, config: DataConfig) -> TokenSplit:
+def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary) -> TokenSplit:
   # Before memory is allocated. A sparse file may claim any size.
+  config = vocabulary.config
   size = rows * config.sequence_length * np.dtype(vocabulary.dtype).itemsize if type(rows) is int else 0
   if not 0 < size <= min(_MAX_BYTES, os.fstat(file.fileno()).st_size):
     raise ValueError("an impossible number of reviews")
@@ -318,7 +300,7 @@ def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary, config: Data
     lengths=read(np.int32, rows),
     labels=read(np.int32, rows),
   )
-  if split.tokens.min() < 0 or split.tokens.max() >= vocabulary.size:
+  if split.tokens.min() < 0 or split.tokens.max() >= config.vocabulary_size:
     raise ValueError("a token is not an id")
   if not np.array_equal(split.lengths, np.count_nonzero(split.tokens, axis=1)):
     raise ValueError("a length is wrong")

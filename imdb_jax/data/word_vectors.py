@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
 
-from imdb_jax.errors import UsageError
+from imdb_jax.errors import UsageError, reraise_as
 
 # A vector of 65,536 numbers, the most that a config permits, with 15 characters each.
 _MAX_LINE_BYTES = 2**20
@@ -77,16 +77,9 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
 def read(path: Path, words: Sequence[str], vocabulary_size: int, embedding_size: int) -> np.ndarray:
   """Return a vector for each id from a text file as of word2vec, GloVe or fastText: a word and its numbers per line.
 
-  A first line with the number of words and the size is skipped. The file may be larger than the memory.
-
-  Args:
-    path: the file.
-    words: the words of ids 1, 2, ...
-    vocabulary_size: v, upper bound of the ids.
-    embedding_size: e, the numbers per word.
-
-  Returns:
-    f32[v, e]; 0 for padding and for words that the file lacks.
+  A first line with the number of words and the size is skipped. The file may be larger than the memory. The vectors are
+  f32[v, e] for `vocabulary_size` v and `embedding_size` e, of the words of ids 1, 2, ...; 0 for padding and for words
+  that the file lacks.
 
   Raises:
     UsageError: the file cannot be read, a line has another size, a number is not finite, or a word of the vocabulary
@@ -94,31 +87,28 @@ def read(path: Path, words: Sequence[str], vocabulary_size: int, embedding_size:
   """
   ids = {word.encode(): id for id, word in enumerate(words, 1)}
   vectors, found = np.zeros((vocabulary_size, embedding_size), np.float32), set()
-  try:
-    with path.open("rb") as file:
-      for number in itertools.count(1):
-        line = file.readline(_MAX_LINE_BYTES)
-        if not line:
-          break
-        if number == 1 and len(line.split()) == 2:
-          continue
-        word, *numbers = line.rstrip().rsplit(b" ", embedding_size)
-        # Some words contain spaces, but hardly the first ones.
-        is_longer = number <= 2 and b" " in word
-        if is_longer or len(numbers) != embedding_size or len(line) == _MAX_LINE_BYTES:
-          raise ValueError(f"line {number:,} is not a word and {embedding_size} numbers; see --embedding-size")
-        id = ids.get(word)
-        if id is None:
-          continue
-        if id in found:
-          raise ValueError(f"line {number:,}: the word {word.decode()!r} occurs twice")
-        vector = np.array(numbers, float)
-        if not (np.abs(vector) <= np.finfo(np.float32).max).all():
-          raise ValueError(f"line {number:,}: a number is not finite")
-        vectors[id] = vector
-        found.add(id)
-  except (OSError, ValueError) as error:
-    raise UsageError(f"--word-vectors {path}: {error}.") from error
+  with reraise_as(UsageError, f"--word-vectors {path}", (OSError, ValueError)), path.open("rb") as file:
+    for number in itertools.count(1):
+      line = file.readline(_MAX_LINE_BYTES)
+      if not line:
+        break
+      if number == 1 and len(line.split()) == 2:
+        continue
+      word, *numbers = line.rstrip().rsplit(b" ", embedding_size)
+      # Some words contain spaces, but hardly the first ones.
+      is_longer = number <= 2 and b" " in word
+      if is_longer or len(numbers) != embedding_size or len(line) == _MAX_LINE_BYTES:
+        raise ValueError(f"line {number:,} is not a word and {embedding_size} numbers; see --embedding-size")
+      id = ids.get(word)
+      if id is None:
+        continue
+      if id in found:
+        raise ValueError(f"line {number:,}: the word {word.decode()!r} occurs twice")
+      vector = np.array(numbers, float)
+      if not (np.abs(vector) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"line {number:,}: a number is not finite")
+      vectors[id] = vector
+      found.add(id)
   if not found:
     raise UsageError(f"--word-vectors {path}: has none of the {len(ids):,} words of the vocabulary.")
   return vectors

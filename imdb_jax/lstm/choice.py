@@ -54,12 +54,9 @@ class Choice(NamedTuple):
 
 
 def choose(call: Call, device: Any = None) -> Choice:
-  """Return the fastest implementation that supports a call.
+  """Return the fastest implementation that supports a call on a `jax.Device`, or on the first local one.
 
-  Args:
-    call: what to compute.
-    device: the `jax.Device`, or None for the first local one. A device of another process is represented by the first
-      local one of its platform.
+  A device of another process is represented by the first local one of its platform.
   """
   problem = unsupported("chunked", call, device)
   if problem is not None:

@@ -216,12 +216,8 @@ def lookup(embedding: jax.Array, weights: Weights, t: int) -> Lookup:
 def last_hidden(prepared: Lookup, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
   """Return the hidden state after the last position, f32[b, h]: that of `lstm` without lengths, except for rounding.
 
-  The state after k padding tokens is the same for every row. So the loop starts where the longest row does.
-
-  Args:
-    prepared: from `lookup`.
-    tokens: int[b, t], padded at the front with 0.
-    lengths: i32[b], number of tokens of each row.
+  The tokens are int[b, t], padded at the front with 0, and the lengths i32[b] their number in each row. The state after
+  k padding tokens is the same for every row. So the loop starts where the longest row does.
   """
   first, by_position = tokens.shape[1] - jnp.max(lengths), tokens.T
 

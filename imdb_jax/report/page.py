@@ -15,7 +15,7 @@ from imdb_jax.config import PRESETS, Config, differing_fields
 from imdb_jax.data.reviews import Reviews
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
-from imdb_jax.errors import UsageError, printable
+from imdb_jax.errors import UsageError, printable, reraise_as
 from imdb_jax.report import numbers
 from imdb_jax.store import files, metrics_log, run_directory
 from imdb_jax.store.metrics_log import METRICS, Line
@@ -39,9 +39,10 @@ _CHOSEN_ON = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:
-  """The answers of a run's best step to the reviews of a split.
+  """The answers of a step of a run to the reviews of a split.
 
   Attributes:
+    step: training steps done.
     split: "test", "validation" or "train".
     encoded: n encoded reviews with labels.
     logits: f32[seeds, n, head_size], without temperature.
@@ -51,6 +52,7 @@ class Answers:
     explain: returns HTML for each text, with its words coloured; None if the model is not at hand.
   """
 
+  step: int
   split: str
   encoded: TokenSplit
   logits: np.ndarray
@@ -71,10 +73,8 @@ def write(
   """Write report.html and report.md into the directory of a run, or `output` alone; return the path of the page.
 
   Without answers, all that depends on them is left out. `notes` are lines that say what else is left out, and why.
-  Into `figures_dir`, an existing folder, the figures are written as PNG and SVG.
-
-  Raises:
-    UsageError: a file of the run is damaged, or cannot be written.
+  Into `figures_dir`, an existing folder, the figures are written as PNG and SVG. Raises UsageError if a file of the run
+  is damaged, or cannot be written.
   """
   history, steps = metrics_log.read(config.run_dir)
   notes, figures = [*notes], _curves(config, history, steps)
@@ -96,7 +96,7 @@ def write(
   }
   context |= _answered(config, task, answers, figures, notes) if answers else {}
   target = output or config.run_dir / "report.html"
-  try:
+  with reraise_as(UsageError, f"{target}: cannot be written"):
     shown = {name: plots.svg(figure) for name, figure in figures.items()}
     files.write(target, render("run.html", **context, figures=shown))
     if output is None:
@@ -106,8 +106,6 @@ def write(
     for name, figure in figures.items() if figures_dir else ():
       for suffix in ("png", "svg"):
         plots.save(figure, Path(str(figures_dir), f"{name}.{suffix}"))
-  except OSError as error:
-    raise UsageError(f"{target}: cannot be written: {error}.") from error
   return target
 
 
@@ -161,11 +159,10 @@ def _command(config: Config, preset: Config) -> str:
   for section, values in config.settings().items():
     for name, value in values.items():
       if value != preset.settings()[section][name]:
-        is_off = value is False
-        arguments += [
-          f"--no-{flag(name)[2:]}" if is_off else flag(name),
-          *([] if type(value) is bool else [str(value)]),
-        ]
+        if type(value) is bool:
+          arguments.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        else:
+          arguments += [flag(name), str(value)]
   return shlex.join([*arguments, "--run-dir", str(config.run_dir)])
 
 
@@ -223,6 +220,7 @@ def _answered(
   return {
     "metrics": metrics[0],
     "uncalibrated": metrics[-1] if len(metrics) > 1 else None,
+    "step": answers.step,
     "split": answers.split,
     "references": _REFERENCES if _is_imdb(config) and answers.split == "test" else {},
     "mistakes": _shown(task, answers, probabilities, mistakes),
@@ -238,11 +236,8 @@ def _draw_scores(
     parts, values, xlabel = {"wrong": ~is_correct, "right": is_correct}, scores.max(axis=1), "probability of the answer"
   else:
     names = [printable(name)[:20] for name in task.classes]
-    parts, values, xlabel = (
-      {name: labels == i for i, name in enumerate(names)},
-      scores[:, 1],
-      f"probability of {names[1]}",
-    )
+    parts, values = {name: labels == i for i, name in enumerate(names)}, scores[:, 1]
+    xlabel = f"probability of {names[1]}"
   if len(task.classes) == 2 and 0 < labels.sum() < len(labels):
     curve = ("", *numbers.roc(values, labels == 1), plots.ACCENT)
     figures["roc"] = plots.curves([curve], "ROC", "false positive rate", "true positive rate", "diagonal")

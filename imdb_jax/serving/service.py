@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from imdb_jax import explanation
-from imdb_jax.errors import UsageError, first_line
+from imdb_jax.errors import UsageError, first_line, reraise_as
 from imdb_jax.prediction import Ensemble
 
 # Limits of a request, and of requests at once. openapi.json and docs/serving.md name them, too.
@@ -168,10 +168,8 @@ def listen(host: str, port: int) -> socket.socket:
   """Return a listening socket, for port 0 on a free port; raise UsageError if there is none to be had."""
   if not 0 <= port < 2**16:
     raise UsageError(f"--port {port}: must be from 0 to {2**16 - 1}.")
-  try:
+  with reraise_as(UsageError, f"--host {host:.80} --port {port}", (OSError, UnicodeError)):
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-  except (OSError, UnicodeError) as error:
-    raise UsageError(f"--host {host:.80} --port {port}: {first_line(error)}.") from error
 
 
 def serve(ensemble: Ensemble, listener: socket.socket) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
+from imdb_jax.errors import reraise_as
 from imdb_jax.store import files
 
 # Orbax's description of the tree. It tells Orbax where to look for each array, and in which format.
@@ -40,8 +42,7 @@ def by_name(tree: Any) -> dict[str, Any]:
 def check(folder: Path, arrays: dict[str, jax.ShapeDtypeStruct]) -> None:
   """Check that a folder holds these arrays in this layout, from the sizes of its files and its metadata alone.
 
-  Raises:
-    OSError, ValueError: it does not, or it contains a link or device; names the file or the array.
+  Raises OSError or ValueError, which name the file or array, if it does not, or contains a link or device.
   """
   expected = {}
   for name, array in arrays.items():
@@ -74,7 +75,7 @@ def check(folder: Path, arrays: dict[str, jax.ShapeDtypeStruct]) -> None:
 
 
 def save(orbax: ocp.Checkpointer, folder: Path, state: Any) -> None:
-  """Write the arrays of a state to a new folder. `manifest.write` flushes them to the disk."""
+  """Write the arrays of a state to a new folder. `files.write_manifest` flushes them to the disk."""
   orbax.save(folder, args=ocp.args.PyTreeSave(by_name(state)))
 
 
@@ -84,3 +85,21 @@ def restore(orbax: ocp.Checkpointer, folder: Path, abstract: Any) -> Any:
   arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
   found = orbax.restore(folder, args=arguments)
   return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+
+
+def load_safetensors(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
+  """Return the arrays of a file of weights, which must have the expected names, shapes and dtypes, and finite values.
+
+  Raises OSError or ValueError if the file cannot be read or has other arrays, ImportError if the package is missing.
+  """
+  import safetensors.numpy
+
+  size = sum(array.size * array.dtype.itemsize for array in expected.values())
+  with reraise_as(ValueError, "it is damaged", safetensors.SafetensorError):
+    found = safetensors.numpy.load(files.read_bytes(path, size + files.MAX_JSON_BYTES))
+  shapes = ({name: (array.shape, array.dtype) for name, array in arrays.items()} for arrays in (found, expected))
+  if next(shapes) != next(shapes):
+    raise ValueError("its arrays are not those of this model")
+  if not all(np.isfinite(array).all() for array in found.values()):
+    raise ValueError("it holds values that are not finite")
+  return found

@@ -20,8 +20,8 @@ import numpy as np
 from absl import logging as absl_logging
 
 from imdb_jax import processes
-from imdb_jax.errors import CheckpointError, first_line
-from imdb_jax.store import arrays, files, manifest
+from imdb_jax.errors import CheckpointError, first_line, reraise_as
+from imdb_jax.store import arrays, files
 
 _LOG = logging.getLogger(__name__)
 # The newest steps are kept for resuming, and the best one.
@@ -62,11 +62,7 @@ class Checkpoints:
 
     A reader changes nothing, so it may look at a live run. A writer removes what interrupted saves left behind. If
     some step is usable, a writer also moves damaged steps to `RUN_DIR/damaged`, so that they can be saved again.
-
-    Args:
-      run_dir: the run directory.
-      abstract: tree of shapes, dtypes and shardings of the state.
-      read_only: whether this is a reader.
+    `abstract` is the tree of shapes, dtypes and shardings of the state.
     """
     self._abstract, self._orbax = abstract, arrays.checkpointer()
     self._arrays = arrays.by_name(abstract)
@@ -76,7 +72,7 @@ class Checkpoints:
       raise CheckpointError(f"{run_dir}: there are no checkpoints. Is this a run directory?")
     self._saved: dict[int, Saved]
     self._damaged: dict[int, str]
-    try:
+    with reraise_as(CheckpointError, f"{self.directory}: cannot be used for checkpoints"):
       self._find_all()
       if self.is_empty():
         self._require_manifests()
@@ -90,8 +86,6 @@ class Checkpoints:
         with processes.together():
           if jax.process_index() == 0:
             self._tidy()
-    except OSError as error:
-      raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
 
   def _find_all(self) -> None:
     self._saved, self._damaged = {}, {}
@@ -103,7 +97,7 @@ class Checkpoints:
       try:
         # First, because it takes no longer for huge files.
         arrays.check(self._folder(step), self._arrays)
-        facts = manifest.check(self._folder(step), self._manifest(step))
+        facts = files.check_manifest(self._folder(step), self._manifest(step))
         progress, score = facts.get("progress"), facts.get("score")
         if not isinstance(progress, dict) or not (score is None or (type(score) is float and math.isfinite(score))):
           raise ValueError("its manifest lacks progress or score")
@@ -184,9 +178,7 @@ class Checkpoints:
   def save(self, saved: Saved, state: Any) -> None:
     """Save a step and wait until it is on disk; then remove older steps that are no longer needed.
 
-    Args:
-      saved: the step and its facts. If the step exists already, only the facts are replaced.
-      state: a tree of arrays on all devices.
+    If the step exists already, only its facts are replaced. The state is a tree of arrays on all devices.
     """
     try:
       if saved.step not in self._saved:
@@ -199,7 +191,7 @@ class Checkpoints:
           # Whatever the file system or Orbax makes of the path, the files must be where a reader looks for them.
           arrays.check(self._folder(saved.step), self._arrays)
           facts = {"progress": saved.progress, "score": saved.score}
-          manifest.write(self._folder(saved.step), self._manifest(saved.step), facts)
+          files.write_manifest(self._folder(saved.step), self._manifest(saved.step), facts)
     # Orbax, tensorstore and the file system raise errors without a common base class.
     except Exception as error:
       self._find_all()
@@ -208,17 +200,15 @@ class Checkpoints:
         f"Step {saved.step} could not be saved in {self.directory}: {first_line(error)}. Intact steps: {intact}."
       ) from error
     self._saved[saved.step] = saved
-    try:
+    with reraise_as(
+      CheckpointError, f"Step {saved.step} is saved in {self.directory}, but an older step could not be removed"
+    ):
       for old in self._saved.keys() - {*self.steps()[-_NUM_KEPT:], self.find("best").step}:
         del self._saved[old]
         if jax.process_index() == 0:
           self._manifest(old).unlink(missing_ok=True)
           files.sync(self._manifests)
           files.remove(self._folder(old))
-    except OSError as error:
-      raise CheckpointError(
-        f"Step {saved.step} is saved in {self.directory}, but an older step could not be removed: {first_line(error)}."
-      ) from error
 
   def _require_untouched(self) -> None:
     """Raise OSError if someone has removed saved steps, or the whole folder, which Orbax would create anew."""
@@ -237,13 +227,11 @@ class Checkpoints:
         message = f"No space left on device: {free[unit]:,} {unit} are free, {needed[unit]:,} are needed"
         raise OSError(errno.ENOSPC, message)
 
-  def restore_latest(self) -> tuple[Saved, Any]:
-    """Restore the newest step. One that cannot be read now stays where it is: the next attempt may succeed."""
-    saved = self.find("latest")
-    return saved, self._restore(saved.step)
-
   def restore(self, which: int | Literal["best", "latest"]) -> tuple[Saved, Any]:
-    """Restore a step; if the trainer of a live run removes it meanwhile, look again."""
+    """Restore a step; if the trainer of a live run removes it meanwhile, look again.
+
+    A step that cannot be read now stays where it is: the next attempt may succeed.
+    """
     for _ in range(_MAX_TRIES):
       saved = self.find(which)
       try:
@@ -260,11 +248,9 @@ class Checkpoints:
 
   def _restore(self, step: int) -> Any:
     folder = self._folder(step)
-    try:
-      state = arrays.restore(self._orbax, folder, self._abstract)
     # Orbax and tensorstore raise errors without a common base class.
-    except Exception as error:
-      raise CheckpointError(f"{folder}: the checkpoint cannot be restored: {first_line(error)}.") from error
+    with reraise_as(CheckpointError, f"{folder}: the checkpoint cannot be restored", Exception):
+      state = arrays.restore(self._orbax, folder, self._abstract)
     # Every device holds the whole state.
     if not all(np.isfinite(leaf.addressable_data(0)).all() for leaf in jax.tree.leaves(state)):
       raise CheckpointError(f"{folder}: the checkpoint holds values that are not finite.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imdb_jax.config import Config
-from imdb_jax.errors import CheckpointError, UsageError
+from imdb_jax.errors import CheckpointError, UsageError, reraise_as
 from imdb_jax.store import files, run_directory
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
@@ -43,8 +43,7 @@ def read_history(run_dir: Path) -> list[Line]:
 def read(run_dir: Path) -> tuple[list[Line], list[Line]]:
   """Return the lines of the finished epochs of a run, and up to `MAX_STEP_LINES` of the others, at equal distances.
 
-  Raises:
-    UsageError: a file of the run is damaged.
+  Raises UsageError if a file of the run is damaged.
   """
   config, history, steps, distance = run_directory.load_config(run_dir), [], [], 1
   num_steps = 0
@@ -66,6 +65,17 @@ def best_epoch(history: list[Line]) -> Line:
   return max(history, key=lambda line: line["val_accuracy"])
 
 
+def early_end(history: list[Line], patience: int | None) -> Line | None:
+  """Return the epoch after which early stopping ends a run, if it does: none is better in the `patience` before it."""
+  best = history[:1]
+  for line in history if patience is not None else []:
+    if line["val_accuracy"] > best[0]["val_accuracy"]:
+      best = [line]
+    elif line["epoch"] - best[0]["epoch"] == patience:
+      return line
+  return None
+
+
 def decimal(value: float) -> str:
   """Format a metric with four decimals, or with four digits if it is huge."""
   return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
@@ -77,24 +87,20 @@ def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:
   However long the file is, it holds no more epochs and seeds than the config: few enough for the memory.
   """
   training = config.training
-  try:
-    file = files.open_regular(path)
-  except FileNotFoundError:
+  if not os.path.lexists(path):
     return
-  except OSError as error:
-    raise UsageError(f"{path}: not readable: {error}") from error
+  with reraise_as(UsageError, f"{path}: not readable"):
+    file = files.open_regular(path)
   end, epoch = 0, 0
   with file:
     while (text := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
       end += len(text)
-      try:
+      with reraise_as(UsageError, f"{path}: not readable: line ending at byte {end:,}", (ValueError, RecursionError)):
         line = json.loads(text)
         if not _is_valid(line, training.seeds):
           raise ValueError("not a line of metrics")
         if line["kind"] == "epoch" and (line["epoch"] != epoch + 1 or epoch == training.epochs):
           raise ValueError(f"not epoch {epoch + 1} of {training.epochs}")
-      except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not readable: line ending at byte {end:,}: {error}") from error
       epoch += line["kind"] == "epoch"
       yield end, line
   if len(text) == _MAX_LINE_BYTES:
@@ -102,20 +108,13 @@ def _read(path: Path, config: Config) -> Iterator[tuple[int, Line]]:
 
 
 def _is_valid(line: Any, seeds: range) -> bool:
-  if not isinstance(line, dict):
-    return False
-  numbers = dict(line)
-  kind, of_seeds = numbers.pop("kind", None), numbers.pop("seeds", None)
-  if kind == "step":
-    more = _MORE_STEP_FIELDS if "time" in numbers else ()
-    return _are_numbers(numbers, (*_STEP_FIELDS, *more))
-  return (
-    kind == "epoch"
-    and _are_numbers(numbers, EPOCH_FIELDS)
-    and isinstance(of_seeds, list)
-    and all(_are_numbers(each, ("seed", *METRICS)) for each in of_seeds)
-    and [each["seed"] for each in of_seeds] == list(seeds)
-  )
+  match line:
+    case {"kind": "step", **numbers}:
+      return _are_numbers(numbers, (*_STEP_FIELDS, *(_MORE_STEP_FIELDS if "time" in numbers else ())))
+    case {"kind": "epoch", "seeds": [*of_seeds], **numbers}:
+      are_numbers = all(_are_numbers(each, ("seed", *METRICS)) for each in of_seeds)
+      return are_numbers and _are_numbers(numbers, EPOCH_FIELDS) and [each["seed"] for each in of_seeds] == [*seeds]
+  return False
 
 
 def _are_numbers(values: Any, names: Sequence[str]) -> bool:
@@ -191,10 +190,9 @@ class MetricsLog:
 
 def _summary_writer(folder: Path, step: int) -> Any:
   """Return a writer for TensorBoard, which hides what another trainer has written from `step` on."""
-  try:
+  missing = "--tensorboard: tensorboardX is missing: pip install 'imdb_jax[tensorboard]'"
+  with reraise_as(UsageError, missing, ImportError):
     import tensorboardX
-  except ImportError as error:
-    raise UsageError("--tensorboard: tensorboardX is missing: pip install 'imdb_jax[tensorboard]'.") from error
   return tensorboardX.SummaryWriter(str(folder), purge_step=step)
 
 

@@ -27,7 +27,7 @@ import filelock
 
 from imdb_jax.config import Config, RuntimeConfig, differing_fields
 from imdb_jax.data.reviews import CLASSES
-from imdb_jax.errors import DataError, UsageError
+from imdb_jax.errors import DataError, UsageError, reraise_as
 from imdb_jax.store import files
 
 _PACKAGES = ("imdb_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -46,10 +46,8 @@ Held = dict[Path, os.stat_result]
 
 def names(run_dir: Path) -> set[str]:
   """Return the names in a folder, none if it is absent. Links are refused: they could lead out of the folder."""
-  try:
+  with reraise_as(UsageError, f"{run_dir}: cannot be read"):
     entries = list(run_dir.iterdir()) if run_dir.exists() else []
-  except OSError as error:
-    raise UsageError(f"{run_dir}: cannot be read: {error}") from error
   odd = [path.name for path in entries if path.is_symlink() or not (path.is_file() or path.is_dir())]
   if odd:
     raise UsageError(f"{run_dir}: holds links or devices ({', '.join(sorted(odd))}), which are not followed.")
@@ -58,10 +56,8 @@ def names(run_dir: Path) -> set[str]:
 
 def read_json(path: Path) -> Any:
   """Return the value of a JSON file in the folder."""
-  try:
+  with reraise_as(UsageError, f"{path}: not readable", (OSError, ValueError)):
     return files.read_json(path)
-  except (OSError, ValueError) as error:
-    raise UsageError(f"{path}: not readable: {error}") from error
 
 
 def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
@@ -69,10 +65,8 @@ def load_config(run_dir: Path, runtime: RuntimeConfig | None = None) -> Config:
   if "config.json" not in names(run_dir):
     raise UsageError(f"{run_dir}: not a run directory: it has no config.json.")
   value = read_json(run_dir / "config.json")
-  try:
+  with reraise_as(UsageError, f"{run_dir / 'config.json'}", UsageError):
     return Config.from_dict(value, runtime)
-  except UsageError as error:
-    raise UsageError(f"{run_dir / 'config.json'}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -99,13 +93,12 @@ def locked(run_dir: Path) -> Iterator[None]:
   """
   was_absent = not run_dir.exists()
   lock = filelock.FileLock(run_dir / _LOCK, timeout=0)
-  try:
+  with reraise_as(UsageError, f"--run-dir {run_dir}: cannot be written"):
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock.acquire()
-  except filelock.Timeout as error:
-    raise UsageError(f"--run-dir {run_dir}: another trainer is using it; name another folder.") from error
-  except OSError as error:
-    raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
+    try:
+      lock.acquire()
+    except filelock.Timeout as error:
+      raise UsageError(f"--run-dir {run_dir}: another trainer is using it; name another folder.") from error
   try:
     yield
   finally:
@@ -152,25 +145,19 @@ def exists(config: Config) -> bool:
 def create(
   config: Config, vocabulary: str, data_digest: str, summary: str = "", classes: dict[str, int] | None = None
 ) -> None:
-  """Write the files of a new run.
+  """Write the files of a new run, with its vocabulary as JSON.
 
-  Args:
-    config: its settings.
-    vocabulary: JSON.
-    data_digest: identifies the data.
-    summary: describes the data for a person.
-    classes: number of training texts by class; None for those of IMDB, in equal shares.
+  `data_digest` identifies the data, and `summary` describes them for a person. `classes` has the number of training
+  texts by class; None for those of IMDB, in equal shares.
   """
   run_dir = config.run_dir
-  try:
+  with reraise_as(UsageError, f"--run-dir {run_dir}: cannot be written"):
     files.write(run_dir / "vocab.json", vocabulary)
     digests = {"data_digest": data_digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
     if classes is not None:
       files.write_json(run_dir / "classes.json", classes)
     files.write_json(run_dir / "provenance.json", {"data": summary, **digests, "starts": []})
     files.write_json(run_dir / "config.json", config.to_dict())
-  except OSError as error:
-    raise UsageError(f"--run-dir {run_dir}: cannot be written: {error}") from error
 
 
 def load_classes(run_dir: Path) -> dict[str, float]:
@@ -190,14 +177,11 @@ def load_classes(run_dir: Path) -> dict[str, float]:
 def check(run_dir: Path, *, digest: str | None = None, summary: str = "", precision: str | None = None) -> None:
   """Check that the vocabulary of a run is unchanged, and that it was trained on these data and in this precision.
 
-  Raises:
-    DataError: the data differ.
+  Raises DataError if the data differ.
   """
   provenance = load_provenance(run_dir)
-  try:
+  with reraise_as(UsageError, f"{run_dir / 'vocab.json'}: not readable"):
     vocabulary_sha256 = files.sha256(run_dir / "vocab.json")
-  except OSError as error:
-    raise UsageError(f"{run_dir / 'vocab.json'}: not readable: {error}") from error
   if vocabulary_sha256 != provenance["vocabulary_sha256"]:
     raise UsageError(f"{run_dir / 'vocab.json'}: not the vocabulary that this run was trained with.")
   if digest not in (None, provenance["data_digest"]):
@@ -219,12 +203,11 @@ def load_provenance(run_dir: Path) -> dict[str, Any]:
   """Return the digests of data and vocabulary, and the starts of the trainer."""
   path = run_dir / "provenance.json"
   value = read_json(path)
-  for name, kind in {"data_digest": str, "vocabulary_sha256": str, "starts": list}.items():
-    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
-      raise UsageError(f"{path}: has no {name}.")
-  if not all(isinstance(start, dict) for start in value["starts"]):
-    raise UsageError(f"{path}: starts must be JSON objects.")
-  return value
+  match value:
+    case {"data_digest": str(), "vocabulary_sha256": str(), "starts": [*starts]}:
+      if all(isinstance(start, dict) for start in starts):
+        return value
+  raise UsageError(f"{path}: must have data_digest, vocabulary_sha256 and starts, a list of JSON objects.")
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ import numpy as np
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import Config
 from imdb_jax.data import batches, sources, tokens
-from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, first_line
+from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, reraise_as
 from imdb_jax.optimizer import schedule
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
 from imdb_jax.report import page
 from imdb_jax.store import metrics_log, run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
-from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch
-from imdb_jax.training import report, start
-from imdb_jax.training.console import Console
+from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch, early_end
+from imdb_jax.training import start
+from imdb_jax.training.console import Console, epoch_line, show_header, start_facts
 from imdb_jax.training.metrics import Recorder
 
 # Dispatches between two agreements of several processes, which wait for each other then.
@@ -65,10 +65,8 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
 
   Settings of JAX and glibc change for the whole process; see `devices.start` and `devices.keep_freed_memory`.
 
-  Args:
-    config: settings of the run.
-    data: texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
-      pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing.
+  `data` holds texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
+  pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing.
 
   Raises:
     UsageError: the run directory holds something else or is in use, or a setting does not fit data or device.
@@ -108,18 +106,20 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.callback(checkpoints.close)
-    saved, state, facts = _restore(program, checkpoints, lambda: start.params(program, loaded, source, console, stop))
-    report.show_header(program, loaded, saved.step, console)
-    try:
-      with contextlib.closing(_open_log(config, saved, num_steps, held)) as log:
-        if is_first:
-          for change in run_directory.record_start(config, report.start_facts(program, saved.step) | facts):
-            console.line(f"Changed {change}")
-        recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
-        stack.callback(console.end_epoch)
-        return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
-    except OSError as error:
-      raise UsageError(f"--run-dir {config.run_dir}: {first_line(error)}. Saved steps were not touched.") from error
+    is_new = checkpoints.is_empty()
+    saved, state, facts = (
+      start.first(program, loaded, source, console, stop) if is_new else (*checkpoints.restore("latest"), {})
+    )
+    show_header(program, loaded, saved.step, console)
+    advice = "Saved steps were not touched."
+    stack.enter_context(reraise_as(UsageError, f"--run-dir {config.run_dir}: cannot be written", advice=advice))
+    log = stack.enter_context(contextlib.closing(_open_log(config, saved, num_steps, held)))
+    if is_first:
+      for change in run_directory.record_start(config, start_facts(program, saved.step) | facts):
+        console.line(f"Changed {change}")
+    recorder = Recorder(config, console, log, saved.progress, schedule(config.optimizer, num_steps))
+    stack.callback(console.end_epoch)
+    return _Trainer(program, loaded, checkpoints, recorder, stop).run(saved, state)
 
 
 def _shared_settings(program: Program) -> dict[str, Any]:
@@ -133,25 +133,13 @@ def _shared_settings(program: Program) -> dict[str, Any]:
   return {f"--{name.replace('_', '-')}": value for name, value in settings.items()} | run_directory.versions()
 
 
-def _restore(
-  program: Program, checkpoints: Checkpoints, start_params: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
-) -> tuple[Saved, TrainState, dict[str, Any]]:
-  """Return the newest checkpoint or the initial state, and facts about the latter for provenance.json."""
-  if not checkpoints.is_empty():
-    return *checkpoints.restore_latest(), {}
-  started = time.perf_counter()
-  params, facts = start_params()
-  # The first epoch's time includes this.
-  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(params), facts
-
-
 def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:
   # A step without a score may be the last of an epoch that has not been evaluated.
   steps_with_line = saved.step if saved.score is not None else max(saved.step - 1, 0)
   num_epochs = steps_with_line // (num_steps // config.training.epochs)
   log = MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
   patience = config.training.early_stopping
-  end = report.early_end(log.history, patience)
+  end = early_end(log.history, patience)
   if end is not None and end["step"] < saved.step:
     log.close()
     raise UsageError(
@@ -175,10 +163,6 @@ class _Trainer:
 
   def run(self, saved: Saved, state: TrainState) -> FitResult:
     """Train from a checkpoint to the end of the run."""
-    with self._trace:
-      return self._run(saved, state)
-
-  def _run(self, saved: Saved, state: TrainState) -> FitResult:
     self._step, self._state = saved.step, state
     seconds = saved.progress.get("seconds", 0.0)
     if type(seconds) is not float or not 0 <= seconds < 1e9:
@@ -194,13 +178,14 @@ class _Trainer:
       page_path.unlink(missing_ok=True)
     compile_seconds = 0.0 if is_over else self._compile()
     try:
-      while not is_over:
-        self._train_epoch(len(history) + 1, seconds)
-        seconds = 0.0
-        number, _ = self._poll()
-        is_over = self._is_over()
-        if number and not is_over:
-          raise Interrupted(number, self._step)
+      with self._trace:
+        while not is_over:
+          self._train_epoch(len(history) + 1, seconds)
+          seconds = 0.0
+          number, _ = self._poll()
+          is_over = self._is_over()
+          if number and not is_over:
+            raise Interrupted(number, self._step)
     except DivergenceError as error:
       steps = self._checkpoints.steps()
       last = f"The last good checkpoint is step {steps[-1]:,}." if steps else "No checkpoint had been saved."
@@ -223,7 +208,7 @@ class _Trainer:
   def _is_over(self) -> bool:
     """Return whether all epochs are done, or early stopping ends the run. All processes must call it."""
     history, training = self._recorder.log.history, self._config.training
-    ends = len(history) == training.epochs or report.early_end(history, training.early_stopping) is not None
+    ends = len(history) == training.epochs or early_end(history, training.early_stopping) is not None
     # Other machines may round differently.
     return bool(processes.largest([int(ends and jax.process_index() == 0)])[0])
 
@@ -246,14 +231,6 @@ class _Trainer:
     number, is_due = processes.largest([self._stop.signal or 0, int(is_due and jax.process_index() == 0)])
     return signal.Signals(number) if number else None, bool(is_due)
 
-  def _num_steps(self, left: int) -> int:
-    """Return how many of the steps left in the epoch to dispatch: no more than up to the next save."""
-    runtime = self._config.runtime
-    num_steps = min(left, runtime.steps_per_dispatch)
-    if runtime.save_every_steps is not None:
-      num_steps = min(num_steps, runtime.save_every_steps - self._step % runtime.save_every_steps)
-    return num_steps
-
   def _rows(self, epoch: int) -> np.ndarray:
     """Return the rows of each step of an epoch, i32[steps, seeds, b]."""
     lengths, training = self._data.train.lengths, self._config.training
@@ -272,7 +249,10 @@ class _Trainer:
         break
       self._profile()
       number, is_due = self._poll() if dispatch % poll_every == 0 else (None, False)
-      is_due |= runtime.save_every_steps is not None and self._step % runtime.save_every_steps == 0
+      num_steps = min(len(rows) - done, runtime.steps_per_dispatch)
+      if runtime.save_every_steps is not None:
+        is_due |= self._step % runtime.save_every_steps == 0
+        num_steps = min(num_steps, runtime.save_every_steps - self._step % runtime.save_every_steps)
       # The first step of an epoch, or of a resumed run, is saved already.
       if number or (is_due and self._step not in (0, *self._checkpoints.steps())):
         self._recorder.flush()
@@ -280,7 +260,6 @@ class _Trainer:
         self._save_within_epoch(number, seconds)
         # The time of a save does not count.
         started = time.perf_counter() - seconds
-      num_steps = self._num_steps(len(rows) - done)
       chosen = self._program.put_rows(rows[done : done + num_steps])
       with jax.transfer_guard("disallow"):
         self._state, sums = self._program.train_steps(self._state, self._reviews, *chosen)
@@ -315,14 +294,14 @@ class _Trainer:
     evaluation_seconds = time.perf_counter() - started
     line = self._recorder.record_epoch(self._step, result, seconds=seconds, evaluation_seconds=evaluation_seconds)
     console.end_epoch()
-    console.line(report.epoch_line(line, self._config.training.epochs))
+    console.line(epoch_line(line, self._config.training.epochs))
     # Not on the test reviews, which are for reporting.
     is_held_out = self._config.data.validation == "split"
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out else {}
     if line is best_epoch(self._recorder.log.history):
       name, words = "validation" if is_held_out else "test", self._data.vocabulary
-      temperature = progress.get("temperature", 1.0)
-      self._answers = page.Answers(split=name, encoded=split, logits=logits, temperature=temperature, vocabulary=words)
+      known: Any = {"step": self._step, "temperature": progress.get("temperature", 1.0), "vocabulary": words}
+      self._answers = page.Answers(split=name, encoded=split, logits=logits, **known)
     self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:

@@ -18,36 +18,28 @@ from imdb_jax.store.metrics_log import MetricsLog
 from imdb_jax.task import Evaluation
 from imdb_jax.training.console import Console
 
+# Weighted sums over reviews, f64[seeds] each: loss, correct and weight.
+Sums = dict[str, np.ndarray]
 
-class Sums:
-  """Weighted sums over reviews, f64[seeds] each, that become means."""
 
-  _NAMES = ("loss", "correct", "weight")
+def _sums(num_seeds: int, saved: dict[str, Any] | None = None) -> Sums:
+  """Return the sums that a checkpoint has saved as lists, or zeros."""
+  saved = saved or dict.fromkeys(("loss", "correct", "weight"), [0.0] * num_seeds)
+  sums = {name: np.array(saved[name], np.float64) for name in ("loss", "correct", "weight")}
+  # 1e50 is more than any number of float32 values adds up to.
+  if any(each.shape != (num_seeds,) or not ((each >= 0) & (each < 1e50)).all() for each in sums.values()):
+    raise ValueError(f"sums are not those of {num_seeds} seeds")
+  return sums
 
-  def __init__(self, values: dict[str, Any], num_seeds: int):
-    """Start from the values of `to_dict`, or from zeros if there are none."""
-    values = values or dict.fromkeys(self._NAMES, [0.0] * num_seeds)
-    self._sums = {name: np.array(values[name], np.float64) for name in self._NAMES}
-    # 1e50 is more than any number of float32 values adds up to.
-    if any(sums.shape != (num_seeds,) or not ((sums >= 0) & (sums < 1e50)).all() for sums in self._sums.values()):
-      raise ValueError(f"sums are not those of {num_seeds} seeds")
 
-  def add(self, values: dict[str, np.ndarray]) -> None:
-    """Add the sums of a step."""
-    for name in self._NAMES:
-      self._sums[name] += values[name]
+def _seed_means(sums: Sums) -> dict[str, np.ndarray]:
+  """Return loss and accuracy of each seed."""
+  return {"loss": sums["loss"] / sums["weight"], "accuracy": sums["correct"] / sums["weight"]}
 
-  def seed_means(self) -> dict[str, np.ndarray]:
-    """Return loss and accuracy of each seed."""
-    return {name: self._sums[key] / self._sums["weight"] for name, key in (("loss", "loss"), ("accuracy", "correct"))}
 
-  def means(self) -> dict[str, float]:
-    """Return the means of loss and accuracy over the seeds."""
-    return {name: float(values.mean()) for name, values in self.seed_means().items()}
-
-  def to_dict(self) -> dict[str, list[float]]:
-    """Return the sums as JSON types."""
-    return {name: sums.tolist() for name, sums in self._sums.items()}
+def _means(sums: Sums) -> dict[str, float]:
+  """Return the means of loss and accuracy over the seeds."""
+  return {name: float(values.mean()) for name, values in _seed_means(sums).items()}
 
 
 class Recorder:
@@ -58,10 +50,11 @@ class Recorder:
     self.console, self.log, self._config = console, log, config
     self._learning_rate: Any = learning_rate if callable(learning_rate) else lambda step: learning_rate
     self._seeds = config.training.seeds
-    num_seeds = len(self._seeds)
     try:
-      self._epoch_sums = Sums(progress.get("epoch_sums", {}), num_seeds)
-      self._window_sums = Sums(progress.get("window_sums", {}), num_seeds)
+      # Since the last epoch, and since the last line of metrics.
+      self._epoch_sums, self._window_sums = (
+        _sums(len(self._seeds), progress.get(name)) for name in ("epoch_sums", "window_sums")
+      )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
       raise CheckpointError(f"The checkpoint's progress is invalid: {error!r:.200}.") from error
     self._pending: tuple[range, dict[str, jax.Array]] = range(0), {}
@@ -76,7 +69,8 @@ class Recorder:
 
   def progress(self) -> dict[str, Any]:
     """Return what a checkpoint must hold to continue from here. Call `flush` first."""
-    return {"epoch_sums": self._epoch_sums.to_dict(), "window_sums": self._window_sums.to_dict()}
+    sums = {"epoch_sums": self._epoch_sums, "window_sums": self._window_sums}
+    return {key: {name: values.tolist() for name, values in each.items()} for key, each in sums.items()}
 
   def record_steps(self, steps: range, sums: dict[str, jax.Array]) -> None:
     """Take the sums of the steps just dispatched, from `Program.train_steps`, and read those of the steps before."""
@@ -97,22 +91,23 @@ class Recorder:
     if causes := self._causes(values["is_finite"], values["loss"]):
       raise DivergenceError(f"Step {step:,} is not finite ({'; '.join(causes)}).")
     grad_norm = float(values["grad_norm"].mean())
-    self._epoch_sums.add(values)
-    self._window_sums.add(values)
+    for sums in (self._epoch_sums, self._window_sums):
+      for name in sums:
+        sums[name] += values[name]
     self._num_reviews += int(values["weight"].sum())
     done = step - self._first_step
     is_logged = step % self._config.runtime.log_every == 0 or done == self._num_steps
     if is_logged:
       (before, num_before), now = self._logged, time.time()
-      line = {"kind": "step", "epoch": self._epoch, "step": step, **self._window_sums.means(), "time": round(now, 3)}
+      line = {"kind": "step", "epoch": self._epoch, "step": step, **_means(self._window_sums), "time": round(now, 3)}
       # As in the steps themselves, optax mixes types.
       with jax.numpy_dtype_promotion("standard"):
         line |= {"learning_rate": float(self._learning_rate(step - 1)), "grad_norm": grad_norm}
       line["reviews_per_second"] = round((self._num_reviews - num_before) / max(now - before, 1e-6), 1)
       self.log.write(line)
       self._logged = now, self._num_reviews
-      self._window_sums = Sums({}, len(self._seeds))
-    self.console.show_step(done, self._epoch_sums.means(), self._num_reviews, is_logged=is_logged)
+      self._window_sums = _sums(len(self._seeds))
+    self.console.show_step(done, _means(self._epoch_sums), self._num_reviews, is_logged=is_logged)
 
   def _causes(self, is_finite: np.ndarray, losses: np.ndarray) -> list[str]:
     """Return what is not finite, for each seed of which something is not."""
@@ -129,12 +124,12 @@ class Recorder:
     Training metrics are means over the seeds. Validation metrics are those of the ensemble, which is what `Classifier`
     answers with. `seeds` has those of each seed.
     """
-    means = self._epoch_sums.seed_means()
+    means = _seed_means(self._epoch_sums)
     line = {
       "kind": "epoch",
       "epoch": self._epoch,
       "step": step,
-      **self._epoch_sums.means(),
+      **_means(self._epoch_sums),
       "val_loss": result.loss,
       "val_accuracy": result.accuracy,
       "seconds": round(seconds, 3),
@@ -147,5 +142,5 @@ class Recorder:
       ],
     }
     self.log.write(line)
-    self._epoch_sums, self._window_sums = Sums({}, len(self._seeds)), Sums({}, len(self._seeds))
+    self._epoch_sums, self._window_sums = _sums(len(self._seeds)), _sums(len(self._seeds))
     return line

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +16,9 @@ from imdb_jax.data import ngrams, sources, tokens, word_vectors
 from imdb_jax.data.tokenizer import PADDING_ID, Vocabulary
 from imdb_jax.errors import UsageError
 from imdb_jax.processes import Interrupted, StopRequest
-from imdb_jax.program import Program
+from imdb_jax.program import Program, TrainState
 from imdb_jax.store import run_directory
-from imdb_jax.store.checkpoints import Checkpoints
+from imdb_jax.store.checkpoints import Checkpoints, Saved
 from imdb_jax.training import skipgram
 from imdb_jax.training.console import Console
 from imdb_jax.validation import flag
@@ -32,13 +34,13 @@ def check(config: Config) -> None:
       raise UsageError(f"{flag(name)} {wanted}: the run of --init-from {run_dir} has {found}.")
 
 
-def params(
+def first(
   program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Return the parameters from which every seed starts, by layer, and facts about them for provenance.json.
+) -> tuple[Saved, TrainState, dict[str, Any]]:
+  """Return step 0, the state from which every seed starts, and facts about it for provenance.json.
 
-  Missing layers are drawn at random. From another run come the layers of its best step and first seed. Words that it
-  does not know keep the vectors with which the first seed would start.
+  Layers are drawn at random unless the settings say otherwise. From another run come the layers of its best step and
+  first seed. Words that it does not know keep the vectors with which the first seed would start.
 
   Raises:
     UsageError: a file or run that the settings name is missing or damaged, or does not fit.
@@ -46,9 +48,19 @@ def params(
     DataError: the source has no unlabelled reviews, which `--unlabelled` requires.
     Interrupted: a signal arrived; there was nothing to save.
   """
-  fitted, run_dir = _fitted(program, data, source, console, stop), program.config.runtime.init_from
-  if run_dir is None:
-    return fitted, {}
+  started, facts = time.perf_counter(), {}
+  params = _fitted(program, data, source, console, stop)
+  if program.config.runtime.init_from is not None:
+    carried, facts = _carried(program, data, params, program.config.runtime.init_from, console)
+    params |= carried
+  # The first epoch's time includes this.
+  return Saved(step=0, progress={"seconds": time.perf_counter() - started}, score=None), program.init(params), facts
+
+
+def _carried(
+  program: Program, data: tokens.TokenData, fitted: dict[str, Any], run_dir: Path, console: Console
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Return the layers that come from another run, and facts about it."""
   check(program.config)
   run_directory.check(run_dir)
   config, words = run_directory.load_config(run_dir), data.vocabulary.words
@@ -73,7 +85,7 @@ def params(
   console.line(f"From {run_dir}, step {saved.step:,}: {num_known:,} of {len(words):,} word vectors, {layers}")
   carried["embedding"] = {"embedding": vectors}
   digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(carried))).hexdigest()
-  return fitted | carried, {"init_from": {"run_dir": str(run_dir), "step": saved.step, "sha256": digest}}
+  return carried, {"init_from": {"run_dir": str(run_dir), "step": saved.step, "sha256": digest}}
 
 
 def _fitted(
@@ -91,9 +103,9 @@ def _fitted(
   config = program.config
   model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
   if model.embedding in ("svd", "skipgram"):
-    texts, sizes = train.tokens, (data.vocabulary.size, model.embedding_size)
+    texts, sizes = train.tokens, (config.data.vocabulary_size, model.embedding_size)
     if model.unlabelled:
-      texts = np.concatenate([texts, tokens.load_unlabelled(source, config.data, data.vocabulary, console.line)])
+      texts = np.concatenate([texts, tokens.load_unlabelled(source, data.vocabulary, console.line)])
     console.line(f"Computing word vectors from {len(texts):,} reviews")
     is_svd = model.embedding == "svd"
     vectors = word_vectors.svd(texts, *sizes) if is_svd else skipgram.fit(texts, *sizes, on_progress)
@@ -102,7 +114,7 @@ def _fitted(
     if path is None:
       raise UsageError("--embedding file: requires --word-vectors FILE.")
     console.line(f"Reading word vectors from {path}")
-    vectors = word_vectors.read(path, data.vocabulary.words, data.vocabulary.size, model.embedding_size)
+    vectors = word_vectors.read(path, data.vocabulary.words, config.data.vocabulary_size, model.embedding_size)
     fitted["embedding"] = {"embedding": vectors}
     console.line(f"The file has {np.count_nonzero(vectors.any(axis=1)):,} of {len(data.vocabulary.words):,} words")
   if model.ngrams:

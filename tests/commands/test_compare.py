@@ -43,7 +43,7 @@ def test_a_signal_stops_it_with_the_command_that_resumes(stop, call: Call, tmp_p
     # During the import or a linear row, Ctrl-C is an exception; during training, a signal.
     if stop is KeyboardInterrupt:
       raise KeyboardInterrupt
-    monkeypatch.setattr("imdb_jax.training.report.show_header", lambda *_: os.kill(os.getpid(), stop))
+    monkeypatch.setattr("imdb_jax.training.loop.show_header", lambda *_: os.kill(os.getpid(), stop))
     return fit(config)
 
   monkeypatch.setattr(rows, "fit", stopped)

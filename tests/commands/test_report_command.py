@@ -47,6 +47,15 @@ def test_several_runs_are_compared_with_the_first(trained, other_run, tmp_path, 
   assert f"{accuracies[1] - accuracies[0]:+.1f} [" in cells[len(cells) // 2 + 3]
 
 
+def test_the_comparison_names_the_step_of_each_run(trained, other_run, tmp_path, call):
+  flags = ("--platform", "cpu", "--step", "latest")
+  assert call("report", trained, other_run, *flags, "--output", tmp_path / "page.html")[0] == 0
+  runs = (trained, other_run)
+  last = [json.loads(call("evaluate", run_dir, *flags, "--json")[1])["step"] for run_dir in runs]
+  named = ", ".join(f"{run_dir.name}: {step:,}" for run_dir, step in zip(runs, last, strict=True))
+  assert f"answered by these steps of the runs: {named}." in (tmp_path / "page.html").read_text()
+
+
 def test_an_unwritable_output_is_one_line(trained, other_run, tmp_path, call):
   output = tmp_path / "absent" / "page.html"
   for runs in ((trained,), (trained, other_run)):

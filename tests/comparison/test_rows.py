@@ -22,7 +22,7 @@ from imdb_jax.data.reviews import canonical
 from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.report import page
-from imdb_jax.training import report
+from imdb_jax.training import loop
 
 # Models are trained. The command is tested in tests/commands/test_compare.py.
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ def test_only_missing_results_are_computed_and_all_are_shown(copied, computed):
 
 
 def test_a_row_that_was_interrupted_continues(finished, tmp_path, computed, monkeypatch):
-  run_dir, show, stopped = tmp_path / "run", report.show_header, []
+  run_dir, show, stopped = tmp_path / "run", loop.show_header, []
 
   def show_then_stop(*arguments):
     show(*arguments)
@@ -140,7 +140,7 @@ def test_a_row_that_was_interrupted_continues(finished, tmp_path, computed, monk
       stopped.append(True)
       os.kill(os.getpid(), signal.SIGINT)
 
-  monkeypatch.setattr(report, "show_header", show_then_stop)
+  monkeypatch.setattr(loop, "show_header", show_then_stop)
   with pytest.raises(Interrupted):
     rows.compare(base(run_dir), ["majority", "lstm"])
   assert {path.name for path in run_dir.glob("*.json")} == {"settings.json", "majority-seed0.json"}

@@ -15,7 +15,7 @@ import pytest
 
 from imdb_jax import errors
 from imdb_jax.data import imdb
-from imdb_jax.data.download import download
+from imdb_jax.data.imdb import download
 
 
 @contextlib.contextmanager

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from imdb_jax.config import DataConfig
 from imdb_jax.data import archive, sample
 from imdb_jax.data.tokenizer import Vocabulary, split_words
 
@@ -41,8 +43,12 @@ if __name__ == "__main__":
   keras_side(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
-def fit(*texts: str, size: int = 100, strip_html: bool = True) -> Vocabulary:
-  return Vocabulary.fit(texts, size=size, strip_html=strip_html)
+def config_of(size: int = 100, **settings: Any) -> DataConfig:
+  return DataConfig(vocabulary_size=size, **settings)
+
+
+def fit(*texts: str, **settings: Any) -> Vocabulary:
+  return Vocabulary.fit(texts, config_of(**settings))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_tags(text, stripped, kept):
 )
 def test_punctuation_marks_may_be_words(text, words):
   assert split_words(text, strip_html=True, punctuation=True) == words
-  vocabulary = Vocabulary(size=99, strip_html=True, words=tuple(dict.fromkeys(words)), punctuation=True)
+  vocabulary = Vocabulary(config=config_of(punctuation=True), words=tuple(dict.fromkeys(words)))
   assert [text[start:end].lower() for number, start, end in vocabulary.spans(text) if number] == words
 
 
@@ -107,7 +113,7 @@ def test_tags_are_the_shortest_texts_in_angle_brackets(text):
   pattern = "<[^>]+>"
   assert split_words(text, strip_html=True) == split_words(re.sub(pattern, " ", text), strip_html=False)
   words = "a", "b", "c", "br", "i\u0307"
-  stripping, plain = (Vocabulary(size=9, strip_html=strip_html, words=words) for strip_html in (True, False))
+  stripping, plain = (Vocabulary(config=config_of(strip_html=each), words=words) for each in (True, False))
   without_tags = re.sub(pattern, lambda tag: " " * len(tag[0]), text)
   tags = [(0, *tag.span()) for tag in re.finditer(pattern, text)]
   assert stripping.spans(text) == sorted(plain.spans(without_tags) + tags, key=lambda span: span[1])
@@ -117,7 +123,7 @@ FUNCTIONS = {
   "split_words": lambda text: split_words(text, strip_html=True),
   "ids": fit("a <b> i\u0307").ids,
   "spans": fit("a <b> i\u0307").spans,
-  "encode": lambda text: fit("a <b> i\u0307").encode([text], 400),
+  "encode": lambda text: fit("a <b> i\u0307").encode([text]),
 }
 
 
@@ -169,20 +175,20 @@ def test_ties_go_to_the_word_that_comes_first():
   assert fit("z y x w", "w x y z", "v", size=3).words == ("z", "y")
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("size", [2, 5, 6, 7])
 def test_size_counts_the_padding_id(size):
   """As Keras's num_words: ids are below it, so one word fewer is known."""
-  vocabulary = fit("a a a a a b b b b c c c d d e", size=size)
+  vocabulary = fit("a a a a a b b b b c c c d d e", size=size, sequence_length=8)
   assert vocabulary.words == tuple("abcde"[: size - 1])
-  tokens, _ = vocabulary.encode(["a b c d e f"], 8)
+  tokens, _ = vocabulary.encode(["a b c d e f"])
   assert tokens.max() == min(size - 1, 5)
 
 
 def test_golden_ids():
-  vocabulary = fit("the film was good", "the film was not good", "the end", size=5)
+  vocabulary = fit("the film was good", "the film was not good", "the end", size=5, sequence_length=4)
   assert vocabulary.words == ("the", "film", "was", "good")
   texts = ["The end was NOT the good end.", "", "unknown words", "good", "film film the was the film"]
-  tokens, lengths = vocabulary.encode(texts, 4)
+  tokens, lengths = vocabulary.encode(texts)
   # Unknown words leave no gap, padding is at the front, and of a long review the last words are kept.
   expected = [[1, 3, 1, 4], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 4], [1, 3, 1, 2]]
   np.testing.assert_array_equal(tokens, expected)
@@ -191,7 +197,7 @@ def test_golden_ids():
 
 
 def test_no_texts():
-  tokens, lengths = fit("a").encode([], 3)
+  tokens, lengths = fit("a", sequence_length=3).encode([])
   assert tokens.shape == (0, 3)
   assert lengths.shape == (0,)
 
@@ -199,8 +205,8 @@ def test_no_texts():
 @pytest.mark.parametrize(("size", "dtype"), [(2**15, np.int16), (2**15 + 1, np.int32)])
 def test_ids_fit_their_type(size, dtype):
   words = [f"w{i}" for i in range(2**15)]
-  vocabulary = fit(" ".join(words), size=size)
-  tokens, _ = vocabulary.encode([" ".join(words)], 2**15)
+  vocabulary = fit(" ".join(words), size=size, sequence_length=10_000)
+  tokens, _ = vocabulary.encode([" ".join(words)])
   assert tokens.dtype == dtype
   assert tokens.max() == size - 1
   assert tokens.min() >= 0
@@ -245,7 +251,7 @@ def test_unknown_words_and_removed_tags_have_the_id_of_padding():
 @given(text=TEXTS, known=TEXTS, strip_html=st.booleans(), punctuation=st.booleans())
 def test_spans_of_any_text(text, known, strip_html, punctuation):
   """Every id has its place; only the form of a sigma may depend on the text around it."""
-  vocabulary = Vocabulary.fit([text[::2], known], size=100, strip_html=strip_html, punctuation=punctuation)
+  vocabulary = fit(text[::2], known, strip_html=strip_html, punctuation=punctuation)
   spans = vocabulary.spans(text)
   assert [number for number, _, _ in spans if number] == vocabulary.ids(text)
   positions = [position for _, start, end in spans for position in (start, end)]
@@ -289,10 +295,11 @@ def assert_same_as_keras(corpora: list[dict], folder: Path) -> None:
   assert done.returncode == 0, done.stderr[-2000:]
   for corpus, keras in zip(corpora, json.loads(target.read_text(encoding="utf-8")), strict=True):
     # Keras strips no tags. Its index holds all words, but it uses only those with an id below num_words.
-    vocabulary = fit(*corpus["texts"][: corpus["num_fitted"]], size=corpus["size"], strip_html=False)
+    config = config_of(corpus["size"], sequence_length=corpus["sequence_length"], strip_html=False)
+    vocabulary = Vocabulary.fit(corpus["texts"][: corpus["num_fitted"]], config)
     used = {word: i for word, i in keras["index"].items() if i < corpus["size"]}
     assert {word: i for i, word in enumerate(vocabulary.words, start=1)} == used
-    tokens, lengths = vocabulary.encode(corpus["texts"], corpus["sequence_length"])
+    tokens, lengths = vocabulary.encode(corpus["texts"])
     np.testing.assert_array_equal(tokens, keras["tokens"])
     np.testing.assert_array_equal(lengths, np.count_nonzero(keras["tokens"], axis=1))
 

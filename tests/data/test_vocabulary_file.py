@@ -14,28 +14,37 @@ from imdb_jax.errors import DataError, UsageError
 CONFIG = DataConfig(vocabulary_size=10)
 
 
-def fit(*texts: str, size: int = 10, strip_html: bool = True) -> Vocabulary:
-  return Vocabulary.fit(texts, size=size, strip_html=strip_html)
+def fit(*texts: str, config: DataConfig = CONFIG) -> Vocabulary:
+  return Vocabulary.fit(texts, config)
 
 
 @pytest.mark.parametrize("strip_html", [False, True])
 def test_vocabulary_survives_its_file(tmp_path, strip_html):
-  vocabulary = fit("don't caf\u00e9 \u201ca\u201d \U0001f3ac \u2028 a\u00a0b <br />", size=50, strip_html=strip_html)
+  config = DataConfig(vocabulary_size=50, strip_html=strip_html)
+  vocabulary = fit("don't caf\u00e9 \u201ca\u201d \U0001f3ac \u2028 a\u00a0b <br />", config=config)
   path = tmp_path / "vocab.json"
   path.write_text(vocabulary.json, encoding="utf-8")
-  assert Vocabulary.load(path, DataConfig(vocabulary_size=50, strip_html=strip_html)) == vocabulary
+  assert Vocabulary.load(path, config) == vocabulary
 
 
 def test_vocabulary_with_punctuation_is_not_taken_for_one_without(tmp_path):
-  vocabulary = Vocabulary.fit(["a, b!"], size=10, strip_html=True, punctuation=True)
+  config = DataConfig(vocabulary_size=10, punctuation=True)
+  vocabulary = fit("a, b!", config=config)
   path = tmp_path / "vocab.json"
   path.write_text(vocabulary.json, encoding="utf-8")
-  assert Vocabulary.load(path, DataConfig(vocabulary_size=10, punctuation=True)) == vocabulary
+  assert Vocabulary.load(path, config) == vocabulary
   with pytest.raises(UsageError, match=r"keys format, size, strip_html, words"):
     Vocabulary.load(path, CONFIG)
   path.write_text(fit("a b").json, encoding="utf-8")
   with pytest.raises(UsageError, match=r"keys format, punctuation, size"):
-    Vocabulary.load(path, DataConfig(vocabulary_size=10, punctuation=True))
+    Vocabulary.load(path, config)
+
+
+def test_the_file_has_the_bytes_on_which_the_digests_of_runs_depend():
+  text = '{{\n"format": "imdb_jax vocabulary 1",\n"size": 10,\n"strip_html": {},\n"words": [\n"a",\n"!"\n]{}\n}}'
+  marked, plain = DataConfig(vocabulary_size=10, punctuation=True), DataConfig(vocabulary_size=10, strip_html=False)
+  assert fit("a !", config=marked).json == text.format("true", ',\n"punctuation": true')
+  assert Vocabulary(config=plain, words=("a", "!")).json == text.format("false", "")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +124,8 @@ def test_any_object_gives_the_vocabulary_that_it_describes_or_one_clear_line(fie
     assert len(str(error).splitlines()) == 1
     return
   assert json.loads(vocabulary.json) == fields
-  tokens, lengths = vocabulary.encode([text, *vocabulary.words], 5)
-  assert tokens.max() < vocabulary.size
+  tokens, lengths = vocabulary.encode([text, *vocabulary.words])
+  assert tokens.max() < CONFIG.vocabulary_size
   assert tokens.min() >= 0
   assert lengths.max() <= 5
 

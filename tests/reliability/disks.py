@@ -24,7 +24,7 @@ from reliability.sandbox import (
   wait_at_most,
 )
 
-from imdb_jax.store import manifest
+from imdb_jax.store import files
 
 # A whole run, with the free space that a save requires, needs a little less than this.
 _MOST_KILOBYTES, _MOST_FILES = 1150, 340
@@ -88,7 +88,7 @@ def _require_clear(code: int, stderr: str, cause: str) -> None:
 
 def _require_intact(folder: Path, path: Path) -> None:
   try:
-    manifest.check(folder, path)
+    files.check_manifest(folder, path)
   except (OSError, ValueError) as error:
     raise Failure(f"step {path.stem} was lost: {error}") from None
 

@@ -24,8 +24,8 @@ from imdb_jax.config import DataConfig, RuntimeConfig
 from imdb_jax.data import archive, reviews, sample, sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import ImdbJaxError
-from imdb_jax.store import files, manifest, metrics_log, run_directory
-from imdb_jax.store.safetensors import load as load_weights
+from imdb_jax.store import files, metrics_log, run_directory
+from imdb_jax.store.arrays import load_safetensors as load_weights
 from imdb_jax.training.console import Console
 from imdb_jax.training.metrics import Recorder
 
@@ -75,7 +75,7 @@ def make_inputs(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]]:
 
   def read_lines(path: Path) -> None:
     for window in scoring.read(str(path), "text"):
-      vocabulary.encode([text for text, _ in window], 24)
+      vocabulary.encode([text for text, _ in window])
 
   return {
     "vocab.json": ((whole / "vocab.json").read_bytes(), lambda path: Vocabulary.load(path, config)),
@@ -144,7 +144,7 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
 
   def read_manifest(path: Path) -> None:
     try:
-      manifest.check(newest, path)
+      files.check_manifest(newest, path)
     except (OSError, ValueError):
       return
     is_same = json.loads(path.read_text(encoding="utf-8"))["files"] == intact

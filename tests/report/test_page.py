@@ -1,5 +1,6 @@
 """The page about a run: what it shows, and what it leaves out of a run that has little to show."""
 
+import dataclasses
 import json
 import math
 import re
@@ -18,16 +19,16 @@ from imdb_jax.report.page import Answers
 from imdb_jax.store import run_directory
 from imdb_jax.task import Classification
 
+VOCABULARY = Vocabulary(config=PRESETS["sample"].data, words=("good", "bad"))
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 
 
 def run_of(folder: Path, *epochs: tuple[float, ...], preset: str = "sample", classes: int = 2) -> Config:
   """Return the config of a run with these METRICS after each epoch."""
-  vocabulary = Vocabulary(size=1000, strip_html=True, words=("good", "bad")).json
   config = Config.from_dict(PRESETS[preset].to_dict(), RuntimeConfig(run_dir=folder / "run"))
   (folder / "run").mkdir()
   counts = {f"class {number}": 1 for number in range(classes)}
-  run_directory.create(config, vocabulary, "digest", "4 train", None if classes == 2 else counts)
+  run_directory.create(config, VOCABULARY.json, "digest", "4 train", None if classes == 2 else counts)
   lines = []
   for number, values in enumerate(epochs, 1):
     seed = {"seed": 0, **dict(zip(METRICS, values, strict=True))}
@@ -47,10 +48,9 @@ def answers_of(logits: list, labels: list[int], texts: list[str] | None = None, 
   labels_ = np.array(labels, np.int32)
   encoded = TokenSplit(tokens=tokens, lengths=np.arange(n, dtype=np.int32), labels=labels_)
   reviews = Reviews(texts=tuple(texts), labels=labels_, stars=options.pop("stars", None)) if texts is not None else None
-  vocabulary = Vocabulary(size=1000, strip_html=True, words=("good", "bad"))
   array = np.array(logits, np.float32).reshape(1, n, -1)
-  known = {"split": "test", "temperature": 1.0} | options
-  return Answers(encoded=encoded, logits=array, vocabulary=vocabulary, reviews=reviews, **known)
+  known = {"step": 1, "split": "test", "temperature": 1.0} | options
+  return Answers(encoded=encoded, logits=array, vocabulary=VOCABULARY, reviews=reviews, **known)
 
 
 def text_of(html: str) -> str:
@@ -75,6 +75,16 @@ def test_the_headline_has_accuracy_interval_and_number_of_reviews(tmp_path):
   assert "90.00 %" in shown
   assert f"Accuracy on 100 test reviews , 95% interval {100 * low:.2f}% to {100 * high:.2f}%." in shown
   assert "Training 12 s" in shown
+
+
+def test_the_page_says_which_step_answered(tmp_path):
+  """Epoch 2 is the best; its step is 2."""
+  config, answers = run_of(tmp_path, GOOD, (0.5, 0.5, 0.5, 0.75), GOOD), answers_of([1, -1], [1, 0])
+  best, latest = (written(config, dataclasses.replace(answers, step=step)) for step in (2, 3))
+  assert "This is what Classifier answers with: epoch 2, chosen on" in best
+  assert "These are the answers of step 3; by default, Classifier answers with epoch 2, step 2." in latest
+  assert "This is what" not in latest
+  assert "On 2 test reviews, after step 3: accuracy 1.0000" in (config.run_dir / "report.md").read_text()
 
 
 def test_the_confusion_matrix_has_a_row_per_label(tmp_path):

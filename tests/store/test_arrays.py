@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from imdb_jax.errors import CheckpointError
-from imdb_jax.store import manifest
+from imdb_jax.store import files
 from imdb_jax.store.checkpoints import Checkpoints, Saved
 
 SHAPE = (1, 4, 6)
@@ -125,7 +125,7 @@ def test_a_lie_is_named_before_orbax_reads_anything(step, abstract, lie, named, 
     run_dir = step.parent.parent
     facts = {"progress": {}, "score": None}
     if not (step / "other").is_symlink():
-      manifest.write(step, run_dir / "manifests" / "4.json", facts)
+      files.write_manifest(step, run_dir / "manifests" / "4.json", facts)
   for name in ("restore", "metadata"):
     monkeypatch.setattr(ocp.Checkpointer, name, lambda *arguments, **given: pytest.fail("Orbax reads"))
   with pytest.raises(CheckpointError, match="no checkpoint can be used") as caught:

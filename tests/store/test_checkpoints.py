@@ -70,7 +70,7 @@ def test_values_that_are_not_finite_are_refused(run):
   with pytest.raises(CheckpointError, match="not finite"):
     run.checkpoints.restore(4)
   with pytest.raises(CheckpointError, match="not finite"):
-    run.checkpoints.restore_latest()
+    run.checkpoints.restore("latest")
   assert run.folders() == ["4"], "it may be looked at"
 
 
@@ -82,7 +82,7 @@ def test_a_step_of_another_shape_is_damage_and_the_array_named(run):
     ({"opt_state": bias}, r"opt_state/\.zarray is missing, which config and vocabulary require"),
   ):
     checkpoints = Checkpoints(run.run_dir, run.abstract | changed, read_only=False)
-    for restore in (checkpoints.restore_latest, functools.partial(checkpoints.restore, "best")):
+    for restore in (functools.partial(checkpoints.restore, which) for which in ("latest", "best")):
       with pytest.raises(CheckpointError, match=f"step 4: {problem}"):
         restore()
   assert run.folders() == ["4"]
@@ -255,6 +255,6 @@ def test_an_intact_step_that_cannot_be_read_now_stays_where_it_is(run, monkeypat
   with monkeypatch.context() as patch:
     patch.setattr(arrays, "restore", fail)
     with pytest.raises(CheckpointError, match=r"/5: the checkpoint cannot be restored: .*Too many open files"):
-      run.checkpoints.restore_latest()
+      run.checkpoints.restore("latest")
   assert not (run.run_dir / "damaged").exists()
-  assert run.checkpoints.restore_latest()[0].step == 5
+  assert run.checkpoints.restore("latest")[0].step == 5

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdb_jax.store import manifest
+from imdb_jax.store import files
 
 
 @pytest.fixture
@@ -18,12 +18,12 @@ def folder(tmp_path):
   (path / "inner" / "b").write_bytes(b"b" * 100)
   (path / "empty").write_bytes(b"")
   (tmp_path / "manifests").mkdir()
-  manifest.write(path, tmp_path / "manifests" / "1.json", {"answer": 42})
+  files.write_manifest(path, tmp_path / "manifests" / "1.json", {"answer": 42})
   return path
 
 
 def check(folder) -> dict:
-  return manifest.check(folder, folder.parent / "manifests" / "1.json")
+  return files.check_manifest(folder, folder.parent / "manifests" / "1.json")
 
 
 def problem(folder) -> str:
@@ -113,12 +113,12 @@ def test_no_other_json_passes_for_a_manifest_or_crashes(value, small_folder):
   path = small_folder.parent / "1.json"
   path.write_text(json.dumps(value), encoding="utf-8")
   with pytest.raises(ValueError):
-    manifest.check(small_folder, path)
+    files.check_manifest(small_folder, path)
 
 
 def test_a_manifest_is_not_written_through_a_link(folder):
   victim = folder.parent / "victim"
   victim.write_text("precious")
   (folder.parent / "manifests" / "2.json.new").symlink_to(victim)
-  manifest.write(folder, folder.parent / "manifests" / "2.json", {})
+  files.write_manifest(folder, folder.parent / "manifests" / "2.json", {})
   assert victim.read_text() == "precious"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from imdb_jax.store.safetensors import load
+from imdb_jax.store.arrays import load_safetensors as load
 
 ARRAYS = {
   "lstm.kernel": np.arange(12, dtype=np.float32).reshape(2, 2, 3),

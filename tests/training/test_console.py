@@ -13,8 +13,7 @@ from training.tiny import tiny
 
 import imdb_jax
 from imdb_jax.report import page
-from imdb_jax.training import report
-from imdb_jax.training.console import Console, decimal
+from imdb_jax.training.console import Console, decimal, epoch_line
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 MEANS = {"loss": 0.6916, "accuracy": 0.5288}
@@ -115,7 +114,7 @@ def show_a_run(tmp_path) -> None:
   config, console = tiny(tmp_path, num_seeds=2), Console()
   reason = "mosaic_gpu: it supports hidden sizes of 64 and 128, not 4, and an NVIDIA GPU of a later kind"
   console.header({"Preset": "sample", "Seeds": "0 to 1: 2 models, one ensemble", "Recurrence": f"chunked ({reason})"})
-  console.line(report.epoch_line(line, 10))
+  console.line(epoch_line(line, 10))
   console.line("\n".join(page.summary(config, [line])))
 
 

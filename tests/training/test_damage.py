@@ -16,7 +16,7 @@ from training.tiny import assert_same_end, change, tiny
 import imdb_jax
 from imdb_jax.config import Config
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
-from imdb_jax.store import files, manifest
+from imdb_jax.store import files
 from imdb_jax.store.checkpoints import Checkpoints
 from imdb_jax.store.metrics_log import MetricsLog
 from imdb_jax.training.metrics import Recorder
@@ -102,20 +102,20 @@ def test_a_reader_looks_again_when_the_trainer_removes_the_step_that_it_found(fi
 
 
 def test_a_step_that_is_removed_while_a_reader_checks_it_is_not_damaged(finished, monkeypatch, caplog):
-  check = manifest.check
+  check = files.check_manifest
 
   def remove_and_check(folder, path):
     if folder.name == "8":
       path.unlink()
     return check(folder, path)
 
-  monkeypatch.setattr(manifest, "check", remove_and_check)
+  monkeypatch.setattr(files, "check_manifest", remove_and_check)
   assert checkpoints_of(finished.run_dir).steps() == [4]
   assert not caplog.text
 
 
 @pytest.mark.parametrize("call", [1, *(pytest.param(call, marks=pytest.mark.slow) for call in (2, 3, 4))])
-@pytest.mark.parametrize(("owner", "name"), [(manifest, "write"), (files, "remove"), (ocp.Checkpointer, "save")])
+@pytest.mark.parametrize(("owner", "name"), [(files, "write_manifest"), (files, "remove"), (ocp.Checkpointer, "save")])
 def test_a_kill_during_a_save_loses_nothing_that_was_saved(whole, owner, name, call, tmp_path, monkeypatch):
   config = change(tiny(tmp_path / "run"), "runtime", save_every_steps=1)
   real, calls = getattr(owner, name), []
@@ -159,7 +159,7 @@ def test_a_run_directory_whose_creation_was_interrupted_is_created_again(whole, 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_older_steps(whole, tmp_path, monkeypatch):
   config = tiny(tmp_path / "run")
-  write = manifest.write
+  write = files.write_manifest
 
   def full(folder, path, facts):
     if folder.name == "8":
@@ -167,7 +167,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_steps(whole, tmp_path, mo
     write(folder, path, facts)
 
   with monkeypatch.context() as patch:
-    patch.setattr(manifest, "write", full)
+    patch.setattr(files, "write_manifest", full)
     with pytest.raises(CheckpointError, match=r"Step 8 could not be saved in .*checkpoints.*No space left"):
       imdb_jax.fit(config)
   assert imdb_jax.Classifier.load(config.run_dir, step="latest").step == 4

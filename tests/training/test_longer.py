@@ -15,8 +15,7 @@ import imdb_jax
 from imdb_jax import evaluation
 from imdb_jax.config import Config
 from imdb_jax.errors import UsageError
-from imdb_jax.store import files, manifest, run_directory
-from imdb_jax.training import report
+from imdb_jax.store import files, metrics_log, run_directory
 from imdb_jax.training.metrics import Recorder
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -60,9 +59,9 @@ def test_the_epoch_after_which_a_run_ends_is_the_first_without_a_better_one_for_
     history = [{"epoch": epoch, "val_accuracy": value / 6} for epoch, value in enumerate(values, start=1)]
     # argmax returns the first of equals.
     ends = [n for n in range(1, 13) if n - 1 - np.argmax(values[:n]) >= patience]
-    found = report.early_end(history, patience)
+    found = metrics_log.early_end(history, patience)
     assert (found["epoch"] if found else None) == (ends[0] if ends else None)
-    assert report.early_end(history, None) is None
+    assert metrics_log.early_end(history, None) is None
 
 
 @pytest.mark.usefixtures("accuracies")
@@ -99,7 +98,7 @@ def test_a_stopped_run_ends_after_the_same_epoch_with_the_same_bits(tmp_path):
   with signal_before(Recorder, "record_steps", signal.SIGTERM, at_call=10):
     assert train_until_stopped(config).step == 10
   # After the last epoch's line has been written, and before its state is saved.
-  with death_in(manifest, "write"):
+  with death_in(files, "write_manifest"):
     imdb_jax.fit(config)
   with signal_before(Recorder, "flush", signal.SIGTERM, at_call=2):
     assert train_until_stopped(config).step == 16

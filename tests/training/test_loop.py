@@ -77,7 +77,7 @@ def test_a_new_run_starts_from_the_word_vectors_of_its_training_reviews(tmp_path
   assert line["seconds"] >= 0.7
   assert "Computing word vectors" in capsys.readouterr().out
   data = tokens.encode(config.data, sample.load())
-  vectors = svd(data.train.tokens, data.vocabulary.size, 4)
+  vectors = svd(data.train.tokens, config.data.vocabulary_size, 4)
   found = newest_state(tmp_path)[1].params
   np.testing.assert_array_equal(found["embedding"]["embedding"][0], vectors)
   assert found["backward_lstm"]["kernel"].shape == (1, 4, 16)

@@ -9,15 +9,14 @@ from training.tiny import change, tiny
 import imdb_jax
 from imdb_jax.data import sources, tokens
 from imdb_jax.program import Program
-from imdb_jax.training import report
-from imdb_jax.training.console import Console
+from imdb_jax.training.console import Console, show_header
 
 
 def header(config, capsys, *, num_devices=1, step=0) -> dict[str, str]:
   """Return the lines of a header by their names."""
   data = tokens.load(sources.find(config.data, None, config.run_dir), config.data, cache_dir=config.run_dir)
   mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
-  report.show_header(Program(config, mesh), data, step, Console())
+  show_header(Program(config, mesh), data, step, Console())
   return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
 
 

@@ -13,7 +13,7 @@ import imdb_jax
 from imdb_jax import evaluation
 from imdb_jax.config import Config
 from imdb_jax.processes import Interrupted
-from imdb_jax.store import manifest
+from imdb_jax.store import files
 from imdb_jax.store.checkpoints import Checkpoints
 from imdb_jax.training.loop import _Trainer
 from imdb_jax.training.metrics import Recorder
@@ -117,7 +117,7 @@ def test_a_stop_during_evaluation_then_a_kill_before_its_epoch_is_saved(whole, t
   config = tiny(tmp_path / "run")
   with signal_before(evaluation, "evaluate", signal.SIGTERM):
     train_until_stopped(config)
-  with death_in(manifest, "write"):
+  with death_in(files, "write_manifest"):
     imdb_jax.fit(config)
   imdb_jax.fit(config)
   assert_same_end(whole, config)

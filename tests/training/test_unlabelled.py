@@ -51,8 +51,8 @@ def test_unlabelled_reviews_change_the_vectors_but_not_the_vocabulary(tmp_path, 
   reviews = archive.read_archive(tmp_path / "a.tar", imdb.SPLITS)
   train, unlabelled = (reviews[name].texts[:limit] for name in ("train", "unsupervised"))
   # "unsup" is a word of no labelled review.
-  vocabulary = Vocabulary.fit(train, size=20, strip_html=True)
-  seen, length = vocabulary.encode(train + unlabelled, 16)[0], len(train) + len(unlabelled)
+  vocabulary = Vocabulary.fit(train, config.data)
+  seen, length = vocabulary.encode(train + unlabelled)[0], len(train) + len(unlabelled)
   np.testing.assert_array_equal(vectors_of(config), word_vectors.svd(seen, 20, 4))
   shown = capsys.readouterr().out
   assert "Reading the unlabelled" in shown and f"Computing word vectors from {length} reviews" in shown
@@ -91,7 +91,7 @@ def test_texts_of_your_own_may_be_unlabelled_too(tmp_path, capsys, is_file):
   assert "Warning: 1 of the 4 unlabelled texts are also test texts" in capsys.readouterr().out
   vocabulary = Vocabulary.load(config.run_dir / "vocab.json", config.data)
   # The order of texts does not matter to the vectors, except for rounding.
-  seen = vocabulary.encode(given[0] + more, 16)[0]
+  seen = vocabulary.encode(given[0] + more)[0]
   np.testing.assert_allclose(vectors_of(config), word_vectors.svd(seen, 20, 4), atol=1e-6)
 
 
