@@ -190,7 +190,7 @@ class RuntimeConfig(Settings):
     super().__post_init__()
     by_hand = (self.coordinator_address, self.num_processes, self.process_id)
     if self.coordinator_address is not None and self.num_processes is not None and self.process_id is not None:
-      if not re.fullmatch(r".+:\d{1,5}", self.coordinator_address):
+      if not (port := re.fullmatch(r".+:(\d{1,5})", self.coordinator_address)) or int(port[1]) > 65_535:
         raise UsageError(f"--coordinator-address {self.coordinator_address!r:.80}: must be HOST:PORT.")
       if self.process_id >= self.num_processes:
         raise UsageError(f"--process-id {self.process_id}: must be below --num-processes {self.num_processes}.")

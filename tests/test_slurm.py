@@ -72,12 +72,7 @@ def requeue(cluster: Cluster, job: str) -> None:
   cluster.run("scontrol", "requeue", job)
 
 
-def reach_time_limit(cluster: Cluster, job: str) -> None:
-  """Set the time limit to a minute, of which all is left for the signal of --signal."""
-  cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-
-
-@pytest.mark.parametrize("stop", [preempt, requeue, reach_time_limit])
+@pytest.mark.parametrize("stop", [preempt, requeue])
 def test_a_stopped_run_is_requeued_and_ends_with_the_same_bits(stop, whole, cluster, tmp_path):
   run_dir = tmp_path / "run"
   job = submit(cluster, run_dir)
@@ -92,6 +87,19 @@ def test_a_stopped_run_is_requeued_and_ends_with_the_same_bits(stop, whole, clus
   assert found.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_run_continues_after_its_time_limit(cluster, tmp_path):
+  """SLURM looks at time limits every half minute."""
+  job = submit(cluster, tmp_path / "run", flags=(*TRAIN, "--epochs", "1000"))
+  wait_for_step(cluster, tmp_path / "run")
+  # All of the minute that it may take is left for the signal.
+  cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+  cluster.wait_for(lambda: "resumed at step" in (tmp_path / "run.log").read_text(), 200)
+  assert cluster.state(job)["Restarts"] == "1"
+  assert (tmp_path / "run.log").read_text().count("Saved step") == 2
+  cluster.run("scancel", job)
+  wait_for_end(cluster, job, tmp_path / "run")
 
 
 def test_a_cancelled_run_is_saved_and_not_requeued(cluster, tmp_path):
