@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
 # One task on each of two nodes. Seconds of training.
 TRAIN = ("--preset", "sample", "--platform", "cpu", "--num-devices", "1", "--epochs", "5", "--log-every", "40")
+TRAIN += ("--save-every-steps", "20")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -72,7 +75,16 @@ def requeue(cluster: Cluster, job: str) -> None:
   cluster.run("scontrol", "requeue", job)
 
 
-@pytest.mark.parametrize("stop", [preempt, requeue])
+def kill_a_task(cluster: Cluster, job: str) -> None:
+  """Kill the second task, as the kernel does if memory runs out."""
+  wanted = {f"SLURM_JOB_ID={job}", "SLURM_PROCID=1", f"SLURM_CONF={cluster.folder}/slurm.conf"}
+  for process in Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):
+      if wanted <= {*(process / "environ").read_text(errors="replace").split("\0")}:
+        os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("stop", [preempt, requeue, kill_a_task])
 def test_a_stopped_run_is_requeued_and_ends_with_the_same_bits(stop, whole, cluster, tmp_path):
   run_dir = tmp_path / "run"
   job = submit(cluster, run_dir)

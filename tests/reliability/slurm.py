@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "nsenter", "unshare")
@@ -61,12 +61,18 @@ def _path() -> str:
 
 
 class Cluster:
-  """A controller and two nodes. All of their processes end with `close`."""
+  """A controller and two nodes. All of their processes end with `close`.
+
+  Attributes:
+    folder: where the files of the cluster are.
+  """
 
   def __init__(self, folder: Path):
     """Start the cluster; its files are written to a folder."""
+    self.folder = folder
     self._environment = os.environ | {"PATH": f"{folder}:{_path()}", "SLURM_CONF": f"{folder}/slurm.conf"}
-    command = [*_UNSHARE, sys.executable, __file__, str(folder)]
+    # The cluster ends with the tests, also if they are killed.
+    command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, sys.executable, __file__, str(folder)]
     with (folder / "daemons.log").open("w") as log:
       self._init = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
     try:
@@ -96,7 +102,7 @@ class Cluster:
     return dict(field.split("=", 1) for field in fields if "=" in field)
 
   @staticmethod
-  def wait_for(condition, seconds: float) -> None:
+  def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     """Wait until a condition holds.
 
     Raises:
