@@ -52,7 +52,7 @@ def join(runtime: RuntimeConfig) -> None:
     try:
       jax.distributed.initialize(
         **settings,
-        # JAX would abort with a stack trace.
+        # Longer than this process waits: JAX would abort with a stack trace.
         initialization_timeout=10 * _TIMEOUT,
         heartbeat_timeout_seconds=_TIMEOUT,
         shutdown_timeout_seconds=_TIMEOUT,

@@ -115,7 +115,7 @@ def test_a_run_continues_after_its_time_limit(cluster, tmp_path):
 
 
 def test_a_cancelled_run_is_saved_and_not_requeued(cluster, tmp_path):
-  job = submit(cluster, tmp_path / "run")
+  job = submit(cluster, tmp_path / "run", flags=(*TRAIN, "--epochs", "1000"))
   wait_for_step(cluster, tmp_path / "run")
   cluster.run("scancel", job)
   state = wait_for_end(cluster, job, tmp_path / "run")

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-_DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "nsenter", "unshare")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "setpriv", "unshare")
 _UNSHARE = ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 # Both nodes are this machine, whose two cores each claims for itself.
 _CONFIG = """
@@ -48,9 +49,9 @@ _GPUS = "Name=gpu File=/dev/tty[0-3]\n"
 
 def missing() -> str | None:
   """Return why no cluster can be started here; None if one can."""
-  absent = [name for name in _DAEMONS if shutil.which(name, path=_path()) is None]
+  absent = [name for name in _PROGRAMS if shutil.which(name, path=_path()) is None]
   if absent:
-    return f"SLURM is not installed: {', '.join(absent)} not found (Debian: slurm-wlm, munge, util-linux)"
+    return f"SLURM is not installed: {', '.join(absent)} not found (Debian: slurm-wlm, munge, iproute2, util-linux)"
   if subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode != 0:
     return "SLURM needs namespaces of its own, which only root can create"
   return None
@@ -82,8 +83,11 @@ class Cluster:
       raise RuntimeError("\n".join(path.read_text() for path in sorted(folder.glob("*.log")))) from None
 
   def close(self) -> None:
-    """Kill everything that runs in the cluster."""
-    self._init.kill()
+    """Kill everything that runs in the cluster, and wait until it has gone."""
+    # The first process of a namespace of processes ends after all others.
+    children = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
+    for pid in children or [str(self._init.pid)]:
+      os.kill(int(pid), signal.SIGKILL)
     self._init.wait()
 
   def run(self, *command: str | Path, environment: Mapping[str, str] | None = None, check: bool = True) -> str:
