@@ -50,12 +50,13 @@ def _train(prog: str, args: Sequence[str]) -> None:
   from imdb_jax import processes
   from imdb_jax.training.loop import fit
 
-  with processes.leaving(), exits.clear_errors(), exits.interruptible():
+  process = processes.name(config.runtime)
+  with processes.leaving(), exits.clear_errors(process), exits.interruptible():
     try:
       fit(config)
     except processes.Interrupted as stop:
       again = f"{prog} {shlex.join(args)}"
-      exits.end(128 + stop.signal, f"Saved step {stop.step:,} in {config.run_dir}. Resume with:\n  {again}")
+      exits.end(128 + stop.signal, f"Saved step {stop.step:,} in {config.run_dir}. Resume with:\n  {again}", process)
     import jax
 
     # Only the first process prints.

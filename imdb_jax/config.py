@@ -185,7 +185,8 @@ class RuntimeConfig(Settings):
     address, count, number = self.coordinator_address, self.num_processes, self.process_id
     if (address, count, number).count(None) in (1, 2):
       raise UsageError("--coordinator-address, --num-processes and --process-id go together: give all three.")
-    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+    port = re.fullmatch(r".+:(\d{1,5})", address or "")
+    if address is not None and (port is None or int(port[1]) > 65_535):
       raise UsageError(f"--coordinator-address {address!r:.80}: must be HOST:PORT.")
     if count is not None and number is not None and number >= count:
       raise UsageError(f"--process-id {number}: must be below --num-processes {count}.")

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,14 +21,23 @@ _MIN_BYTES = 2_000_000_000
 class _Warnings(logging.Formatter):
   """A format for warnings, which may hold names that a stranger has chosen, in one line each."""
 
+  def __init__(self, process: str):
+    super().__init__()
+    self._process = process
+
   def format(self, record: logging.LogRecord) -> str:
-    return f"warning: {printable(super().format(record))}"
+    return f"{_origin(self._process)}warning: {printable(super().format(record))}"
 
 
-def end(code: int, message: str) -> NoReturn:
+def _origin(process: str) -> str:
+  """Return the time and a name of this process, to begin a line with; nothing without a name."""
+  return process and f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {process}: "
+
+
+def end(code: int, message: str, process: str = "") -> NoReturn:
   """Exit with a code, and with a message on standard error if that still exists."""
   try:
-    print(message, file=sys.stderr, flush=True)
+    print(f"{_origin(process)}{message}", file=sys.stderr, flush=True)
   except OSError:
     # The terminal has gone. Python would write to it once more at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
@@ -41,11 +51,11 @@ def _on_unraisable(failed: Any) -> None:
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-  """Report expected errors as one line and an exit code."""
+def clear_errors(process: str = "") -> Iterator[None]:
+  """Report expected errors as one line and an exit code; with a name of this process, if it is one of several."""
   handler = logging.StreamHandler()
-  handler.setFormatter(_Warnings())
-  logging.basicConfig(handlers=[handler])
+  handler.setFormatter(_Warnings(process))
+  logging.basicConfig(handlers=[handler], force=bool(process))
   sys.unraisablehook = _on_unraisable
   # Standard output may be closed from the start, as with `>&-`.
   sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
@@ -56,16 +66,16 @@ def clear_errors() -> Iterator[None]:
     yield
     sys.stdout.flush()
   except ImdbJaxError as error:
-    end(error.exit_code, f"error: {printable(str(error))}")
+    end(error.exit_code, f"error: {printable(str(error))}", process)
   except MemoryError as error:
-    end(PlatformError.exit_code, f"error: Not enough memory: {first_line(error)}.")
+    end(PlatformError.exit_code, f"error: Not enough memory: {first_line(error)}.", process)
   except KeyboardInterrupt:
-    end(130, "Interrupted; there was nothing to save.")
+    end(130, "Interrupted; there was nothing to save.", process)
   except BrokenPipeError:
     # The reader has gone, as in `predict.py ... | head`. Python would complain again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as error:
-    end(1, f"error: {printable(str(error))}")
+    end(1, f"error: {printable(str(error))}", process)
 
 
 @contextlib.contextmanager

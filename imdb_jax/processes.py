@@ -2,14 +2,12 @@
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import re
 import signal
 import socket
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,41 +17,81 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from imdb_jax.config import RuntimeConfig
-from imdb_jax.errors import PlatformError, UsageError, first_line, reraise_as
+from imdb_jax.errors import PlatformError, UsageError, first_line
 
 # Seconds to wait for other processes to start, and for a sign of life afterwards.
 _TIMEOUT = 60
 # Seconds to wait for other processes at the end. After a failure they leave within a step, or never.
 _LEAVE_TIMEOUT = 5
+# Name of a thread, which lives on if the others do not come.
+_JOINING = "joining"
 
 
 def join(runtime: RuntimeConfig) -> None:
   """Join the other processes of the run, if the settings ask for it; raise PlatformError if they do not answer."""
-  if jax.distributed.is_initialized():
+  if jax.distributed.is_initialized() or not name(runtime):
     return
   # JAX would take over SIGTERM. `StopRequest` makes all processes save the same step instead.
   jax.config.update("jax_enable_preemption_service", False)
-  initialize = functools.partial(
-    jax.distributed.initialize,
-    initialization_timeout=_TIMEOUT,
-    heartbeat_timeout_seconds=_TIMEOUT,
-    shutdown_timeout_seconds=_TIMEOUT,
-  )
-  if runtime.process_id:
-    _await_coordinator(str(runtime.coordinator_address))
-  with reraise_as(PlatformError, "Cannot join the other processes", (RuntimeError, ValueError)):
-    if runtime.coordinator_address is not None:
-      initialize(
-        runtime.coordinator_address,
-        runtime.num_processes,
-        runtime.process_id,
-        # All visible devices. Inside a SLURM job JAX would use one.
-        local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else [],
-        # By default the coordinator, which has no authentication, listens on every interface.
-        coordinator_bind_address=runtime.coordinator_address if runtime.process_id == 0 else None,
+  flag, address = "--distributed", runtime.coordinator_address
+  settings: dict[str, Any] = {"local_device_ids": local_device_ids(os.environ)}
+  if address is not None:
+    flag = f"--coordinator-address {address}"
+    settings = {
+      "coordinator_address": address,
+      "num_processes": runtime.num_processes,
+      "process_id": runtime.process_id,
+      # All visible devices. Inside a SLURM job JAX would use one.
+      "local_device_ids": None if "JAX_LOCAL_DEVICE_IDS" in os.environ else [],
+      # By default the coordinator, which has no authentication, listens on every interface.
+      "coordinator_bind_address": address if runtime.process_id == 0 else None,
+    }
+  failures = []
+
+  def initialize() -> None:
+    try:
+      jax.distributed.initialize(
+        **settings,
+        # Longer than this process waits: JAX would abort with a stack trace.
+        initialization_timeout=10 * _TIMEOUT,
+        heartbeat_timeout_seconds=_TIMEOUT,
+        shutdown_timeout_seconds=_TIMEOUT,
       )
-    elif runtime.distributed:
-      initialize(local_device_ids=local_device_ids(os.environ))
+    except (RuntimeError, ValueError) as error:
+      failures.append(error)
+
+  thread = threading.Thread(target=initialize, name=_JOINING, daemon=True)
+  thread.start()
+  # The coordinator gives up last: JAX aborts processes that lose it.
+  thread.join(_TIMEOUT + (_LEAVE_TIMEOUT if _rank(runtime) == "0" else 0))
+  if thread.is_alive():
+    problem = "not all processes have joined"
+    if address is not None and runtime.process_id:
+      host, port = address.rsplit(":", 1)
+      try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      except OSError as error:
+        problem = f"process 0 does not answer: {error}"
+    raise PlatformError(f"{flag}: after {_TIMEOUT} s, {problem}.")
+  for error in failures:
+    problem = "cannot join the other processes"
+    if address is None and isinstance(error, ValueError):
+      problem = "JAX finds no job of SLURM, Open MPI or a TPU pod that this process belongs to"
+    raise PlatformError(f"{flag}: {problem}: {first_line(error)}.") from error
+
+
+def name(runtime: RuntimeConfig) -> str:
+  """Return the host and the rank of this process; an empty text if the settings do not ask to join others."""
+  if not runtime.distributed and runtime.coordinator_address is None:
+    return ""
+  return f"{socket.gethostname()} process {_rank(runtime) or '?'}"
+
+
+def _rank(runtime: RuntimeConfig) -> str | None:
+  """Return the index of this process before it has joined the others; None if only JAX can find out."""
+  if runtime.process_id is not None:
+    return str(runtime.process_id)
+  return os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK")
 
 
 def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
@@ -69,21 +107,6 @@ def local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
   # With --gpus-per-task, SLURM shows each task only the GPUs that belong to it.
   has_own = "SLURM_GPUS_PER_TASK" in environ or len(environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
   return [] if is_alone or has_own else None
-
-
-def _await_coordinator(address: str) -> None:
-  """Wait until the first process listens. JAX would abort with a stack trace instead."""
-  host, port = address.rsplit(":", 1)
-  give_up_at = time.monotonic() + _TIMEOUT
-  while True:
-    try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT).close()
-    except OSError as error:
-      if time.monotonic() > give_up_at:
-        raise PlatformError(f"--coordinator-address {address}: process 0 does not answer: {error}.") from error
-      time.sleep(0.2)
-    else:
-      return
 
 
 @contextlib.contextmanager
@@ -132,12 +155,14 @@ def leaving() -> Iterator[None]:
   try:
     yield
   except BaseException as early:
-    if jax.distributed.is_initialized():
+    is_joining = any(thread.name == _JOINING for thread in threading.enumerate())
+    if is_joining or jax.distributed.is_initialized():
       shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-      shutdown.start()
-      # The coordinator leaves last: JAX aborts processes that lose it.
-      shutdown.join(_LEAVE_TIMEOUT + (2 if jax.process_index() == 0 else 0))
-      if shutdown.is_alive():
+      if not is_joining:
+        shutdown.start()
+        # The coordinator leaves last: JAX aborts processes that lose it.
+        shutdown.join(_LEAVE_TIMEOUT + (2 if jax.process_index() == 0 else 0))
+      if is_joining or shutdown.is_alive():
         code = early.code if isinstance(early, SystemExit) else None
         if code is None:
           traceback.print_exc()

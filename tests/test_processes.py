@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -66,9 +67,9 @@ def test_a_task_uses_all_gpus_that_are_its_own(environ, expected):
 
 @pytest.fixture
 def initialized(monkeypatch):
-  """Return the calls of jax.distributed.initialize, which has no effect."""
+  """Return the settings of the calls of jax.distributed.initialize, which has no effect."""
   calls = []
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **settings: calls.append((args, settings)))
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
   for name in list(os.environ):
     if name.startswith(("SLURM", "OMPI", "CUDA", "JAX_LOCAL")):
       monkeypatch.delenv(name)
@@ -87,8 +88,9 @@ def test_joining_a_cluster_passes_the_gpus_of_the_task(environ, expected, initia
   for name, value in environ.items():
     monkeypatch.setenv(name, value)
   processes.join(RuntimeConfig(distributed=True))
-  ((args, settings),) = initialized
-  assert (args, settings["local_device_ids"]) == ((), expected)
+  (settings,) = initialized
+  assert settings["local_device_ids"] == expected
+  assert "coordinator_address" not in settings, "JAX finds it"
 
 
 @pytest.mark.parametrize(("environ", "expected"), [({}, []), ({"JAX_LOCAL_DEVICE_IDS": "1"}, None)])
@@ -98,17 +100,18 @@ def test_joining_by_hand_uses_all_visible_gpus(
   environ, expected, is_in_slurm_job, process_id, initialized, monkeypatch
 ):
   """Inside a SLURM job JAX would give each process one GPU."""
-  awaited = []
-  monkeypatch.setattr(processes, "_await_coordinator", awaited.append)
   for name, value in (environ | (slurm("8", rank=3) if is_in_slurm_job else {})).items():
     monkeypatch.setenv(name, value)
   processes.join(RuntimeConfig(coordinator_address="host:1234", num_processes=2, process_id=process_id))
-  ((args, settings),) = initialized
-  assert args == ("host:1234", 2, process_id)
+  (settings,) = initialized
+  assert [settings[name] for name in ("coordinator_address", "num_processes", "process_id")] == [
+    "host:1234",
+    2,
+    process_id,
+  ]
   assert settings["local_device_ids"] == expected
   # JAX would listen on every interface.
   assert settings["coordinator_bind_address"] == ("host:1234" if process_id == 0 else None)
-  assert awaited == ["host:1234"][:process_id]
 
 
 def test_one_process_joins_nothing(initialized):
@@ -116,29 +119,64 @@ def test_one_process_joins_nothing(initialized):
   assert initialized == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Deadline exceeded.\nstack"), ValueError("no cluster")])
-def test_a_failed_join_is_reported_in_one_line(error, initialized, monkeypatch):
-  def fail(*args, **settings):
+BY_HAND = {"coordinator_address": "127.0.0.1:1", "num_processes": 2}
+
+
+@pytest.mark.parametrize(
+  ("settings", "error", "words"),
+  [
+    ({"distributed": True}, RuntimeError("Refused.\nstack"), "--distributed: cannot join the other processes: Refused"),
+    ({"distributed": True}, ValueError("no address"), "--distributed: JAX finds no job of SLURM.*: no address"),
+    (BY_HAND | {"process_id": 0}, RuntimeError("in use"), "--coordinator-address 127.0.0.1:1: cannot join .*: in use"),
+  ],
+)
+def test_a_failed_join_is_reported_in_one_line(settings, error, words, initialized, monkeypatch):
+  def fail(**settings):
     raise error
 
   monkeypatch.setattr(jax.distributed, "initialize", fail)
-  with pytest.raises(
-    PlatformError, match=r"^Cannot join the other processes: (Deadline exceeded|no cluster)"
-  ) as caught:
-    processes.join(RuntimeConfig(distributed=True))
+  with pytest.raises(PlatformError, match=rf"^{words}\.$") as caught:
+    processes.join(RuntimeConfig(**settings))
   assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_process_0_that_does_not_answer_is_named(monkeypatch):
+@pytest.mark.parametrize("process_id", [None, 0, 1])
+def test_a_process_that_waits_in_vain_names_the_flag(process_id, initialized, monkeypatch):
   """JAX would abort with a stack trace."""
-  monkeypatch.setattr(processes, "_TIMEOUT", 0.5)
+  ended = threading.Event()
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: ended.wait())
+  monkeypatch.setattr(processes, "_TIMEOUT", 0.2)
+  monkeypatch.setattr(processes, "_LEAVE_TIMEOUT", 0.2)
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(PlatformError, match=f"{address}: process 0 does not answer: .*refused"):
-      processes._await_coordinator(address)
+    settings = {"distributed": True} if process_id is None else BY_HAND | {"coordinator_address": address}
+    flag = "--distributed" if process_id is None else f"--coordinator-address {address}"
+    runtime = RuntimeConfig(**settings, process_id=process_id)
+    refused = "process 0 does not answer: .*refused" if process_id == 1 else "not all processes have joined"
+    with pytest.raises(PlatformError, match=rf"^{flag}: after 0.2 s, {refused}\.$"):
+      processes.join(runtime)
     probe.listen()
-    processes._await_coordinator(address)
+    with pytest.raises(PlatformError, match=rf"^{flag}: after 0.2 s, not all processes have joined\.$"):
+      processes.join(runtime)
+  ended.set()
+
+
+@pytest.mark.parametrize(
+  ("settings", "environ", "expected"),
+  [
+    ({}, {"SLURM_PROCID": "0"}, ""),
+    ({"distributed": True}, {"SLURM_PROCID": "3"}, "host process 3"),
+    ({"distributed": True}, {"OMPI_COMM_WORLD_RANK": "0"}, "host process 0"),
+    ({"distributed": True}, {}, "host process ?"),
+    (BY_HAND | {"process_id": 0}, {"SLURM_PROCID": "3"}, "host process 0"),
+  ],
+)
+def test_one_of_several_processes_has_a_name(settings, environ, expected, initialized, monkeypatch):
+  monkeypatch.setattr(socket, "gethostname", lambda: "host")
+  for name, value in environ.items():
+    monkeypatch.setenv(name, value)
+  assert processes.name(RuntimeConfig(**settings)) == expected
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Training on several devices and in dispatches of several steps gives the result of one device, step by step."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from programs import EPOCH, assert_close, assert_equal, config_of, make_split, program_of, rows_of, train
 
 from imdb_jax import devices
+from imdb_jax.config import TrainingConfig
 
 
 @functools.cache
@@ -76,16 +78,39 @@ def test_a_dispatch_copies_nothing_between_host_and_devices():
     trained.train_steps(programs.put(trained, programs.initial_state(trained.config)), split, *host_rows)
 
 
-def test_gradients_are_summed_over_devices_once_per_step():
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
+
+
+@pytest.mark.parametrize(
+  ("num_devices", "num_seeds", "model", "implementation"),
+  [
+    (2, 1, programs.MODEL, "chunked"),
+    (4, 1, programs.MODEL, "scan"),
+    (3, 2, dataclasses.replace(programs.MODEL, directions=2, pooling="mean"), "chunked"),
+    (4, 1, dataclasses.replace(programs.MODEL, cell="gru"), "scan"),
+  ],
+)
+def test_devices_exchange_the_gradients_and_sums_once_per_step_and_nothing_else(
+  num_devices, num_seeds, model, implementation
+):
   """Not once per position of the time loop, nor once per parameter."""
-  trained = program_of(2, config_of())
-  arguments = trained.abstract_state(), trained.put_split(make_split()), *trained.put_rows(rows_of(*EPOCH[:3]))
+  training = TrainingConfig(batch_size=programs.BATCH_SIZE, num_seeds=num_seeds)
+  config = config_of(model, training=training)
+  config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, implementation=implementation))
+  trained = program_of(num_devices, config)
+  state, rows = trained.abstract_state(), np.repeat(rows_of(*EPOCH[:3]), num_seeds, axis=1)
+  arguments = state, trained.put_split(make_split()), *trained.put_rows(rows)
   compiled = trained.train_steps.lower(*arguments).compile().as_text()
-  (line,) = [line for line in compiled.splitlines() if " all-reduce(" in line or " all-reduce-start(" in line]
-  for leaf in jax.tree.leaves(arguments[0].params):
-    assert f"f32[{','.join(map(str, leaf.shape[1:]))}]" in line, "each gradient is part of the one sum"
-  assert line.count("while/body") == 2, "within the loops over seeds and steps, and outside that over time"
-  assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", compiled)
+  # As `%name = (f32[5,1]{1,0}, f32[]) all-reduce(...)`; of an asynchronous pair, the start.
+  found = re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)", compiled)
+  assert [operation for _, operation, _ in found] == ["all-reduce"]
+  ((shapes, _, details),) = found
+  exchanged = sorted(re.findall(r"(\w+)\[([\d,]*)\]", shapes))
+  gradients = [("f32", ",".join(map(str, leaf.shape[1:]))) for leaf in jax.tree.leaves(state.params)]
+  # Loss, correct answers and weight of the batch.
+  assert exchanged == sorted([*gradients, *[("f32", "")] * 3])
+  assert details.count("while/body") == 2, "within the loops over seeds and steps, and outside that over time"
+  assert f"replica_groups={{{{{','.join(map(str, range(num_devices)))}}}}}" in details, "of all devices at once"
 
 
 def test_predictions_do_not_depend_on_the_number_of_devices():

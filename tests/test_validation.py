@@ -54,7 +54,7 @@ def test_a_wrong_type_is_named_in_a_file_and_from_python(name, value):
   ("section", "name", "value", "allowed"),
   [
     (DataConfig, "validation", "dev", "one of test, split"),
-    (ModelConfig, "cell", "GRU", "one of lstm, gru, rnn"),
+    (ModelConfig, "cell", "GRU", "one of lstm, gru, rnn, bag"),
     (ModelConfig, "pooling", "avg", "one of last, mean, max, mean_max"),
     (ModelConfig, "dropout_masks", "share", "one of shared, per_gate"),
     (ModelConfig, "mask_padding", "no", "True or False"),
@@ -166,7 +166,7 @@ def test_joining_by_hand_requires_all_three_flags():
   for process_id in (-1, 2):
     with pytest.raises(UsageError, match=f"--process-id {process_id}"):
       RuntimeConfig(**(together | {"process_id": process_id}))
-  for address in ("127.0.0.1", "127.0.0.1:", ":1234", "host:port"):
+  for address in ("127.0.0.1", "127.0.0.1:", ":1234", "host:port", "host:65536"):
     with pytest.raises(UsageError, match=f"^--coordinator-address '{address}': must be HOST:PORT"):
       RuntimeConfig(**(together | {"coordinator_address": address}))
 

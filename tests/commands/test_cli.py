@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -177,6 +178,19 @@ def test_an_array_that_does_not_fit_into_the_memory_is_reported_in_one_line(caps
   with pytest.raises(SystemExit) as leaving, exits.clear_errors():
     np.zeros(2**60, np.int8)
   assert_one_clear_line((leaving.value.code, "", capsys.readouterr().err), 6, "Not enough memory: Unable to allocate")
+
+
+def test_lines_of_one_of_several_processes_begin_with_time_and_name():
+  code = (
+    "import logging; from imdb_jax import exits, errors\n"
+    "with exits.clear_errors(), exits.clear_errors('node2 process 1'):\n"
+    "  logging.warning('low')\n"
+    "  raise errors.DataError('none')\n"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 3
+  lines = [re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d{4} (.*)", line) for line in done.stderr.splitlines()]
+  assert [line and line[1] for line in lines] == ["node2 process 1: warning: low", "node2 process 1: error: none"]
 
 
 def test_closed_streams_are_not_errors(trained):

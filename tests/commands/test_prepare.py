@@ -1,7 +1,12 @@
 """`prepare`."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
-from running import assert_one_clear_line
+from running import ROOT, TINY, assert_one_clear_line, run
 
 
 def test_a_missing_archive_is_one_clear_line(tmp_path, call):
@@ -18,3 +23,16 @@ def test_the_store_is_made_from_the_archive_and_its_folder_is_shown(tmp_path, mo
   monkeypatch.setattr(tfds_imdb, "prepare", lambda data_dir, archive: data_dir / archive.stem)
   code, stdout, _ = call("prepare", "--archive", tmp_path / "reviews.tar", "--data-dir", tmp_path / "stores")
   assert (code, stdout) == (0, f"{tmp_path / 'stores' / 'reviews'}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("IMDB_ARCHIVE" not in os.environ, reason="IMDB_ARCHIVE names no archive of the real reviews")
+def test_a_node_without_network_trains_on_what_another_has_prepared(tmp_path):
+  if shutil.which("unshare") is None or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+    pytest.skip("a network namespace requires root")
+  assert run("prepare", "--archive", os.environ["IMDB_ARCHIVE"], "--data-dir", tmp_path / "cache")[0] == 0
+  flags = ("--cache-dir", tmp_path / "cache", *TINY[2:], "--run-dir", tmp_path / "run")
+  command = ["unshare", "--net", sys.executable, ROOT / "scripts" / "train.py", *flags]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "Epoch 2/2" in done.stdout

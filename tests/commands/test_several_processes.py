@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import time
@@ -62,6 +63,8 @@ def test_if_one_process_fails_the_other_leaves_too(server, tmp_path):
   first, second = train_in_two(server, tmp_path / "run", "--run-dir", tmp_path / "another")
   assert_one_clear_line(second, 2, "not the folder in which process 0 has created the run")
   assert_one_clear_line(first, 6, "Another process failed")
+  for rank, (_, _, stderr) in enumerate((first, second)):
+    assert re.match(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{{4}} \S+ process {rank}: error: ", stderr), stderr
 
 
 @pytest.mark.parametrize(
