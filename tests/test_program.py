@@ -13,6 +13,7 @@ import pytest
 from programs import (
   BATCH_SIZE,
   EPOCH,
+  LENGTH,
   NO_DROPOUT,
   VOCABULARY_SIZE,
   assert_close,
@@ -347,3 +348,23 @@ def test_each_matrix_product_has_the_precision_of_the_settings(setting, expected
 def test_the_precision_names_that_of_the_kernel(monkeypatch):
   monkeypatch.setattr(program, "_choose", lambda config, device: lstm.Choice("mosaic_gpu", "fastest"))
   assert Program(config_of(), programs.mesh_of(1)).precision == "float32, recurrence bfloat16"
+
+
+def test_a_training_step_on_a_gpu_launches_the_kernel_twice_and_has_no_loop(monkeypatch):
+  """For a GPU that need not be there. A loop over positions would launch kernels in each of them."""
+  monkeypatch.setattr(lstm.choice, "gpu_problem", lambda device: None)
+  # The devices of the test are CPUs, on which seeds take turns.
+  monkeypatch.setattr(Program, "_over_seeds", lambda self, function: jax.vmap(function))
+  config = config_of(ModelConfig(embedding_size=4, hidden_size=64))
+  config = dataclasses.replace(config, runtime=RuntimeConfig(implementation="mosaic_gpu", steps_per_dispatch=3))
+  trained = Program(config, programs.mesh_of(1))
+  arguments = trained.abstract_state(), trained.put_split(make_split()), *trained.put_rows(rows_of(*EPOCH[:3]))
+  text = trained.train_steps.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu") == 2
+  assert text.count("stablehlo.while") == 1, "the loop over steps"
+  assert "f64" not in text
+  # Inputs and outputs of the two launches: z, hidden states, their gradients and dz.
+  shapes = re.findall(r"stablehlo\.transpose .*tensor<([\dx]+)x\w+>$", text, re.MULTILINE)
+  sizes = [[int(size) for size in shape.split("x")] for shape in shapes]
+  large = [np.prod(size) for size in sizes if LENGTH in size and 64 in size]
+  assert sorted(large) == [BATCH_SIZE * LENGTH * units for units in (64, 64, 256, 256)]

@@ -271,13 +271,13 @@ def _backward(residuals, d_hidden):
   d_hidden = jnp.einsum("intku->itkun", _tiles(d_hidden))
   mask = jnp.einsum("inku->ikun", _tiles(masks.recurrent))
   (dz,) = _launch(_backward_kernel, [(t, 4)], jnp.bfloat16, (2, 4), d_hidden, gates, c, recurrent, mask, first)
+  dz = jnp.where(is_real.reshape(-1, _ROWS, t).mT[:, :, None, None, None], dz, 0)
+  d_bias = jnp.sum(dz, axis=(0, 1, 5), dtype=jnp.float32).reshape(4 * h)  # Later, XLA would copy dz for it.
   dz = jnp.einsum("itgkun->intgku", dz).reshape(b, t, 4, h).astype(jnp.float32)
-  dz = jnp.where(is_real[:, :, None, None], dz, 0.0)
   hidden_before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   d_kernel = jnp.einsum("bte,btgh->egh", _masked(x, masks.inputs), dz)
   d_recurrent = jnp.einsum("btk,btgh->kgh", _masked(hidden_before, masks.recurrent), dz)
   dx = _masked(jnp.einsum("btgh,egh->bte", dz, weights.kernel.reshape(e, 4, h)), masks.inputs)
-  d_bias = jnp.sum(dz, axis=(0, 1)).reshape(4 * h)
   return dx, Weights(d_kernel.reshape(e, 4 * h), d_recurrent.reshape(h, 4 * h), d_bias), None, None, None
 
 
