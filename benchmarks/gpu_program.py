@@ -19,8 +19,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from imdb_jax import devices, lstm
-from imdb_jax.config import PRESETS
 from imdb_jax.lstm import choice
+from imdb_jax.presets import PRESETS
 from imdb_jax.program import Program
 
 # The limits of an H200 in XLA's own words, a GpuTargetConfigProto.

@@ -27,14 +27,14 @@ import numpy as np
 import reporting
 from worker import SIZES, Job
 
-from imdb_jax import config
+from imdb_jax import config, presets
 from imdb_jax.arguments import Parser
 from imdb_jax.data import sources, tokens
 from imdb_jax.errors import ImdbJaxError
 from imdb_jax.store import files
 from imdb_jax.validation import flag
 
-ARTICLE = config.preset("article")
+ARTICLE = presets.preset("article")
 RANDOM_REVIEWS = "reviews of random words (no real reviews)"
 
 Options = argparse.Namespace

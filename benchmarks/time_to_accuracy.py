@@ -14,7 +14,7 @@ import systems
 from measuring import ARTICLE, Options, Save, Worker
 from worker import as_flags
 
-from imdb_jax import config
+from imdb_jax import presets
 from imdb_jax.data.tokens import TokenData
 from imdb_jax.errors import UsageError
 
@@ -81,7 +81,7 @@ def turns(counts: Mapping[str, int]) -> list[str]:
 
 def _train_preset(options: Options, preset: str, runs: list[Run]) -> Generator[None, None, None]:
   """Add runs of the trainer to `runs`, one per turn."""
-  training = config.preset(preset).training
+  training = presets.preset(preset).training
   # No model is part of two runs.
   for seed in range(0, options.seeds * training.num_seeds, training.num_seeds):
     runs.append(run := new_run(preset, seed, options.epochs or training.epochs))

@@ -4,16 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from imdb_jax.config import PRESETS as PRESETS
   from imdb_jax.config import Config as Config
   from imdb_jax.prediction import Classifier as Classifier
   from imdb_jax.prediction import Ensemble as Ensemble
+  from imdb_jax.presets import PRESETS as PRESETS
   from imdb_jax.processes import Interrupted as Interrupted
   from imdb_jax.training.loop import fit as fit
 
 _HOMES = {
   "Config": "imdb_jax.config",
-  "PRESETS": "imdb_jax.config",
+  "PRESETS": "imdb_jax.presets",
   "Classifier": "imdb_jax.prediction",
   "Ensemble": "imdb_jax.prediction",
   "Interrupted": "imdb_jax.processes",

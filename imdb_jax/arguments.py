@@ -11,7 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
-from imdb_jax import config as config_lib
+from imdb_jax import presets
 from imdb_jax.config import Config
 from imdb_jax.errors import UsageError
 from imdb_jax.validation import flag, options
@@ -52,14 +52,15 @@ def _similar(name: str, flags: list[str]) -> list[str]:
   return abbreviated or difflib.get_close_matches(name, flags, n=1, cutoff=0.75) or longer[:3]
 
 
-def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN) -> Config:
+def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN, preset: str = "article") -> Config:
   """Return the settings that command-line arguments describe: those of the preset, and the other flags over them.
 
-  `prog` and `description` are for the help. Raises UsageError if a flag or value is invalid.
+  `prog` and `description` are for the help; `preset` is the one without --preset. Raises UsageError if a flag or value
+  is invalid.
   """
   chooser = Parser(add_help=False)
-  chooser.add_argument("--preset", default="article")
-  chosen = config_lib.preset(chooser.parse_known_args(args)[0].preset)
+  chooser.add_argument("--preset", default=preset)
+  chosen = presets.preset(chooser.parse_known_args(args)[0].preset)
   parser = Parser(
     prog=prog,
     usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]",
@@ -72,8 +73,8 @@ def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN) -> C
   )
   groups = {name: parser.add_argument_group(name) for name in ("common", "data", "training", "model", "optimizer")}
   groups |= {"runtime": parser.add_argument_group("runtime"), "machines": parser.add_argument_group("several machines")}
-  presets = "article (the recipe of the reference), fast, strong, pretrained or sample; other flags override it"
-  groups["common"].add_argument("--preset", metavar="NAME", help=f"Settings to start from: {presets}.")
+  names = ", ".join(presets.PRESETS)
+  groups["common"].add_argument("--preset", metavar="NAME", help=f"Settings to start from: {names}. [{preset}]")
   sections = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(Config)[1:]}
   for section, settings in sections.items():
     hints = typing.get_type_hints(type(settings))

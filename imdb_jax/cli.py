@@ -45,7 +45,15 @@ def run(name: str) -> None:
 
 def _train(prog: str, args: Sequence[str]) -> None:
   """Train a text classifier, or resume its training."""
-  config = arguments.parse_config(prog, args)
+  _fit(prog, args, arguments.parse_config(prog, args))
+
+
+def _pretrain(prog: str, args: Sequence[str]) -> None:
+  """Train a language model, from which a classifier can start."""
+  _fit(prog, args, arguments.parse_config(prog, args, str(_pretrain.__doc__), "language"))
+
+
+def _fit(prog: str, args: Sequence[str], config: Config) -> None:
   exits.require_memory()
   from imdb_jax import processes
   from imdb_jax.training.loop import fit
@@ -64,6 +72,9 @@ def _train(prog: str, args: Sequence[str]) -> None:
       return
     run_dir = shlex.quote(str(config.run_dir))
     before, _, after = prog.rpartition("train")
+    if config.training.objective == "next_word":
+      print(f"\nNext:\n  {before}train{after} --preset finetuned --init-from {run_dir}")
+      return
     text = "A film I will not forget." if config.data.source in ("imdb", "sample") else "A text of yours."
     print(f"\nNext:\n  {before}evaluate{after} {run_dir}")
     print(f'  {before}predict{after} {run_dir} "{text}"')
@@ -323,4 +334,4 @@ def _compare(prog: str, args: Sequence[str]) -> None:
 
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "explain": _explain, "report": _report}
 _COMMANDS |= {"compare": _compare, "serve": _serve, "export": _export, "check": _check, "plot": _plot}
-_COMMANDS |= {"prepare": _prepare}
+_COMMANDS |= {"prepare": _prepare, "pretrain": _pretrain}

@@ -5,7 +5,6 @@ directory and may not change when the run is resumed, except how long it trains 
 """
 
 import dataclasses
-import difflib
 import os
 import re
 from pathlib import Path
@@ -107,6 +106,7 @@ class OptimizerConfig(Settings):
 
   learning_rate: float = setting(1e-3, "Learning rate, or its peak with --schedule one_cycle.", gt=0, le=1e38)
   embedding_rate: float = setting(1.0, "Learning rate of the word vectors, as a factor.", ge=0, le=1e6)
+  recurrent_rate: float = setting(1.0, "Learning rate of the recurrent layers, as a factor.", ge=0, le=1e6)
   schedule: Literal["constant", "one_cycle"] = setting(
     "constant", "one_cycle warms up for 30% of the steps of all --epochs, then anneals."
   )
@@ -121,6 +121,9 @@ class OptimizerConfig(Settings):
 class TrainingConfig(Settings):
   """Epochs, batches and seeds."""
 
+  objective: Literal["label", "next_word"] = setting(
+    "label", "Learn the labels; or a language model that predicts the next word, for --init-from."
+  )
   epochs: int = setting(10, "Number of passes over the training reviews.", ge=1, le=100_000)
   early_stopping: int | None = setting(None, "Stop after N epochs without a better validation accuracy.", ge=1)
   batch_size: int = setting(32, "Reviews per step, over all devices together.", ge=1, le=65_536)
@@ -197,7 +200,8 @@ class Config(Settings):
   """All settings of a run. `PRESETS[name]` holds those of a preset; the field `preset` is only a label."""
 
   preset: str = setting(
-    "article", "Settings to start from: article, fast, strong, pretrained or sample. Other flags override them."
+    "article",
+    "Settings to start from, such as article, fast, strong or sample. Other flags override them.",
   )
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -214,6 +218,8 @@ class Config(Settings):
       raise UsageError(f"--archive {self.runtime.archive}: requires --data imdb, not {self.data.source}.")
     if self.data.unlabelled_data is not None and not self.model.unlabelled:
       raise UsageError(f"--unlabelled-data {self.data.unlabelled_data}: requires --unlabelled.")
+    if self.training.objective == "next_word" and (self.model.cell == "bag" or self.model.ngrams):
+      raise UsageError("--objective next_word: requires a recurrent --cell and --ngrams 0.")
     if self.runtime.word_vectors is not None and self.model.embedding != "file":
       raise UsageError(f"--word-vectors {self.runtime.word_vectors}: requires --embedding file.")
 
@@ -276,67 +282,3 @@ def _require_keys(value: Any, names: set[str], where: str) -> None:
   for name in value.keys() - names:
     # A name from a damaged file may be long or hold line breaks.
     raise UsageError(f"{where}.{repr(name)[1:-1]:.80}: unknown.")
-
-
-# With the test accuracy and the time of `imdb-jax train --preset NAME` on two cores, without evaluation.
-PRESETS: dict[str, Config] = {
-  # The reference article's recipe, as Keras 2.3 ran it: 87.5% ± 0.4 after 7 to 8 minutes (docs/article.md).
-  "article": Config(),
-  # The fastest way to the article's best accuracy: one small model that starts from word vectors of the training
-  # reviews and reads them once: 90.4% ± 0.15 after 12 to 20 s (docs/benchmarks.md, docs/accuracy.md).
-  "fast": Config(
-    preset="fast",
-    data=DataConfig(vocabulary_size=10_000),
-    model=ModelConfig(
-      embedding_size=64,
-      hidden_size=64,
-      input_dropout_rate=0.1,
-      recurrent_dropout_rate=0.1,
-      mask_padding=True,
-      pooling="mean_max",
-      embedding="svd",
-    ),
-    optimizer=OptimizerConfig(learning_rate=1.2e-2, embedding_rate=0.3, schedule="one_cycle"),
-    training=TrainingConfig(epochs=1, bucket_by_length=True),
-  ),
-  # Two directions, beside a linear model of phrases: 92.8% ± 0.03 after 2.7 minutes (docs/comparison.md).
-  "strong": Config(
-    preset="strong",
-    data=DataConfig(vocabulary_size=30_000, sequence_length=700, punctuation=True),
-    model=ModelConfig(
-      hidden_size=64,
-      input_dropout_rate=0.3,
-      recurrent_dropout_rate=0.3,
-      mask_padding=True,
-      directions=2,
-      pooling="mean_max",
-      embedding="svd",
-      ngrams=3,
-    ),
-    optimizer=OptimizerConfig(learning_rate=6e-3, embedding_rate=0.1, schedule="one_cycle"),
-    training=TrainingConfig(epochs=4, bucket_by_length=True),
-  ),
-  # The corpus inside the package, learnt in seconds: for demonstrations and tests.
-  "sample": Config(
-    preset="sample",
-    data=DataConfig(source="sample", vocabulary_size=1000, sequence_length=64),
-    model=ModelConfig(embedding_size=64, hidden_size=64),
-    optimizer=OptimizerConfig(learning_rate=3e-3),
-    training=TrainingConfig(epochs=12),
-  ),
-}
-# Word vectors from the 50,000 unlabelled reviews as well; otherwise as `strong`: 92.75% ± 0.04 after 3.4 minutes.
-PRESETS["pretrained"] = dataclasses.replace(
-  PRESETS["strong"],
-  preset="pretrained",
-  model=dataclasses.replace(PRESETS["strong"].model, embedding="skipgram", unlabelled=True),
-)
-
-
-def preset(name: str) -> Config:
-  """Return the settings of a preset, or raise UsageError if there is none of that name."""
-  if name not in PRESETS:
-    nearest = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
-    raise UsageError(f"--preset {name}: must be one of {', '.join(PRESETS)}.{hint}")
-  return PRESETS[name]

@@ -12,7 +12,6 @@ from imdb_jax.data import batches
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import printable
 from imdb_jax.program import Program
-from imdb_jax.task import Evaluation
 
 
 def predict(
@@ -51,7 +50,7 @@ def evaluate(
   split: TokenSplit,
   batch_size: int,
   on_progress: Callable[[int], None] = lambda num_reviews: None,
-) -> tuple[Evaluation, np.ndarray]:
+) -> tuple[Any, np.ndarray]:
   """Return the metrics over a split and the logits; see `predict`."""
   logits = predict(program, params, split, batch_size, on_progress)
   return program.task.evaluate(logits, split.labels), logits

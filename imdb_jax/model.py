@@ -146,8 +146,7 @@ class TextClassifier(nn.Module):
   def setup(self):
     self.embedding = nn.Embed(self.vocabulary_size, self.config.embedding_size, embedding_init=_embedding_init)
     # The attributes name the parameters: lstm and backward_lstm, gru and backward_gru, rnn and backward_rnn.
-    self._layer_names = (self.config.cell, f"backward_{self.config.cell}")[: self.config.directions]
-    for direction, name in enumerate(self._layer_names):
+    for direction, name in enumerate(self.layers):
       setattr(self, name, RecurrentLayer(self.config, self.implementation, reverse=direction == 1))
     self.dense = nn.Dense(self.head_size, kernel_init=nn.initializers.glorot_uniform())
     self.ngrams = NGrams(self.config.ngrams, self.head_size)
@@ -160,6 +159,16 @@ class TextClassifier(nn.Module):
     and would leave no error to learn from.
     """
     return self.head(self.encode(self.embed(tokens), lengths, dropout_masks))
+
+  @property
+  def layers(self) -> tuple[str, ...]:
+    """The names of the recurrent layers."""
+    return (self.config.cell, f"backward_{self.config.cell}")[: self.config.directions]
+
+  def draw(self, key: jax.Array) -> dict[str, jax.Array]:
+    """Return what a training step passes to a call besides reviews and masks; of a classifier, nothing."""
+    del key
+    return {}
 
   @property
   def has_lookup(self) -> bool:
@@ -202,14 +211,20 @@ class TextClassifier(nn.Module):
   def encode(self, inputs: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
     """Return one vector per review, f32[b, n], of word vectors f32[b, t, e]; n is h per direction and pooling."""
     masked_lengths = lengths if self.config.mask_padding else None
-    input_mask, recurrent_masks = dropout_masks
     pooled = []
-    for direction, name in enumerate(self._layer_names):
-      layer, h = getattr(self, name), self.config.hidden_size
-      mask = None if recurrent_masks is None else recurrent_masks[..., direction * h : (direction + 1) * h]
-      hidden = layer(inputs, masked_lengths, (input_mask, mask))
-      pooled += [_pool(hidden, masked_lengths, pooling, layer.reverse) for pooling in self.config.pooling.split("_")]
+    for direction in range(self.config.directions):
+      hidden = self.states(direction, inputs, masked_lengths, dropout_masks)
+      poolings = self.config.pooling.split("_")
+      pooled += [_pool(hidden, masked_lengths, pooling, direction == 1) for pooling in poolings]
     return jnp.concatenate(pooled, axis=1)
+
+  def states(
+    self, direction: int, inputs: jax.Array, lengths: jax.Array | None, dropout_masks: DropoutMasks
+  ) -> jax.Array:
+    """Return the hidden states f32[b, t, h] of one direction; without lengths, all positions are real."""
+    (input_mask, recurrent_masks), h = dropout_masks, self.config.hidden_size
+    mask = None if recurrent_masks is None else recurrent_masks[..., direction * h : (direction + 1) * h]
+    return getattr(self, self.layers[direction])(inputs, lengths, (input_mask, mask))
 
   def head(self, encoded: jax.Array) -> jax.Array:
     """Return logits f32[b, head_size] of encoded reviews f32[b, n]."""

@@ -118,6 +118,8 @@ class Classifier:
     # The settings have expanded ~.
     folder = runtime.run_dir or Path(folder)
     config, shares = run_directory.load_config(folder, runtime), run_directory.load_classes(folder)
+    if config.training.objective != "label":
+      raise UsageError(f"{folder}: holds a language model, which has no classes; a classifier takes it by --init-from.")
     if is_run:
       run_directory.check(folder)
     vocabulary = Vocabulary.load(folder / "vocab.json", config.data)

@@ -24,6 +24,7 @@ from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokenizer import PADDING_ID
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
+from imdb_jax.language_model import LanguageModel, NextWord
 from imdb_jax.model import TextClassifier, draw_dropout_masks
 from imdb_jax.optimizer import make_optimizer
 from imdb_jax.task import Classification
@@ -82,7 +83,9 @@ class Program:
       UsageError: the named implementation does not support the model or the device, there are too many classes, or
         --class-weights names another one.
     """
-    self.config, self.mesh, self.task = config, mesh, Classification(classes)
+    is_classifier = config.training.objective == "label"
+    self.config, self.mesh = config, mesh
+    self.task: Any = Classification(classes) if is_classifier else NextWord()
     if config.model.ngrams and len(classes) > ngrams.MAX_CLASSES:
       raise UsageError(f"--ngrams {config.model.ngrams}: allows {ngrams.MAX_CLASSES} classes, not {len(classes):,}.")
     # Raises before a run directory is made.
@@ -90,7 +93,8 @@ class Program:
     precision = config.training.matmul_precision
     self._matmul_precision = "float32" if precision == "auto" else precision
     self.choice = _choose(config, mesh.devices.flat[0])
-    self.model = TextClassifier(config.model, config.data.vocabulary_size, self.task.head_size, self.choice.name)
+    kind = TextClassifier if is_classifier else LanguageModel
+    self.model = kind(config.model, config.data.vocabulary_size, self.task.head_size, self.choice.name)
     self._optimizer = make_optimizer(config.optimizer, num_steps)
     everywhere, rows = devices.replicated(mesh), devices.over_rows(mesh)
     self._init = jax.jit(self._init_seeds, out_shardings=everywhere)
@@ -197,7 +201,7 @@ class Program:
   def _init_seeds(self, seeds: jax.Array) -> TrainState:
     def init(seed: jax.Array) -> TrainState:
       params_key, dropout_key = jax.random.split(jax.random.key(seed))
-      tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+      tokens, lengths = jnp.zeros((1, 2), jnp.int32), jnp.ones((1,), jnp.int32)
       params = self.model.init(params_key, tokens, lengths, method="predict")["params"]
       return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -245,9 +249,10 @@ class Program:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     # Drawn for the global batch, so that the result does not depend on the number of devices.
     dropout_masks = draw_dropout_masks(key, self.config.model, examples["labels"].shape[0])
-    gradients = self._sharded(self._gradients, (_REPLICATED, _ROWS, _ROWS), _REPLICATED)
+    drawn = self.model.draw(jax.random.fold_in(key, 0))
+    gradients = self._sharded(self._gradients, (_REPLICATED, _REPLICATED, _ROWS, _ROWS), _REPLICATED)
     params = _trained(state.params)
-    grads, sums = gradients(params, examples, dropout_masks)
+    grads, sums = gradients(params, drawn, examples, dropout_masks)
     grads = jax.tree.map(lambda grad: grad / sums["weight"], grads)
     # optax raises a float to an integer power, which strict promotion would refuse.
     updates: Any
@@ -255,6 +260,8 @@ class Program:
       updates, opt_state = self._optimizer.update(grads, state.opt_state, _decayed(params))
     rate = self.config.optimizer.embedding_rate
     updates = updates | {"embedding": jax.tree.map(lambda update: rate * update, updates["embedding"])}
+    if (rate := self.config.optimizer.recurrent_rate) != 1:
+      updates |= {name: jax.tree.map(lambda update: rate * update, updates[name]) for name in self.model.layers}
     params = optax.apply_updates(params, updates)
     grad_norm = optax.tree.norm(grads)
     finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(grad_norm)]
@@ -262,11 +269,12 @@ class Program:
     state = TrainState(step=state.step + 1, params=state.params | params, opt_state=opt_state, key=state.key)
     return state, sums | {"is_finite": is_finite.astype(jnp.float32), "grad_norm": grad_norm}
 
-  def _gradients(self, params: Any, examples: Examples, dropout_masks: Any) -> tuple[Any, Sums]:
+  def _gradients(self, params: Any, drawn: Any, examples: Examples, dropout_masks: Any) -> tuple[Any, Sums]:
     """Return the gradients of the summed loss and the sums of a batch, on each device the total over all devices."""
 
     def summed_loss(params):
-      logits: Any = self.model.apply({"params": params}, examples["tokens"], examples["lengths"], dropout_masks)
+      reviews = examples["tokens"], examples["lengths"]
+      logits: Any = self.model.apply({"params": params}, *reviews, dropout_masks, **drawn)
       sums = self.task.sums(logits, examples["labels"], examples["weights"], examples.get("loss_weights"))
       return sums["loss"], sums
 

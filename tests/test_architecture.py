@@ -19,9 +19,9 @@ ROOT = PACKAGE.parent
 # From the lowest layer to the highest, as in the table of CONTRIBUTING.md. A name is a module or a folder of modules. A
 # module may import modules of lower layers, of its own folder, and further left in its own row.
 LAYERS = (
-  (("errors", "validation", "config", "store.files"),),
+  (("errors", "validation", "config", "presets", "store.files"),),
   (("data",), ("lstm",), ("plots",)),
-  (("task", "model", "optimizer", "processes", "devices"),),
+  (("task", "model", "language_model", "optimizer", "processes", "devices"),),
   (("program",), ("store",)),
   (("evaluation", "explanation"), ("checking",), ("report",)),
   (("prediction", "export"), ("training",)),
@@ -56,7 +56,7 @@ ONLY_IN = {
   "tensorboardX": {"store.metrics_log"},
 }
 WITHOUT_JAX = {
-  *("errors", "validation", "config", "arguments", "exits", "data", "plots", "checking", "scoring"),
+  *("errors", "validation", "config", "presets", "arguments", "exits", "data", "plots", "checking", "scoring"),
   *("store.files", "store.metrics_log", "store.run_directory"),
 }
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -9,8 +9,9 @@ import pytest
 
 from imdb_jax import arguments, cli
 from imdb_jax.arguments import parse_config
-from imdb_jax.config import PRESETS, Config
+from imdb_jax.config import Config
 from imdb_jax.errors import UsageError
+from imdb_jax.presets import PRESETS
 from imdb_jax.validation import flag
 
 GROUPS = ["common", "data", "training", "model", "optimizer", "runtime", "several machines", "examples"]

@@ -12,9 +12,8 @@ from homeless import make_homeless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdb_jax import config
+from imdb_jax import config, presets
 from imdb_jax.config import (
-  PRESETS,
   Config,
   DataConfig,
   ModelConfig,
@@ -24,6 +23,7 @@ from imdb_jax.config import (
   differing_fields,
 )
 from imdb_jax.errors import UsageError
+from imdb_jax.presets import PRESETS
 
 CHANGED = Config(
   preset="mine",
@@ -88,12 +88,12 @@ def test_every_config_that_can_be_created_can_be_read_again(data):
 
 
 def test_presets_have_their_names():
-  assert {name: config.preset(name).preset for name in PRESETS} == {name: name for name in PRESETS}
+  assert {name: presets.preset(name).preset for name in PRESETS} == {name: name for name in PRESETS}
 
 
 def test_the_article_is_what_keras_ran():
   """Keras 2.3 with the recipe's settings; a change here is another experiment."""
-  article = config.preset("article")
+  article = presets.preset("article")
   assert article.data == DataConfig(
     source="imdb",
     limit=None,
@@ -214,12 +214,12 @@ def test_ranges_are_checked_in_a_file_too():
 @pytest.mark.parametrize(("name", "nearest"), [("artcle", "article"), ("samples", "sample")])
 def test_an_unknown_preset_suggests_the_nearest(name, nearest):
   with pytest.raises(UsageError, match=rf"--preset {name}: .*Did you mean {nearest}\?"):
-    config.preset(name)
+    presets.preset(name)
 
 
 def test_an_unknown_preset_far_from_all_lists_them():
   with pytest.raises(UsageError, match="article") as caught:
-    config.preset("zzz")
+    presets.preset("zzz")
   assert "Did you mean" not in str(caught.value)
   assert all(name in str(caught.value) for name in PRESETS)
 

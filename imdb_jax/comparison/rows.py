@@ -20,11 +20,12 @@ import jax
 from imdb_jax import devices
 from imdb_jax.comparison import linear, results, table
 from imdb_jax.comparison.results import Result
-from imdb_jax.config import PRESETS, Config
+from imdb_jax.config import Config
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.reviews import Reviews
 from imdb_jax.errors import ImdbJaxError, PlatformError, UsageError, first_line
 from imdb_jax.prediction import Classifier
+from imdb_jax.presets import PRESETS
 from imdb_jax.processes import Interrupted
 from imdb_jax.store import files, run_directory
 from imdb_jax.task import Classification

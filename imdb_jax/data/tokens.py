@@ -30,6 +30,8 @@ _FORMAT = 5
 # Of the tokens of a split. Larger entries are made again each time.
 _MAX_BYTES = 2**30
 _HOLD_OUT_SEED = 0
+# Words per sequence of a language model, and the most sequences that it is validated on.
+_SEQUENCE, _MAX_VALIDATION = 129, 500
 _SPLITS = ("train", "validation", "test")
 _FIELDS = ("tokens", "lengths", "labels")
 
@@ -192,6 +194,34 @@ def load_unlabelled(source: Source, vocabulary: Vocabulary, report: Callable[[st
   if count := len({*texts} & {*found["test"].texts}):
     report(f"Warning: {count:,} of the {len(texts):,} unlabelled texts are also test texts; see --no-unlabelled.")
   return vocabulary.encode(texts)[0]
+
+
+def sequences(data: TokenData, unlabelled: np.ndarray) -> TokenData:
+  """Return the texts of each split, one after the other, as sequences of 129 words: the data of a language model.
+
+  An id of 0 begins each text, words at the end that fill no sequence are left out, and all labels are 0.
+
+  Args:
+    data: encoded texts.
+    unlabelled: int[n, t], more texts for training.
+
+  Raises:
+    UsageError: a split has fewer words.
+  """
+
+  def cut(tokens: np.ndarray, most: int | None = None) -> TokenSplit:
+    starts = np.zeros((len(tokens), 1), tokens.dtype)
+    words = np.concatenate([starts, tokens], axis=1)[np.concatenate([starts == 0, tokens > 0], axis=1)]
+    found = words[: len(words) - len(words) % _SEQUENCE].reshape(-1, _SEQUENCE)[:most]
+    if not len(found):
+      raise UsageError(f"--objective next_word: a split has fewer than {_SEQUENCE} words.")
+    return TokenSplit(
+      tokens=found, lengths=np.full(len(found), _SEQUENCE, np.int32), labels=np.zeros(len(found), np.int32)
+    )
+
+  validation = cut(data.validation.tokens, _MAX_VALIDATION)
+  train = cut(np.concatenate([data.train.tokens, unlabelled]))
+  return dataclasses.replace(data, train=train, validation=validation, test=validation)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from imdb_jax import plots
-from imdb_jax.config import PRESETS, Config, differing_fields
+from imdb_jax.config import Config, differing_fields
 from imdb_jax.data.reviews import Reviews
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError, printable, reraise_as
+from imdb_jax.presets import PRESETS
 from imdb_jax.report import numbers
 from imdb_jax.store import files, metrics_log, run_directory
 from imdb_jax.store.metrics_log import METRICS, Line

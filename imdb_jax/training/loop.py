@@ -7,6 +7,7 @@ checkpoint never lacks its line. A line whose checkpoint was lost is dropped on 
 import contextlib
 import dataclasses
 import itertools
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,11 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     with processes.together():
       source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir, data)
       loaded = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir, report=console.line)
+      if config.training.objective == "next_word":
+        unlabelled = loaded.train.tokens[:0]
+        if config.model.unlabelled:
+          unlabelled = tokens.load_unlabelled(source, loaded.vocabulary, console.line)
+        loaded = tokens.sequences(loaded, unlabelled)
       num_steps = config.training.epochs * batches.num_batches(len(loaded.train), config.training.batch_size)
       program = Program(config, mesh, num_steps, loaded.classes)
     processes.require_equal(_shared_settings(program))
@@ -196,11 +202,14 @@ class _Trainer:
     console.end_epoch()
     if jax.process_index() == 0:
       metrics_log.write_csv(self._config.run_dir, history)
+    if self._config.training.objective == "next_word":
+      console.line(f"Perplexity {math.exp(history[-1]['val_loss']):,.1f}, validation")
+    elif jax.process_index() == 0:
       # A report of all epochs may be one of `imdb-jax report`, which has more.
       if not page_path.exists():
         notes = [] if self._answers else ["All that depends on reviews: imdb-jax report computes it."]
         page.write(self._config, self._program.task, self._answers, notes)
-    console.line("\n".join(page.summary(self._config, history)))
+      console.line("\n".join(page.summary(self._config, history)))
     return FitResult(
       run_dir=self._config.run_dir, history=history, compile_seconds=compile_seconds, late_signal=self._stop.signal
     )
@@ -296,9 +305,9 @@ class _Trainer:
     console.end_epoch()
     console.line(epoch_line(line, self._config.training.epochs))
     # Not on the test reviews, which are for reporting.
-    is_held_out = self._config.data.validation == "split"
-    progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out else {}
-    if line is best_epoch(self._recorder.log.history):
+    is_held_out, is_classifier = self._config.data.validation == "split", self._config.training.objective == "label"
+    progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out and is_classifier else {}
+    if is_classifier and line is best_epoch(self._recorder.log.history):
       name, words = "validation" if is_held_out else "test", self._data.vocabulary
       known: Any = {"step": self._step, "temperature": progress.get("temperature", 1.0), "vocabulary": words}
       self._answers = page.Answers(split=name, encoded=split, logits=logits, **known)

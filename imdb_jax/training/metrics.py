@@ -15,7 +15,6 @@ import numpy as np
 from imdb_jax.config import Config
 from imdb_jax.errors import CheckpointError, DivergenceError
 from imdb_jax.store.metrics_log import MetricsLog
-from imdb_jax.task import Evaluation
 from imdb_jax.training.console import Console
 
 # Weighted sums over reviews, f64[seeds] each: loss, correct and weight.
@@ -118,8 +117,8 @@ class Recorder:
       if not fine
     ]
 
-  def record_epoch(self, step: int, result: Evaluation, *, seconds: float, evaluation_seconds: float) -> dict[str, Any]:
-    """Write the line of a finished epoch, start new sums, and return the line.
+  def record_epoch(self, step: int, result: Any, *, seconds: float, evaluation_seconds: float) -> dict[str, Any]:
+    """Write the line of a finished epoch, whose `result` is of `task.evaluate`, start new sums, and return the line.
 
     Training metrics are means over the seeds. Validation metrics are those of the ensemble, which is what `Classifier`
     answers with. `seeds` has those of each seed.

@@ -78,8 +78,8 @@ def _carried(
   # Phrases are listed by the ids of their words.
   ours.pop("ngrams", None)
   shapes = jax.tree.map(np.shape, (ours, theirs))
-  can_decide = classes == program.task.classes and shapes[0]["dense"] == shapes[1]["dense"]
-  carried = {name: theirs[name] for name in ours if name != "dense" or can_decide}
+  can_decide = classes == data.classes and shapes[0].get("dense") == shapes[1].get("dense")
+  carried = {name: theirs[name] for name in ours if name in theirs and (name != "dense" or can_decide)}
   layers = ", ".join([*carried, *(f"not {name}" for name in ours.keys() - carried.keys())])
   num_known = np.count_nonzero(ids > 0)
   console.line(f"From {run_dir}, step {saved.step:,}: {num_known:,} of {len(words):,} word vectors, {layers}")
@@ -104,7 +104,8 @@ def _fitted(
   model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}
   if model.embedding in ("svd", "skipgram"):
     texts, sizes = train.tokens, (config.data.vocabulary_size, model.embedding_size)
-    if model.unlabelled:
+    # A language model learns from them, too.
+    if model.unlabelled and config.training.objective == "label":
       texts = np.concatenate([texts, tokens.load_unlabelled(source, data.vocabulary, console.line)])
     console.line(f"Computing word vectors from {len(texts):,} reviews")
     is_svd = model.embedding == "svd"

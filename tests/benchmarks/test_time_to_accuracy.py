@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from imdb_jax.config import preset
 from imdb_jax.data import reviews, sources, tokens
+from imdb_jax.presets import preset
 
 # Each test starts processes that compile and train.
 pytestmark = pytest.mark.slow

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imdb_jax.config import PRESETS, Config, RuntimeConfig
+from imdb_jax.config import Config, RuntimeConfig
 from imdb_jax.data.reviews import Reviews
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
+from imdb_jax.presets import PRESETS
 from imdb_jax.report import page
 from imdb_jax.report.page import Answers
 from imdb_jax.store import run_directory

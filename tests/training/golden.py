@@ -9,7 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from imdb_jax.config import PRESETS, Config
+from imdb_jax.config import Config
+from imdb_jax.presets import PRESETS
 
 STEPS = 50
 

@@ -15,9 +15,9 @@ from training.tiny import change, lines, tiny
 
 import imdb_jax
 from imdb_jax import evaluation
-from imdb_jax.config import PRESETS
 from imdb_jax.data import sample, sources, tokens, word_vectors
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError
+from imdb_jax.presets import PRESETS
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program
 from imdb_jax.store.checkpoints import Checkpoints

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from reliability.sandbox import newest_state
 
-from imdb_jax.config import PRESETS, Config
+from imdb_jax.config import Config
+from imdb_jax.presets import PRESETS
 
 
 def tiny(run_dir: Path, **training) -> Config:
