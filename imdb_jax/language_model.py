@@ -46,7 +46,7 @@ class LanguageModel(TextClassifier):
   ) -> jax.Array:
     """Return the answers to sequences int[b, t]; without `sampled` from `draw`, the softmax is over all words."""
     del lengths
-    answers = []
+    tokens, answers = tokens.astype(jnp.int32), []
     for direction, queries in enumerate(self.queries):
       read, expected = (tokens[:, :-1], tokens[:, 1:]) if direction == 0 else (tokens[:, 1:], tokens[:, :-1])
       states = queries(self.states(direction, self.embed(read), None, dropout_masks))
@@ -61,10 +61,10 @@ class LanguageModel(TextClassifier):
   def _some(self, states: jax.Array, expected: jax.Array, sampled: jax.Array) -> jax.Array:
     vectors = self.embedding.embedding
     right = jnp.sum(states * vectors[expected], axis=2) + self.word_bias[expected]
-    others = states @ vectors[sampled].T + self.word_bias[sampled]
-    others = jnp.where(sampled == expected[:, :, None], -jnp.inf, others)
-    # Each stands for all words that it was drawn from.
-    weights = _log_shares(sampled, self.vocabulary_size) + math.log(_SAMPLES)
+    others = states @ vectors[sampled].T + self.word_bias[sampled][None, None]
+    others = jnp.where(sampled[None, None] == expected[:, :, None], -jnp.inf, others)
+    # The rarer a word is drawn, the more words it stands for.
+    weights = _log_shares(sampled, self.vocabulary_size)[None, None] + math.log(_SAMPLES)
     losses = jnp.logaddexp(right, jax.nn.logsumexp(others - weights, axis=2)) - right
     is_right = right > jnp.max(others, axis=2)
     return jnp.stack([jnp.mean(losses, axis=1), jnp.mean(is_right.astype(jnp.float32), axis=1)], axis=1)
@@ -75,7 +75,7 @@ class LanguageModel(TextClassifier):
     # The scores of a whole batch would take gigabytes.
     def answer(sequence: tuple[jax.Array, jax.Array]) -> jax.Array:
       states, expected = sequence
-      scores = states @ vectors.T + self.word_bias
+      scores = states @ vectors.T + self.word_bias[None]
       losses = jax.nn.logsumexp(scores, axis=1) - jnp.take_along_axis(scores, expected[:, None], axis=1)[:, 0]
       return jnp.stack([jnp.mean(losses), jnp.mean((jnp.argmax(scores, axis=1) == expected).astype(jnp.float32))])
 

@@ -120,6 +120,7 @@ def test_the_article_is_what_keras_ran():
   assert article.optimizer == OptimizerConfig(
     learning_rate=1e-3,
     embedding_rate=1.0,
+    recurrent_rate=1.0,
     schedule="constant",
     b1=0.9,
     b2=0.999,
@@ -273,6 +274,7 @@ OTHER_VALUES = {
   "optimizer": {
     "learning_rate": 0.5,
     "embedding_rate": 0.5,
+    "recurrent_rate": 0.5,
     "b1": 0.5,
     "b2": 0.5,
     "epsilon": 0.5,
@@ -281,6 +283,7 @@ OTHER_VALUES = {
     "weight_decay": 0.5,
   },
   "training": {
+    "objective": "next_word",
     "epochs": 5,
     "early_stopping": 5,
     "batch_size": 5,
@@ -291,6 +294,12 @@ OTHER_VALUES = {
     "matmul_precision": "bfloat16",
   },
 }
+
+
+@pytest.mark.parametrize("settings", [{"cell": "bag", "pooling": "mean"}, {"ngrams": 2}])
+def test_a_language_model_is_recurrent_and_has_no_linear_part(settings):
+  with pytest.raises(UsageError, match=r"^--objective next_word: requires a recurrent --cell and --ngrams 0\.$"):
+    Config(training=TrainingConfig(objective="next_word"), model=ModelConfig(**settings))
 
 
 def test_an_empty_path_is_not_this_folder():

@@ -91,12 +91,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
       is_resumed = is_first and run_directory.exists(config)
     with processes.together():
       source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir, data)
-      loaded = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir, report=console.line)
-      if config.training.objective == "next_word":
-        unlabelled = loaded.train.tokens[:0]
-        if config.model.unlabelled:
-          unlabelled = tokens.load_unlabelled(source, loaded.vocabulary, console.line)
-        loaded = tokens.sequences(loaded, unlabelled)
+      loaded = start.data(config, source, console)
       num_steps = config.training.epochs * batches.num_batches(len(loaded.train), config.training.batch_size)
       program = Program(config, mesh, num_steps, loaded.classes)
     processes.require_equal(_shared_settings(program))

@@ -34,6 +34,17 @@ def check(config: Config) -> None:
       raise UsageError(f"{flag(name)} {wanted}: the run of --init-from {run_dir} has {found}.")
 
 
+def data(config: Config, source: sources.Source, console: Console) -> tokens.TokenData:
+  """Return the encoded reviews; for a language model, sequences of their words. Raises as `tokens.load` does."""
+  loaded = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir, report=console.line)
+  if config.training.objective == "label":
+    return loaded
+  unlabelled = loaded.train.tokens[:0]
+  if config.model.unlabelled:
+    unlabelled = tokens.load_unlabelled(source, loaded.vocabulary, console.line)
+  return tokens.sequences(loaded, unlabelled)
+
+
 def first(
   program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
 ) -> tuple[Saved, TrainState, dict[str, Any]]:

@@ -19,6 +19,7 @@ from imdb_jax import cli, exits
 
 COMMANDS = (
   *("train", "evaluate", "predict", "explain", "report", "compare", "serve", "export", "check", "plot", "prepare"),
+  "pretrain",
 )
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import reviews, sample, tokens
+from imdb_jax.data.tokenizer import Vocabulary
+from imdb_jax.data.tokens import TokenData, TokenSplit
 from imdb_jax.errors import DataError, UsageError
 
 CONFIG = DataConfig(vocabulary_size=20, sequence_length=6)
@@ -143,3 +145,22 @@ def test_batch_is_filled_with_empty_rows():
   np.testing.assert_array_equal(found, [*split.tokens[[5, 2]], [0] * 6, [0] * 6])
   np.testing.assert_array_equal(lengths, [*split.lengths[[5, 2]], 0, 0])
   assert (found.dtype, lengths.dtype) == (np.int16, np.int32)
+
+
+def test_sequences_join_texts_with_a_zero_before_each(monkeypatch):
+  monkeypatch.setattr(tokens, "_SEQUENCE", 4)
+  monkeypatch.setattr(tokens, "_MAX_VALIDATION", 1)
+
+  def split(*rows: list[int]) -> TokenSplit:
+    array = np.array(rows, np.int16)
+    return TokenSplit(
+      tokens=array, lengths=(array > 0).sum(axis=1, dtype=np.int32), labels=np.ones(len(rows), np.int32)
+    )
+
+  train, test = split([0, 1, 2], [3, 4, 5], [0, 0, 0]), split([6, 7, 8], [1, 2, 3])
+  data = TokenData.of({"train": train, "test": test}, Vocabulary(config=DataConfig(), words=()), reviews.CLASSES)
+  found = tokens.sequences(data, np.array([[0, 9, 8], [0, 0, 7]], np.int16))
+  # The last words, 0 and 7, fill no sequence.
+  assert found.train.tokens.tolist() == [[0, 1, 2, 0], [3, 4, 5, 0], [0, 9, 8, 0]]
+  assert found.train.lengths.tolist() == [4, 4, 4] and not found.train.labels.any()
+  assert found.validation.tokens.tolist() == [[0, 6, 7, 8]]
