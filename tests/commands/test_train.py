@@ -58,6 +58,18 @@ def test_a_finished_run_goes_on_for_more_epochs_and_another_starts_from_it(train
   assert re.search(r"^From .*/run, step \d+: 199 of 199 word vectors, dense, lstm$", stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
+def test_a_language_model_is_trained_and_a_classifier_starts_from_it(tmp_path):
+  settings = *TINY, "--directions", "2"
+  code, shown, _ = run("pretrain", *settings, "--no-unlabelled", "--embedding", "svd", "--run-dir", tmp_path / "lm")
+  assert code == 0 and "Perplexity " in shown
+  again = f"python {ROOT}/scripts/train.py --preset finetuned --init-from {tmp_path}/lm"
+  assert shown.splitlines()[-1].strip() == again
+  code, shown, _ = run("train", *again.split()[2:], *settings, "--run-dir", tmp_path / "run")
+  assert code == 0 and "word vectors, backward_lstm, lstm, not dense" in shown
+  assert_one_clear_line(run("evaluate", tmp_path / "lm"), 2, "holds a language model", "--init-from")
+
+
 @pytest.mark.parametrize(
   ("command", "next_command"),
   [(("train",), "python scripts/{}.py"), (("imdb-jax", "train"), "imdb-jax {}")],
