@@ -68,7 +68,7 @@ def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN, pres
     epilog=f"""examples:
   {prog} --preset sample                      a demonstration without a download
   {prog} --preset fast                        better than the article, in seconds
-  {prog} --preset pretrained                  the most accurate model, in minutes
+  {prog} --preset strong                      far more accurate, in minutes
   {prog} --platform gpu --num-seeds 8         an ensemble of eight, on a GPU""",
   )
   groups = {name: parser.add_argument_group(name) for name in ("common", "data", "training", "model", "optimizer")}
