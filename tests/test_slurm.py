@@ -50,7 +50,7 @@ def wait_for_step(cluster: Cluster, run_dir: Path) -> None:
 
 
 def wait_for_end(cluster: Cluster, job: str, run_dir: Path) -> dict[str, str]:
-  """Wait until a job has ended for good, and return what SLURM knows of it."""
+  """Wait until a job has ended and will not start again; return what SLURM reports about it."""
   ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
   cluster.wait_for(lambda: cluster.state(job)["JobState"] in ends, 400)
   return cluster.state(job)

@@ -1,4 +1,4 @@
-"""What a training step launches on a GPU that need not be there."""
+"""The launches and bytes of a training step that is compiled for a GPU, on a machine without one."""
 
 import importlib.util
 import re
