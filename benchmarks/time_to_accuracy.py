@@ -182,11 +182,9 @@ def measure(options: Options, save: Save) -> None:
   with contextlib.ExitStack() as stack:
     counts, trainers = {}, {}
     for name in dict.fromkeys(options.systems):
-      counts[name] = options.keras_seeds * options.keras_epochs if name in _KERAS else options.seeds
-      if name in _KERAS:
-        trainers[name] = _train_keras(options, name, data, runs)
-      else:
-        trainers[name] = (_fit_linear if name in _LINEAR else _train_preset)(options, name, runs)
+      is_keras, train = name in _KERAS, _fit_linear if name in _LINEAR else _train_preset
+      counts[name] = options.keras_seeds * options.keras_epochs if is_keras else options.seeds
+      trainers[name] = _train_keras(options, name, data, runs) if is_keras else train(options, name, runs)
       # Ends a worker that waits for its next turn.
       stack.callback(trainers[name].close)
     for name in turns(counts):

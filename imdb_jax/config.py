@@ -200,8 +200,7 @@ class Config(Settings):
   """All settings of a run. `PRESETS[name]` holds those of a preset; the field `preset` is only a label."""
 
   preset: str = setting(
-    "article",
-    "Settings to start from, such as article, fast, strong or sample. Other flags override them.",
+    "article", "Settings to start from, such as article, fast, strong or sample. Other flags override them."
   )
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)

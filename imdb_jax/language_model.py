@@ -4,7 +4,9 @@ Dai and Le 2015, "Semi-supervised Sequence Learning". The vectors of the words a
 2017). In training, the softmax is over the right word and random others (Bengio and Senecal 2008, importance sampling).
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +15,6 @@ import numpy as np
 from flax import linen as nn
 
 from imdb_jax.model import NO_DROPOUT, DropoutMasks, TextClassifier
-from imdb_jax.task import Scores
 
 # Random words per step.
 _SAMPLES = 2048
@@ -85,6 +86,15 @@ class LanguageModel(TextClassifier):
 def _log_shares(ids: jax.Array, vocabulary_size: int) -> jax.Array:
   """Return the logarithm of the share of words with these ids, by Zipf's law: ids are in the order of frequency."""
   return jnp.log(jnp.log((ids + 2) / (ids + 1)) / math.log(vocabulary_size + 1)).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+  """The mean loss per word in nats and the share of words that come first: over all seeds, and of each."""
+
+  loss: float
+  accuracy: float
+  seeds: "Sequence[Scores]" = ()
 
 
 class NextWord:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,15 +18,6 @@ NUM_BINS = 15
 _NUM_RESAMPLES = 2000
 # Standard deviation of the prior of a temperature's logarithm.
 _LOG_TEMPERATURE_STD = 0.5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
-  """What every task has: the mean loss, the share of right answers, and those of each seed."""
-
-  loss: float
-  accuracy: float
-  seeds: "Sequence[Scores]" = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -196,17 +196,11 @@ def load_unlabelled(source: Source, vocabulary: Vocabulary, report: Callable[[st
   return vocabulary.encode(texts)[0]
 
 
-def sequences(data: TokenData, unlabelled: np.ndarray) -> TokenData:
+def sequences(data: TokenData, *unlabelled: np.ndarray) -> TokenData:
   """Return the texts of each split, one after the other, as sequences of 129 words: the data of a language model.
 
-  An id of 0 begins each text, words at the end that fill no sequence are left out, and all labels are 0.
-
-  Args:
-    data: encoded texts.
-    unlabelled: int[n, t], more texts for training.
-
-  Raises:
-    UsageError: a split has fewer words.
+  Texts int[n, t] that are `unlabelled` are for training, too. An id of 0 begins each text, words at the end that fill
+  no sequence are left out, and all labels are 0. Raises UsageError if a split has fewer words.
   """
 
   def cut(tokens: np.ndarray, most: int | None = None) -> TokenSplit:
@@ -220,7 +214,7 @@ def sequences(data: TokenData, unlabelled: np.ndarray) -> TokenData:
     )
 
   validation = cut(data.validation.tokens, _MAX_VALIDATION)
-  train = cut(np.concatenate([data.train.tokens, unlabelled]))
+  train = cut(np.concatenate([data.train.tokens, *unlabelled]))
   return dataclasses.replace(data, train=train, validation=validation, test=validation)
 
 

@@ -303,9 +303,14 @@ class _Trainer:
     is_held_out, is_classifier = self._config.data.validation == "split", self._config.training.objective == "label"
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out and is_classifier else {}
     if is_classifier and line is best_epoch(self._recorder.log.history):
-      name, words = "validation" if is_held_out else "test", self._data.vocabulary
-      known: Any = {"step": self._step, "temperature": progress.get("temperature", 1.0), "vocabulary": words}
-      self._answers = page.Answers(split=name, encoded=split, logits=logits, **known)
+      self._answers = page.Answers(
+        split="validation" if is_held_out else "test",
+        encoded=split,
+        logits=logits,
+        step=self._step,
+        temperature=progress.get("temperature", 1.0),
+        vocabulary=self._data.vocabulary,
+      )
     self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:

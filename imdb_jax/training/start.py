@@ -39,10 +39,8 @@ def data(config: Config, source: sources.Source, console: Console) -> tokens.Tok
   loaded = tokens.load(source, config.data, cache_dir=config.runtime.cache_dir, report=console.line)
   if config.training.objective == "label":
     return loaded
-  unlabelled = loaded.train.tokens[:0]
-  if config.model.unlabelled:
-    unlabelled = tokens.load_unlabelled(source, loaded.vocabulary, console.line)
-  return tokens.sequences(loaded, unlabelled)
+  more = [tokens.load_unlabelled(source, loaded.vocabulary, console.line)] if config.model.unlabelled else []
+  return tokens.sequences(loaded, *more)
 
 
 def first(
