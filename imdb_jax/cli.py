@@ -73,7 +73,7 @@ def _fit(prog: str, args: Sequence[str], config: Config) -> None:
     run_dir = shlex.quote(str(config.run_dir))
     before, _, after = prog.rpartition("train")
     if config.training.objective == "next_word":
-      print(f"\nNext:\n  {before.removesuffix('pre')}train{after} --preset finetuned --init-from {run_dir}")
+      print(f"\nNext:\n  {before.removesuffix('pre')}train{after} --preset pretrained --init-from {run_dir}")
       return
     text = "A film I will not forget." if config.data.source in ("imdb", "sample") else "A text of yours."
     print(f"\nNext:\n  {before}evaluate{after} {run_dir}")

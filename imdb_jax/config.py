@@ -165,7 +165,7 @@ class RuntimeConfig(Settings):
   archive: Path | None = setting(None, "Local aclImdb archive; otherwise the reviews are downloaded.")
   cache_dir: Path = setting(default_cache_dir, "Cache folder for reviews.")
   word_vectors: Path | None = setting(None, "Vectors for --embedding file, as text of word2vec, GloVe or fastText.")
-  init_from: Path | None = setting(None, "Run directory whose best weights a new run starts from, words by name.")
+  init_from: Path | None = setting(None, "Run directory whose weights a new run starts from, words by name.")
   num_devices: int | None = setting(None, "Devices per process; by default all, and one per CPU core.", ge=1, le=1024)
   implementation: Literal["auto", "mosaic_gpu", "chunked", "scan"] = setting(
     "auto", "Implementation of the LSTM; auto uses the fastest that works."

@@ -42,7 +42,7 @@ class Result(Settings):
   has_probabilities: bool = setting(True, "Whether the logits are log-odds.")
   num_parameters: int = setting(0, "Number of parameters.", ge=0, le=10**12)
   train_seconds: float = setting(
-    0.0, "Time to train, with features or word vectors, without compilation.", ge=0, le=1e10
+    0.0, "Time to train, with features, word vectors or a language model, without compilation.", ge=0, le=1e10
   )
   predict_seconds: float = setting(0.0, "Time from encoded reviews to logits.", ge=0, le=1e10)
   val_accuracy: list = setting(list, "Validation accuracy after each epoch, if there are epochs.")

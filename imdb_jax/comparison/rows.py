@@ -3,6 +3,7 @@
 settings.json       digests of the reviews
 ROW-seedN.json      a result, see `imdb_jax.comparison.results`
 ROW-seedN/          the run of a recurrent model
+language-seed0/     the run of a language model, from which all models of the row `pretrained` start
 comparison.html, .md, .json
 lock                held by a running comparison
 """
@@ -56,8 +57,10 @@ RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "fast": ("fast", {}),
   "strong": ("strong", {}),
   "pretrained": ("pretrained", {}),
+  # No row of its own.
+  "language": ("language", {}),
 }
-ROWS = (*LINEAR, *RECURRENT)
+ROWS = tuple(row for row in (*LINEAR, *RECURRENT) if row != "language")
 # fastText is compiled at its installation.
 DEFAULT_ROWS = tuple(row for row in ROWS if row != "fasttext" or importlib.util.find_spec("fasttext"))
 
@@ -101,12 +104,12 @@ def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = F
       try:
         for seed in range(1 if row in LINEAR else base.training.num_seeds):
           path = run_dir / f"{row}-seed{seed}.json"
-          config = _configure(base, row, seed, quick) if row in RECURRENT else None
-          model = config.to_dict() if config else row
+          runs = _runs(base, row, seed, quick) if row in RECURRENT else None
+          model = runs[-1].to_dict() if runs else row
           result = results.read(path, model, len(validation), console.line)
           if result is None and row in rows:
             console.line(f"\n{path.stem}")
-            result = _train(config) if config else LINEAR[row](train, validation)
+            result = _train(runs) if runs else LINEAR[row](train, validation)
             result = dataclasses.replace(result, model=model)
             files.write(path, json.dumps(vars(result)) + "\n")
           if result:
@@ -120,6 +123,16 @@ def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = F
     table.write(base, done, failures, splits, console)
   for row, error in failures.items():
     raise type(error)(f"{len(failures)} of {len(rows)} rows failed; {row}: {error}")
+
+
+def _runs(base: Config, row: str, number: int, quick: bool) -> list[Config]:
+  """Return the settings of the runs that a recurrent model takes; the last one is the model."""
+  config = _configure(base, row, number, quick)
+  if row != "pretrained":
+    return [config]
+  language = _configure(base, "language", 0, quick)
+  runtime = dataclasses.replace(config.runtime, init_from=language.run_dir)
+  return [language, dataclasses.replace(config, runtime=runtime)]
 
 
 def _configure(base: Config, row: str, number: int, quick: bool) -> Config:
@@ -140,12 +153,16 @@ def _configure(base: Config, row: str, number: int, quick: bool) -> Config:
   )
 
 
-def _train(config: Config) -> Result:
-  """Train or resume a run, and predict with its last step. Its best step may have been chosen on these reviews."""
-  fitted = fit(config)
+def _train(runs: Sequence[Config]) -> Result:
+  """Train or resume runs, and predict with the last step of the last one. Its best may be chosen on these reviews."""
+  histories = []
+  for config in runs:
+    fitted = fit(config)
+    histories.append(fitted.history)
+    if fitted.late_signal:
+      raise Interrupted(fitted.late_signal, fitted.history[-1]["step"])
+  config = runs[-1]
   classifier = Classifier.load(config.run_dir, step="latest", runtime=config.runtime)
-  if fitted.late_signal:
-    raise Interrupted(fitted.late_signal, classifier.step)
   split = classifier.read_split("validation")
   # This compiles.
   classifier.logits(tokens.TokenSplit(**{name: array[:1] for name, array in vars(split).items()}))
@@ -155,7 +172,7 @@ def _train(config: Config) -> Result:
     predict_seconds=time.perf_counter() - started,
     logits=Classification().ensemble(logits)[:, 0].tolist(),
     num_parameters=classifier.num_parameters,
-    train_seconds=sum(line["seconds"] for line in fitted.history),
-    val_accuracy=[line["val_accuracy"] for line in fitted.history],
+    train_seconds=sum(line["seconds"] for history in histories for line in history),
+    val_accuracy=[line["val_accuracy"] for line in histories[-1]],
     computed_on=results.describe_machine(jax.devices()[0].device_kind),
   )

@@ -126,7 +126,7 @@ def write(
     "standard deviation over n models, each with its own seed.",
     f"vs {REFERENCE}: difference of accuracy in points, and its 95% interval (paired bootstrap over the reviews). "
     "ECE: expected calibration error in %, 15 bins. An SVM has no probabilities.",
-    "Train: seconds, with features or word vectors, without compilation. "
+    "Train: seconds, with features, word vectors or a language model, without compilation. "
     "Rev/s: reviews per second from encoded reviews to logits.",
     f"{is_copy.sum():,} of these reviews are also among the training reviews, word for word. Without them, accuracies "
     f"change by up to {100 * max(changes, default=0):.2f} points (accuracy_without_copies in comparison.json).",

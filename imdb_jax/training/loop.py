@@ -89,6 +89,8 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
       # Only the first process writes.
       held = stack.enter_context(run_directory.opened(config)) if is_first else None
       is_resumed = is_first and run_directory.exists(config)
+      if is_first and not is_resumed:
+        start.check(config)
     with processes.together():
       source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir, data)
       loaded = start.data(config, source, console)
@@ -97,7 +99,6 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     processes.require_equal(_shared_settings(program))
     with processes.together():
       if is_first and not is_resumed:
-        start.check(config)
         run_directory.create(config, loaded.vocabulary.json, loaded.digest, loaded.summary, loaded.counts)
     with processes.together():
       # Each process has its own view of the folder and of the reviews.

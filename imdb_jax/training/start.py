@@ -25,8 +25,10 @@ from imdb_jax.validation import flag
 
 
 def check(config: Config) -> None:
-  """Raise UsageError if the weights of the run that `--init-from` names do not fit these settings."""
+  """Raise UsageError if the run that `--init-from` names does not fit these settings, or is missing and required."""
   run_dir = config.runtime.init_from
+  if config.preset == "pretrained" and run_dir is None:
+    raise UsageError("--preset pretrained: requires --init-from RUN, a language model that imdb-jax pretrain trains.")
   theirs = run_directory.load_config(run_dir).model if run_dir else config.model
   for name in ("embedding_size", "cell", "hidden_size", "directions"):
     wanted, found = getattr(config.model, name), getattr(theirs, name)
@@ -48,8 +50,9 @@ def first(
 ) -> tuple[Saved, TrainState, dict[str, Any]]:
   """Return step 0, the state from which every seed starts, and facts about it for provenance.json.
 
-  Layers are drawn at random unless the settings say otherwise. From another run come the layers of its best step and
-  first seed. Words that it does not know keep the vectors with which the first seed would start.
+  Layers are drawn at random unless the settings say otherwise. From another run come the layers of its first seed, at
+  its best step, or at the last one of a language model. Words that it does not know keep the vectors with which the
+  first seed would start.
 
   Raises:
     UsageError: a file or run that the settings name is missing or damaged, or does not fit.
@@ -77,7 +80,8 @@ def _carried(
   classes = tuple(run_directory.load_classes(run_dir))
   abstract = Program(config, program.mesh, classes=classes).abstract_state()
   with contextlib.closing(Checkpoints(run_dir, abstract, read_only=True)) as checkpoints:
-    saved, state = checkpoints.restore("best")
+    # The validation reviews of a language model are test reviews by default, and must choose nothing.
+    saved, state = checkpoints.restore("latest" if config.training.objective == "next_word" else "best")
   trees = jax.device_get((program.init(fitted).params, state.params))
   ours, theirs = jax.tree.map(lambda leaf: leaf[0], trees)
   # The other run's ids of our ids 0, 1, ...; -1 for words that it does not know.

@@ -11,6 +11,8 @@ RECURRENT = {
   "lstm": TINY,
   "bi-lstm": {**TINY, "model": {**TINY["model"], "directions": 2}},
   "fast": {**TINY, "training": {**TINY["training"], "num_seeds": 2}},
+  "pretrained": TINY,
+  "language": {**TINY, "training": {**TINY["training"], "objective": "next_word"}},
 }
 
 

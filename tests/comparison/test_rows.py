@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from comparison.few import RECURRENT, TINY, base, few_reviews
+from training.tiny import lines
 
 from imdb_jax import Classifier
 from imdb_jax.comparison import results, rows, table
@@ -22,6 +23,7 @@ from imdb_jax.data.reviews import canonical
 from imdb_jax.errors import PlatformError, UsageError
 from imdb_jax.processes import Interrupted
 from imdb_jax.report import page
+from imdb_jax.store import files
 from imdb_jax.training import loop
 
 # Models are trained. The command is tested in tests/commands/test_compare.py.
@@ -89,8 +91,7 @@ def test_a_recurrent_row_is_the_last_step_of_its_runs(finished):
       assert [*config.training.seeds] == expected
       assert row["accuracies"][number] == classifier.evaluate(data.test).accuracy
       assert row["num_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(classifier.params))
-      lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-      epochs = [line for line in lines if line["kind"] == "epoch"]
+      epochs = [line for line in lines(run_dir) if line["kind"] == "epoch"]
       result = json.loads((finished / f"{name}-seed{number}.json").read_text())
       assert result["val_accuracy"] == [line["val_accuracy"] for line in epochs]
       assert result["predict_seconds"] > 0
@@ -104,6 +105,17 @@ def test_the_written_table_states_reviews_machine_and_versions(finished):
   page = (finished / "comparison.html").read_text()
   assert page.count("<svg") == 2
   assert page.count("label: ") == 20
+
+
+def test_a_language_model_is_trained_once_for_all_seeds_and_its_time_counts(tmp_path, computed):
+  rows.compare(base(tmp_path, num_seeds=2), ["pretrained"])
+  assert computed == ["language-seed0", "pretrained-seed0", "language-seed0", "pretrained-seed1"]
+  seconds = []
+  for name in ("language-seed0", "pretrained-seed0", "pretrained-seed1"):
+    seconds.append(sum(line["seconds"] for line in lines(tmp_path / name) if line["kind"] == "epoch"))
+    start = files.read_json(tmp_path / name / "provenance.json")["starts"][0]
+    assert name == "language-seed0" or start["init_from"]["run_dir"] == str(tmp_path / "language-seed0")
+  assert table_of(tmp_path)["pretrained"]["train_seconds"] == pytest.approx(seconds[0] + np.mean(seconds[1:]))
 
 
 def test_a_finished_comparison_computes_nothing(copied, computed):
@@ -176,8 +188,8 @@ def test_a_row_that_fails_leaves_the_others_and_its_reason_in_the_table(tmp_path
   # The first failure gives the exit code.
   with pytest.raises(PlatformError, match="2 of 4 rows failed; tfidf: Not enough memory: Unable to allocate 9 TiB"):
     rows.compare(base(tmp_path), ["majority", "tfidf", "lstm", "fast"])
-  lines = capsys.readouterr().out.splitlines()
-  (failed,) = [line for line in lines if line.startswith("lstm  ")]
+  shown = capsys.readouterr().out.splitlines()
+  (failed,) = [line for line in shown if line.startswith("lstm  ")]
   assert "failed: Step " in failed
   assert "is not finite" in failed
   assert list(table_of(tmp_path)) == ["majority", "fast"]
@@ -343,8 +355,9 @@ def test_a_quick_comparison_uses_the_small_preset(tmp_path, monkeypatch):
   monkeypatch.setitem(rows.RECURRENT, "fast", ("fast", {}))
   config = rows._configure(base(tmp_path), "fast", 0, True)
   assert (config.preset, config.data.sequence_length, config.data.vocabulary_size) == ("fast", 64, 1000)
+  monkeypatch.setitem(rows.RECURRENT, "language", ("language", {}))
   for source, is_used in (("sample", False), ("imdb", True)):
     given = dataclasses.replace(base(tmp_path), data=DataConfig(source=source))
-    assert rows._configure(given, "pretrained", 0, False).model.unlabelled == is_used
+    assert rows._configure(given, "language", 0, False).model.unlabelled == is_used
   config = rows._configure(base(tmp_path), "lstm", 3, False)
   assert (config.preset, config.data.sequence_length, config.training.seed) == ("article", 400, 3)

@@ -1,6 +1,7 @@
 """A new run may start from the weights of another one."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import signal
@@ -127,6 +128,14 @@ def test_weights_of_another_shape_are_refused_and_leave_no_trace(name, value, fl
     imdb_jax.fit(config)
   assert str(caught.value) == f"{flag.format(small.run_dir)}."
   assert not config.run_dir.exists()
+
+
+def test_the_preset_that_needs_another_run_says_so_before_the_reviews_are_read(tmp_path):
+  config = dataclasses.replace(tiny(tmp_path / "run"), preset="pretrained")
+  config = change(config, "data", source=str(tmp_path / "missing.csv"))
+  with pytest.raises(UsageError, match="--preset pretrained: requires --init-from RUN, a language model"):
+    imdb_jax.fit(config)
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
