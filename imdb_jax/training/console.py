@@ -1,10 +1,11 @@
-"""Console output of a training run: live on a terminal, plain lines in a pipe, file or notebook."""
+"""Output of a training run: live on a terminal and in a notebook, plain lines in a pipe or file."""
 
 import errno
+import importlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from rich.console import Console as RichConsole
 from rich.table import Column, Table
 from rich.text import Text
 
+from imdb_jax import plots
 from imdb_jax.config import NAMED_SOURCES, Config
 from imdb_jax.data import batches
 from imdb_jax.data.reviews import CLASSES
@@ -46,11 +48,14 @@ class Console:
 
   def __init__(self, *, is_quiet: bool = False):
     # In a notebook, rich would create an output block per line. Its kernel asks for colors, as a terminal does.
-    force_terminal = False if "ipykernel" in sys.modules else None
+    self._is_notebook = "ipykernel" in sys.modules
+    force_terminal = False if self._is_notebook else None
     self._console = _Output(quiet=is_quiet, highlight=False, force_jupyter=False, force_terminal=force_terminal)
     # A terminal wraps at words; a file or pipe gets whole lines.
     self._console.soft_wrap = not self._console.is_terminal
     self._progress: rich_progress.Progress | None = None
+    # Outputs of a notebook's cell: a line about the epoch, and the curves.
+    self._live: list[Any] = []
 
   @property
   def width(self) -> int | None:
@@ -77,6 +82,9 @@ class Console:
     """Start to show an epoch, whose first `done` steps a resumed run does not repeat."""
     self._epoch, self._num_steps = f"{epoch}/{num_epochs}", num_steps
     self._started, self._done_before = time.perf_counter(), done
+    if self._is_notebook and not self._live:
+      display = importlib.import_module("IPython.display").display
+      self._live = [display({"text/plain": ""}, raw=True, display_id=True) for _ in range(2)]
     if self._console.is_terminal and not self._console.is_dumb_terminal:
       # Only the bar shrinks on a narrow terminal.
       progress = rich_progress.Progress(
@@ -106,7 +114,8 @@ class Console:
       self._progress.update(self._task, completed=done, status=self._fit(parts))
     elif is_logged:
       left = (self._num_steps - done) * seconds / max(done - self._done_before, 1)
-      self.line("  ".join((f"Epoch {self._epoch}", f"step {done}/{self._num_steps}", *parts, f"{left:.0f} s left")))
+      progress = (f"Epoch {self._epoch}", f"step {done}/{self._num_steps}", *parts, f"{left:.0f} s left")
+      self._replace("  ".join(progress))
 
   def _fit(self, parts: list[str]) -> str:
     """Return the first parts, as many as the progress line has room for."""
@@ -127,6 +136,21 @@ class Console:
     if self._progress is not None:
       self._progress.stop()
       self._progress = None
+
+  def show_epoch(self, history: Sequence[Line], num_epochs: int) -> None:
+    """Show the last one of the finished epochs; in a notebook, also the curves so far."""
+    self.end_epoch()
+    self._replace(epoch_line(history[-1], num_epochs))
+    if self._live:
+      curves = plots.svg(plots.history([*history]))
+      self._live[1].update({"text/html": curves, "text/plain": ""}, raw=True)
+
+  def _replace(self, line: str) -> None:
+    """Print a line; in a notebook, in place of the previous one."""
+    if self._live:
+      self._live[0].update({"text/plain": line}, raw=True)
+    else:
+      self.line(line)
 
 
 def start_facts(program: Program, step: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from imdb_jax.store import metrics_log, run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
 from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch, early_end
 from imdb_jax.training import start
-from imdb_jax.training.console import Console, epoch_line, show_header, start_facts
+from imdb_jax.training.console import Console, show_header, start_facts
 from imdb_jax.training.metrics import Recorder
 
 # Dispatches between two agreements of several processes, which wait for each other then.
@@ -298,8 +298,7 @@ class _Trainer:
     result, logits = evaluation.evaluate(self._program, self._state.params, split, batch_size, on_progress)
     evaluation_seconds = time.perf_counter() - started
     line = self._recorder.record_epoch(self._step, result, seconds=seconds, evaluation_seconds=evaluation_seconds)
-    console.end_epoch()
-    console.line(epoch_line(line, self._config.training.epochs))
+    console.show_epoch(self._recorder.log.history, self._config.training.epochs)
     # Not on the test reviews, which are for reporting.
     is_held_out, is_classifier = self._config.data.validation == "split", self._config.training.objective == "label"
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out and is_classifier else {}

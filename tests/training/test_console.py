@@ -1,17 +1,20 @@
 """Output of a run on a terminal, in a file or pipe, and in a notebook."""
 
 import builtins
+import dataclasses
 import io
 import itertools
 import os
 import re
 import sys
 import time
+import types
 
 import pytest
 from training.tiny import tiny
 
 import imdb_jax
+from imdb_jax import plots
 from imdb_jax.report import page
 from imdb_jax.training.console import Console, decimal, epoch_line
 
@@ -135,29 +138,50 @@ def test_lines_wrap_at_words_on_a_terminal_and_not_at_all_elsewhere(columns, ter
 
 
 class Notebook(io.StringIO):
-  """Standard output of a Jupyter kernel, which is not a terminal."""
+  """Standard output of a Jupyter kernel, which is not a terminal, and the outputs of a cell."""
+
+  def __init__(self):
+    super().__init__()
+    self.cell: list[list[dict[str, str]]] = []
 
   def isatty(self) -> bool:
     return False
 
+  def display(self, data: dict[str, str], *, raw: bool, display_id: bool) -> types.SimpleNamespace:
+    """Do what IPython.display.display does: return a handle whose method replaces the output."""
+    assert raw and display_id
+    shown = [data]
+    self.cell.append(shown)
+    return types.SimpleNamespace(update=lambda data, *, raw: shown.append(data))
 
-def test_fit_prints_plain_lines_in_a_notebook_and_no_shell_hints(shared_programs, tmp_path, monkeypatch):
+
+def test_a_notebook_shows_a_line_and_curves_that_are_replaced_and_no_shell_hints(
+  shared_programs, tmp_path, monkeypatch
+):
   shell = type("ZMQInteractiveShell", (), {})()
   monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
   monkeypatch.setattr(sys, "stdout", Notebook())
   # As the kernel of a notebook does.
   monkeypatch.setitem(sys.modules, "ipykernel", sys)
+  monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=sys.stdout.display))
+  monkeypatch.setattr(plots, "svg", lambda figure: str([len(line.get_xdata()) for line in figure.axes[0].lines]))
   monkeypatch.setenv("FORCE_COLOR", "1")
   monkeypatch.setenv("COLUMNS", "60")
-  imdb_jax.fit(tiny(tmp_path / "run"))
+  config = tiny(tmp_path / "run")
+  imdb_jax.fit(dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, log_every=2)))
   written = sys.stdout.getvalue()
   assert "\x1b" not in written
   assert "\r" not in written
   assert written.splitlines()[0].split() == ["Preset", "sample"]
   assert written.splitlines()[-1].startswith("Best epoch ")
   assert max(map(len, written.splitlines())) > 60
-  for hint in ("Next:", "scripts/", ".py", "imdb-jax"):
+  for hint in ("Next:", "scripts/", ".py", "imdb-jax", "\nEpoch"):
     assert hint not in written
+  line, curves = sys.stdout.cell
+  shown = [each["text/plain"] for each in line[1:]]
+  assert shown[0].startswith("Epoch 1/2  step 2/") and shown[-1].startswith("Epoch 2/2  loss ")
+  # Each with the epochs so far.
+  assert [each["text/html"] for each in curves[1:]] == ["[1, 1, 1]", "[2, 2, 1]"]
 
 
 @pytest.mark.parametrize(
