@@ -6,7 +6,6 @@ before any content is read, and everything that takes time or memory has a limit
 
 import collections
 import contextlib
-import functools
 import gzip
 import io
 import itertools
@@ -15,7 +14,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +61,16 @@ def read_archive(
   urls: dict[str, list[bytes]] = {}
   # Closed here: a generator that is abandoned on an error would keep its file open.
   with _clear_errors(path), contextlib.closing(_members(path)) as members:
-    for member, read in members:
+    for member, content in members:
       kind, is_review = f"{member[1]}/{member[2] or member[5]}", member[2] is not None
       counts[kind] += is_review
       if imdb.KINDS.get(kind, ("",))[0] not in splits:
         continue
       if is_review:
         # The stock tfds builder strips texts too, so that both sources agree. It changes no official review.
-        found[kind].append((int(member[3]), int(member[4]), read().strip().decode("utf-8", "replace")))
+        found[kind].append((int(member[3]), int(member[4]), content.strip().decode("utf-8", "replace")))
       else:
-        urls[kind] = read().splitlines()
+        urls[kind] = content.splitlines()
     imdb.check_counts(counts, expected)
     return {split: _reviews(split, found, urls) for split in splits}
 
@@ -121,11 +120,11 @@ def _clear_errors(path: Path) -> Iterator[None]:
     raise DataError(f"{path} cannot be read: {error.strerror or error}; {hint}") from error
 
 
-def _members(path: Path) -> Generator[tuple[re.Match[str], Callable[[], bytes]], None, None]:
-  """Yield each review and urls file, as a match of `_MEMBER` and a function that reads the content."""
+def _members(path: Path) -> Generator[tuple[re.Match[str], bytes]]:
+  """Yield each review and urls file, as a match of `_MEMBER` and its content."""
   seen, total = set(), 0
   with contextlib.closing(_tar_files(path)) as found:
-    for name, size, read in found:
+    for name, size, content in found:
       if member := _MEMBER.fullmatch(name):
         limit = MAX_REVIEW_BYTES if member[3] else MAX_URLS_BYTES
         if size > limit:
@@ -136,7 +135,7 @@ def _members(path: Path) -> Generator[tuple[re.Match[str], Callable[[], bytes]],
         total += size
         if total > MAX_REVIEWS_BYTES:
           raise ValueError(f"its reviews have more than {MAX_REVIEWS_BYTES:,} bytes")
-        yield member, read
+        yield member, content
 
 
 def _check_size(size: int) -> None:
@@ -144,12 +143,20 @@ def _check_size(size: int) -> None:
     raise ValueError(f"it holds more than {MAX_ARCHIVE_BYTES:,} bytes")
 
 
-def _tar_files(path: Path) -> Generator[tuple[str, int, Callable[[], bytes]], None, None]:
-  """Yield the name and the size of each file of a tar in order, and a function that reads it.
+def _read(stream: io.BufferedIOBase, size: int, name: str) -> bytes:
+  content = stream.read(size)
+  if len(content) < size:
+    raise ValueError(f"{name!r} is cut short")
+  return content
+
+
+def _tar_files(path: Path) -> Generator[tuple[str, int, bytes]]:
+  """Yield name, size and content of each file of a tar in order; the content ends after `MAX_URLS_BYTES`.
 
   TarFile is not used: it loads extended headers of any size and takes a broken header for the end of the archive.
   """
   with opened(path) as stream:
+    end = 0
     for count in itertools.count():
       header = stream.read(_BLOCK)
       if count and not header.strip(b"\0"):
@@ -164,13 +171,14 @@ def _tar_files(path: Path) -> Generator[tuple[str, int, Callable[[], bytes]], No
         raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
       _check_member(member)
       # The size of a directory is a hint; no content follows.
-      end = stream.tell() + (0 if member.isdir() else -(-member.size // _BLOCK) * _BLOCK)
+      size = 0 if member.isdir() else -(-member.size // _BLOCK) * _BLOCK
+      end += _BLOCK + size
       _check_size(end)
+      content = _read(stream, min(size, MAX_URLS_BYTES), member.name)
       if member.isreg():
-        yield member.name.removeprefix("./"), member.size, functools.partial(stream.read, member.size)
-      while missing := end - stream.tell():
-        if not stream.read(min(missing, _PIECE)):
-          raise ValueError(f"{member.name!r} is cut short")
+        yield member.name.removeprefix("./"), member.size, content[: member.size]
+      for skipped in range(len(content), size, _PIECE):
+        _read(stream, min(size - skipped, _PIECE), member.name)
     # gzip and xz verify their checksums only at the end of the file, after the end of the tar.
     while stream.read(_PIECE):
       _check_size(stream.tell())
