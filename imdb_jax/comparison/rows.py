@@ -14,6 +14,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -127,16 +128,12 @@ def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = F
 
 def _runs(base: Config, row: str, number: int, quick: bool) -> list[Config]:
   """Return the settings of the runs that a recurrent model takes; the last one is the model."""
-  config = _configure(base, row, number, quick)
-  if row != "pretrained":
-    return [config]
-  language = _configure(base, "language", 0, quick)
-  runtime = dataclasses.replace(config.runtime, init_from=language.run_dir)
-  return [language, dataclasses.replace(config, runtime=runtime)]
+  runs = [_configure(base, "language", 0, quick)] if row == "pretrained" else []
+  return [*runs, _configure(base, row, number, quick, init_from=runs[0].run_dir if runs else None)]
 
 
-def _configure(base: Config, row: str, number: int, quick: bool) -> Config:
-  """Return the settings of a recurrent model. An ensemble takes several seeds."""
+def _configure(base: Config, row: str, number: int, quick: bool, init_from: Path | None = None) -> Config:
+  """Return the settings of a run. An ensemble takes several seeds."""
   (name, overrides), sample = RECURRENT[row], PRESETS["sample"]
   # The preset "sample" is the article's, smaller and with a higher rate.
   config = sample if quick and name == "article" else PRESETS[name]
@@ -149,19 +146,18 @@ def _configure(base: Config, row: str, number: int, quick: bool) -> Config:
     # Only IMDB has unlabelled reviews.
     model=dataclasses.replace(model, unlabelled=model.unlabelled and base.data.source == "imdb"),
     training=dataclasses.replace(training, seed=number * training.num_seeds),
-    runtime=dataclasses.replace(base.runtime, run_dir=base.run_dir / f"{row}-seed{number}"),
+    runtime=dataclasses.replace(base.runtime, run_dir=base.run_dir / f"{row}-seed{number}", init_from=init_from),
   )
 
 
 def _train(runs: Sequence[Config]) -> Result:
   """Train or resume runs, and predict with the last step of the last one. Its best may be chosen on these reviews."""
-  histories = []
-  for config in runs:
-    fitted = fit(config)
+  histories, config = [], runs[-1]
+  for run in runs:
+    fitted = fit(run)
     histories.append(fitted.history)
     if fitted.late_signal:
       raise Interrupted(fitted.late_signal, fitted.history[-1]["step"])
-  config = runs[-1]
   classifier = Classifier.load(config.run_dir, step="latest", runtime=config.runtime)
   split = classifier.read_split("validation")
   # This compiles.
