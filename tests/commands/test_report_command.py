@@ -6,6 +6,8 @@ import re
 import pytest
 from running import TINY, assert_one_clear_line, copy_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_report_of_a_run_shows_what_evaluate_answers(trained, tmp_path, call):
   run_dir = copy_of(trained, tmp_path)

@@ -32,7 +32,10 @@ return Math.min(...[...document.querySelectorAll("#explained *")].map(each => {
 }));
 """
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs Chromium and chromedriver")
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs Chromium and chromedriver"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,6 @@ def test_words_are_colored_by_their_contribution(browser, service):
   assert browser.console() == []
 
 
-@pytest.mark.slow
 def test_several_runs_are_shown_side_by_side(browser, trained, other_run):
   with serving(trained, "--with", other_run) as service:
     for width, is_beside in ((1200, True), (360, False)):
@@ -216,7 +218,6 @@ def test_problems_are_shown_and_a_restarted_service_is_found_again(browser):
     assert browser.text("#problem") == ""
 
 
-@pytest.mark.slow
 def test_long_texts_are_pasted(browser):
   with hostile_service() as port:
     browser.open(f"http://127.0.0.1:{port}/")

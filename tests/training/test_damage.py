@@ -21,7 +21,7 @@ from imdb_jax.store.checkpoints import Checkpoints
 from imdb_jax.store.metrics_log import MetricsLog
 from imdb_jax.training.metrics import Recorder
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_step_that_is_removed_while_a_reader_checks_it_is_not_damaged(finished
   assert not caplog.text
 
 
-@pytest.mark.parametrize("call", [1, *(pytest.param(call, marks=pytest.mark.slow) for call in (2, 3, 4))])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
 @pytest.mark.parametrize(("owner", "name"), [(files, "write_manifest"), (files, "remove"), (ocp.Checkpointer, "save")])
 def test_a_kill_during_a_save_loses_nothing_that_was_saved(whole, owner, name, call, tmp_path, monkeypatch):
   config = change(tiny(tmp_path / "run"), "runtime", save_every_steps=1)

@@ -21,6 +21,8 @@ from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program, TrainState
 from imdb_jax.training.metrics import Recorder
 
+pytestmark = pytest.mark.slow
+
 SEEDS = 2
 WITHOUT = config_of(training=TrainingConfig(batch_size=32, num_seeds=SEEDS))
 WITH = dataclasses.replace(WITHOUT, model=dataclasses.replace(WITHOUT.model, ngrams=2))
@@ -63,7 +65,7 @@ def linear_logits(reviews: np.ndarray, model: dict[str, np.ndarray]) -> np.ndarr
   return logits
 
 
-@pytest.mark.parametrize(("num_devices", "over_seeds"), [(1, "map"), pytest.param(3, "vmap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_devices", "over_seeds"), [(1, "map"), (3, "vmap")])
 def test_predictions_are_the_mean_of_the_network_and_the_linear_model(num_devices, over_seeds):
   both, network = Program(WITH, mesh_of(num_devices)), Program(WITHOUT, mesh_of(1))
   if over_seeds == "vmap":
@@ -74,7 +76,6 @@ def test_predictions_are_the_mean_of_the_network_and_the_linear_model(num_device
   np.testing.assert_allclose(logits_of(both, params), expected, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_training_goes_on_as_without_the_linear_model_and_leaves_it_as_it_is():
   """An answer that is right already would leave the network nothing to learn."""
   both, network = (Program(config, mesh_of(3), num_steps=10) for config in (WITH, WITHOUT))

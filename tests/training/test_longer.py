@@ -18,7 +18,7 @@ from imdb_jax.errors import UsageError
 from imdb_jax.store import files, metrics_log, run_directory
 from imdb_jax.training.metrics import Recorder
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 # Validation accuracy after each epoch.
 ACCURACIES = (0.6, 0.8, 0.8, 0.7, 0.9, 0.5, 0.5, 0.5)
@@ -85,7 +85,6 @@ def test_a_run_without_a_better_epoch_ends_early_and_says_why(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("accuracies")
-@pytest.mark.slow
 def test_a_run_that_ends_with_its_last_epoch_has_not_stopped_early(tmp_path, capsys):
   imdb_jax.fit(patient(tmp_path, 2, epochs=4))
   assert "Stopped early" not in capsys.readouterr().out + (tmp_path / "report.md").read_text()
@@ -107,7 +106,6 @@ def test_a_stopped_run_ends_after_the_same_epoch_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.usefixtures("accuracies")
-@pytest.mark.slow
 def test_a_signal_during_the_epoch_that_ends_the_run_comes_too_late(tmp_path):
   with signal_before(Recorder, "record_epoch", signal.SIGTERM, at_call=4):
     result = imdb_jax.fit(patient(tmp_path, 2))

@@ -86,6 +86,7 @@ def test_a_new_run_starts_from_the_word_vectors_of_its_training_reviews(tmp_path
   assert imdb_jax.Classifier.load(tmp_path).predict_proba(["A dull film."]).sum() == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_the_word_vectors_of_a_file(tmp_path, capsys):
   path = tmp_path / "vectors.txt"
   path.write_text("film 1 2 3 4\n", encoding="utf-8")
@@ -166,6 +167,7 @@ def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_pat
   assert losses("third", 1) != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation", ["split", "test"])
 def test_a_run_is_calibrated_on_held_out_reviews_and_never_on_the_test_reviews(tmp_path, validation):
   config = change(tiny(tmp_path, num_seeds=2), "data", validation=validation)

@@ -24,7 +24,7 @@ from imdb_jax.store import files
 from imdb_jax.training.loop import _Trainer
 from imdb_jax.training.metrics import Recorder
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 
 def started(config: Config) -> dict:
@@ -89,7 +89,6 @@ def test_a_run_starts_from_the_words_layers_and_head_of_another(small, tmp_path,
   assert (first["init_from"]["run_dir"], first["init_from"]["step"]) == (str(small.run_dir), step)
 
 
-@pytest.mark.slow
 def test_a_head_of_another_shape_is_new_and_all_recurrent_layers_are_taken(tmp_path, capsys):
   settings = {"cell": "gru", "directions": 2, "ngrams": 2}
   source = change(tiny(tmp_path / "source", epochs=1), "model", **settings)
@@ -155,7 +154,7 @@ def test_a_damaged_run_is_refused(small, tmp_path):
     imdb_jax.fit(config)
 
 
-@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 3))])
+@pytest.mark.parametrize("step", [0, 1, 3])
 def test_once_it_has_started_a_run_does_not_depend_on_the_other_one(step, small, tmp_path):
   undisturbed = fewer(tmp_path / "undisturbed", small)
   imdb_jax.fit(undisturbed)
