@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from imdb_jax.model import NO_DROPOUT, DropoutMasks, TextClassifier
 
-# Random words per step.
+# Random words per step, at most.
 _SAMPLES = 2048
 
 
@@ -34,7 +34,7 @@ class LanguageModel(TextClassifier):
 
   def draw(self, key: jax.Array) -> dict[str, jax.Array]:
     """Return random words i32[s], the frequent ones more often: the probability of id i is that of `_log_shares`."""
-    u = jax.random.uniform(key, (_SAMPLES,))
+    u = jax.random.uniform(key, (min(_SAMPLES, self.vocabulary_size),))
     drawn = jnp.exp(u * math.log(self.vocabulary_size + 1)).astype(jnp.int32) - 1
     return {"sampled": jnp.minimum(drawn, self.vocabulary_size - 1)}
 
@@ -65,7 +65,7 @@ class LanguageModel(TextClassifier):
     others = states @ vectors[sampled].T + self.word_bias[sampled][None, None]
     others = jnp.where(sampled[None, None] == expected[:, :, None], -jnp.inf, others)
     # The rarer a word is drawn, the more words it stands for.
-    weights = _log_shares(sampled, self.vocabulary_size)[None, None] + math.log(_SAMPLES)
+    weights = _log_shares(sampled, self.vocabulary_size)[None, None] + math.log(len(sampled))
     losses = jnp.logaddexp(right, jax.nn.logsumexp(others - weights, axis=2)) - right
     is_right = right > jnp.max(others, axis=2)
     return jnp.stack([jnp.mean(losses, axis=1), jnp.mean(is_right.astype(jnp.float32), axis=1)], axis=1)

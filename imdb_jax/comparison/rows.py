@@ -140,11 +140,13 @@ def _configure(base: Config, row: str, number: int, quick: bool, init_from: Path
   changed = {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in overrides.items()}
   config = dataclasses.replace(config, **changed)
   data, model, training = (sample if quick else config).data, config.model, config.training
+  num_units = min(model.hidden_size, sample.model.hidden_size) if quick else model.hidden_size
+  # Only IMDB has unlabelled reviews.
+  is_used = model.unlabelled and base.data.source == "imdb"
   return dataclasses.replace(
     config,
     data=dataclasses.replace(data, source=base.data.source, validation=base.data.validation),
-    # Only IMDB has unlabelled reviews.
-    model=dataclasses.replace(model, unlabelled=model.unlabelled and base.data.source == "imdb"),
+    model=dataclasses.replace(model, hidden_size=num_units, unlabelled=is_used),
     training=dataclasses.replace(training, seed=number * training.num_seeds),
     runtime=dataclasses.replace(base.runtime, run_dir=base.run_dir / f"{row}-seed{number}", init_from=init_from),
   )

@@ -359,5 +359,6 @@ def test_a_quick_comparison_uses_the_small_preset(tmp_path, monkeypatch):
   for source, is_used in (("sample", False), ("imdb", True)):
     given = dataclasses.replace(base(tmp_path), data=DataConfig(source=source))
     assert rows._configure(given, "language", 0, False).model.unlabelled == is_used
+  assert rows._configure(base(tmp_path), "language", 0, True).model.hidden_size == 64
   config = rows._configure(base(tmp_path), "lstm", 3, False)
   assert (config.preset, config.data.sequence_length, config.training.seed) == ("article", 400, 3)
