@@ -1,4 +1,4 @@
-"""Training in two processes."""
+"""Training in several processes."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import pytest
 from reliability.processes import Server
 from running import ROOT, TINY, Result, assert_one_clear_line, history
 
-# Each test starts two processes that compile and train.
+# Each test starts processes that compile and train.
 pytestmark = pytest.mark.slow
 
 TRAIN = ROOT / "scripts" / "train.py"
@@ -22,29 +22,39 @@ def train_in_two(
   server: Server, run_dir: Path, *of_second: str | Path, second: Path = TRAIN, of_both: tuple[str, ...] = ()
 ) -> list[Result]:
   """Train in two processes, with additional arguments of both and of the second."""
+  return train_in(server, run_dir, [[TRAIN, *of_both], [second, *of_both, *of_second]])
+
+
+def train_in(server: Server, run_dir: Path, commands: list[list[str | Path]]) -> list[Result]:
+  """Train in one process per script and its arguments."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
-  shared = (*TINY, *of_both, "--run-dir", str(run_dir))
-  shared += ("--coordinator-address", address, "--num-processes", "2", "--process-id")
-  commands = [str(TRAIN), *shared, "0"], [str(second), *shared, "1", *map(str, of_second)]
+  shared = ("--run-dir", run_dir, "--coordinator-address", address, "--num-processes", len(commands), "--process-id")
   with contextlib.ExitStack() as stack:
-    starts = (server.start(command, run_dir.parent, {}) for command in commands)
+    starts = (
+      server.start([str(each) for each in (script, *TINY, *shared, rank, *more)], run_dir.parent, {})
+      for rank, (script, *more) in enumerate(commands)
+    )
     processes = [stack.enter_context(contextlib.closing(process)) for process in starts]
     return [(process.wait(120), process.stdout, process.stderr) for process in processes]
 
 
-def test_two_processes_train_as_one(server, trained, tmp_path, call):
-  results = train_in_two(server, tmp_path / "two")
-  assert [result[0] for result in results] == [0, 0], results
+@pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 1), (4, 1), (1, 16), (4, 4)])
+def test_several_processes_and_devices_train_as_one(num_processes, num_devices, server, trained, tmp_path, call):
+  command: list[str | Path] = [TRAIN, "--num-devices", str(num_devices)]
+  results = train_in(server, tmp_path / "run", [command] * num_processes)
+  assert [result[0] for result in results] == [0] * num_processes, results
+  assert f"Devices     {num_processes * num_devices} x cpu (cpu), {num_processes} process(es)" in results[0][1]
   # Gloo, which carries JAX's messages between CPUs, writes lines of its own to standard output.
-  assert all(line.startswith("[Gloo]") for line in results[1][1].splitlines()), "only the first process writes"
-  for two, one in zip(history(tmp_path / "two"), history(trained), strict=True):
-    assert two.pop("kind") == one.pop("kind")
-    (of_two,), (of_one,) = two.pop("seeds", [{}]), one.pop("seeds", [{}])
-    assert two == pytest.approx(one, rel=1e-4)
-    assert of_two == pytest.approx(of_one, rel=1e-4)
-  code, stdout, _ = call("evaluate", tmp_path / "two", "--platform", "cpu", "--json", "--step", "latest")
+  others = "".join(stdout for _, stdout, _ in results[1:]).splitlines()
+  assert all(line.startswith("[Gloo]") for line in others), "only the first process writes"
+  for several, one in zip(history(tmp_path / "run"), history(trained), strict=True):
+    assert several.pop("kind") == one.pop("kind")
+    (of_several,), (of_one,) = several.pop("seeds", [{}]), one.pop("seeds", [{}])
+    assert several == pytest.approx(one, rel=1e-4)
+    assert of_several == pytest.approx(of_one, rel=1e-4)
+  code, stdout, _ = call("evaluate", tmp_path / "run", "--platform", "cpu", "--json", "--step", "latest")
   assert code == 0
   assert json.loads(stdout)["loss"] == pytest.approx(history(trained)[-1]["val_loss"], rel=1e-4)
 
