@@ -19,6 +19,11 @@ from imdb_jax.validation import flag, options
 _COMMON = ("source", "archive", "run_dir", "epochs", "platform")
 _SEVERAL_MACHINES = ("distributed", "coordinator_address", "num_processes", "process_id")
 _TRAIN = "Train a text classifier, or resume its training."
+_EXAMPLES = """\
+  {0} --preset sample                      a demonstration without a download
+  {0} --preset fast                        better than the article, in seconds
+  {0} --preset strong                      far more accurate, in minutes
+  {0} --platform gpu --num-seeds 8         an ensemble of eight, on a GPU"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,11 +57,13 @@ def _similar(name: str, flags: list[str]) -> list[str]:
   return abbreviated or difflib.get_close_matches(name, flags, n=1, cutoff=0.75) or longer[:3]
 
 
-def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN, preset: str = "article") -> Config:
+def parse_config(
+  prog: str, args: Sequence[str], description: str = _TRAIN, examples: str = _EXAMPLES, preset: str = "article"
+) -> Config:
   """Return the settings that command-line arguments describe: those of the preset, and the other flags over them.
 
-  `prog` and `description` are for the help; `preset` is the one without --preset. Raises UsageError if a flag or value
-  is invalid.
+  `prog`, `description` and `examples` are for the help; `preset` is the one without --preset. Raises UsageError if a
+  flag or value is invalid.
   """
   chooser = Parser(add_help=False)
   chooser.add_argument("--preset", default=preset)
@@ -65,11 +72,7 @@ def parse_config(prog: str, args: Sequence[str], description: str = _TRAIN, pres
     prog=prog,
     usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]",
     description=description,
-    epilog=f"""examples:
-  {prog} --preset sample                      a demonstration without a download
-  {prog} --preset fast                        better than the article, in seconds
-  {prog} --preset strong                      far more accurate, in minutes
-  {prog} --platform gpu --num-seeds 8         an ensemble of eight, on a GPU""",
+    epilog=f"examples:\n{examples.format(prog)}",
   )
   groups = {name: parser.add_argument_group(name) for name in ("common", "data", "training", "model", "optimizer")}
   groups |= {"runtime": parser.add_argument_group("runtime"), "machines": parser.add_argument_group("several machines")}

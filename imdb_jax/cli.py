@@ -50,7 +50,14 @@ def _train(prog: str, args: Sequence[str]) -> None:
 
 def _pretrain(prog: str, args: Sequence[str]) -> None:
   """Train a language model, from which a classifier can start."""
-  _fit(prog, args, arguments.parse_config(prog, args, str(_pretrain.__doc__), "language"))
+  examples = """\
+  {0}                                              the reviews of IMDB, in an hour on two cores
+  {0} --data mine.csv --unlabelled-data more.csv   texts of your own
+  {0} --data sample --no-unlabelled --epochs 1     a demonstration without a download"""
+  config = arguments.parse_config(prog, args, str(_pretrain.__doc__), examples, "language")
+  if config.training.objective != "next_word":
+    raise UsageError(f"--preset {config.preset}: is no language model; the command for classifiers is train.")
+  _fit(prog, args, config)
 
 
 def _fit(prog: str, args: Sequence[str], config: Config) -> None:
@@ -281,7 +288,8 @@ def _check(prog: str, args: Sequence[str]) -> None:
   if not flags or (flags[0].startswith("-") and flags[0] not in ("-h", "--help", "--version")):
     raise UsageError(f"FILE: missing. The command is {prog} FILE [--json] [--FLAG VALUE ...], with the flags of train.")
   flags = flags if flags[0].startswith("-") else ["--data", *flags]
-  config = arguments.parse_config(prog, flags, str(_check.__doc__))
+  examples = "  {0} reviews.csv\n  {0} reviews.csv --text-column review --preset strong\n  {0} folder --json"
+  config = arguments.parse_config(prog, flags, str(_check.__doc__), examples)
   from imdb_jax import checking
 
   with exits.interruptible():

@@ -68,7 +68,7 @@ PRESETS["language"] = Config(
   optimizer=OptimizerConfig(learning_rate=4e-3, schedule="one_cycle", b2=0.99, clip_norm=1.0),
   training=TrainingConfig(objective="next_word", epochs=4, batch_size=64),
 )
-# As `strong`, from the run of `language` that --init-from names: XXX (docs/comparison.md).
+# As `strong`, from the run of `language` that --init-from names: 93.65% ± 0.02 after ten minutes (docs/comparison.md).
 PRESETS["pretrained"] = dataclasses.replace(
   PRESETS["strong"],
   preset="pretrained",
