@@ -70,6 +70,12 @@ def test_a_language_model_is_trained_and_a_classifier_starts_from_it(tmp_path):
   assert_one_clear_line(run("evaluate", tmp_path / "lm"), 2, "holds a language model", "--init-from")
 
 
+def test_a_preset_for_classifiers_is_no_language_model(tmp_path, call):
+  result = call("pretrain", "--preset", "fast", "--run-dir", tmp_path / "run")
+  assert_one_clear_line(result, 2, "--preset fast: is no language model", "train")
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
   ("command", "next_command"),
   [(("train",), "python scripts/{}.py"), (("imdb-jax", "train"), "imdb-jax {}")],
