@@ -51,9 +51,9 @@ def _train(prog: str, args: Sequence[str]) -> None:
 def _pretrain(prog: str, args: Sequence[str]) -> None:
   """Train a language model, from which a classifier can start."""
   examples = """\
-  {0}                                              the reviews of IMDB, in an hour on two cores
-  {0} --data mine.csv --unlabelled-data more.csv   texts of your own
-  {0} --data sample --no-unlabelled --epochs 1     a demonstration without a download"""
+  {0}                                the reviews of IMDB: an hour on two cores
+  {0} --data sample --no-unlabelled  a demonstration without a download
+  {0} --data mine.csv --unlabelled-data more.csv"""
   config = arguments.parse_config(prog, args, str(_pretrain.__doc__), examples, "language")
   if config.training.objective != "next_word":
     raise UsageError(f"--preset {config.preset}: is no language model; the command for classifiers is train.")
@@ -80,7 +80,8 @@ def _fit(prog: str, args: Sequence[str], config: Config) -> None:
     run_dir = shlex.quote(str(config.run_dir))
     before, _, after = prog.rpartition("train")
     if config.training.objective == "next_word":
-      print(f"\nNext:\n  {before.removesuffix('pre')}train{after} --preset pretrained --init-from {run_dir}")
+      data = "" if config.data.source == "imdb" else f" --data {shlex.quote(config.data.source)}"
+      print(f"\nNext:\n  {before.removesuffix('pre')}train{after} --preset pretrained{data} --init-from {run_dir}")
       return
     text = "A film I will not forget." if config.data.source in ("imdb", "sample") else "A text of yours."
     print(f"\nNext:\n  {before}evaluate{after} {run_dir}")

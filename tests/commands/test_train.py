@@ -63,7 +63,7 @@ def test_a_language_model_is_trained_and_a_classifier_starts_from_it(tmp_path):
   settings = *TINY, "--directions", "2"
   code, shown, _ = run("pretrain", *settings, "--no-unlabelled", "--embedding", "svd", "--run-dir", tmp_path / "lm")
   assert code == 0 and "Perplexity " in shown
-  again = f"python {ROOT}/scripts/train.py --preset pretrained --init-from {tmp_path}/lm"
+  again = f"python {ROOT}/scripts/train.py --preset pretrained --data sample --init-from {tmp_path}/lm"
   assert shown.splitlines()[-1].strip() == again
   code, shown, _ = run("train", *again.split()[2:], *settings, "--run-dir", tmp_path / "run")
   assert code == 0 and "word vectors, backward_lstm, lstm, not dense" in shown
