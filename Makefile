@@ -33,7 +33,7 @@ demo: setup  ## Train on the embedded sample, evaluate, predict, explain, write 
 	@echo "The report of the run, for a browser:"
 	@$(BIN)/python scripts/report.py runs/demo --platform cpu
 
-test: setup  ## Run the tests, without the slow ones (five minutes)
+test: setup  ## Run the tests, without the slow ones (four minutes)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-all: setup  ## Run all tests

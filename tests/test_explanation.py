@@ -88,6 +88,7 @@ def key_of(words: Any) -> int:
 SMOOTH, WITH_MAXIMA = np.polynomial.legendre.leggauss(16), (np.arange(-199, 200, 2) / 200, np.full(200, 0.01))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("model", "num_seeds", "rule", "atol"),
   [
@@ -166,6 +167,7 @@ def test_explanations_do_not_depend_on_devices_or_other_texts():
     np.testing.assert_allclose(contributions_of(each), contributions_of(one[texts.index(text)]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_contributions_add_up_on_the_sample():
   config = programs.config_of(dataclasses.replace(STRONG, ngrams=0), length=40)
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocabulary_size=500))

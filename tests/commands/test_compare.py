@@ -23,6 +23,7 @@ def few_reviews(monkeypatch):
   monkeypatch.setitem(rows.RECURRENT, "lstm", ("sample", TINY))
 
 
+@pytest.mark.slow
 def test_a_comparison_prints_its_table_and_repeats_it_at_once(call: Call, tmp_path):
   code, first, stderr = call("compare", *FLAGS, "--run-dir", tmp_path)
   assert (code, stderr) == (0, "")

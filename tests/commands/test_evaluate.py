@@ -62,6 +62,7 @@ def test_several_runs_are_evaluated_as_one_ensemble(trained, other_run, call):
     assert shown[name] == f"{metrics['accuracy']:.4f}"
 
 
+@pytest.mark.slow
 def test_runs_on_different_reviews_are_no_ensemble(trained, tmp_path, call):
   run_dir = tmp_path / "fewer"
   code, _, stderr = call("train", *TINY, "--limit", "100", "--epochs", "1", "--run-dir", run_dir)

@@ -123,6 +123,7 @@ def test_a_stop_during_evaluation_then_a_kill_before_its_epoch_is_saved(whole, t
   assert_same_end(whole, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", [(4, 1, 4), (1, 4, 1)], ids=str)
 def test_a_run_continues_on_another_number_of_devices(whole, route, tmp_path):
   """A batch of 10 takes 12 rows on four devices. Both stops are within one of the two epochs of four steps."""
@@ -177,6 +178,7 @@ def test_a_signal_is_handled_after_the_dispatch(tmp_path):
   assert_same_end(undisturbed, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_the_same_command_gives_the_same_bits(num_devices, tmp_path):
   first, second = (change(tiny(tmp_path / name), "runtime", num_devices=num_devices) for name in ("first", "second"))
