@@ -12,10 +12,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from imdb_jax.plots import COLORS
+
 # By the beginning of an operation's name; of a CPU, in jaxlib 0.10.
 KINDS = {
-  "matrix product": (("ynn_fusion", "dot"), "#2563a8"),
-  "sum over devices": (("all-reduce",), "#b8561f"),
+  "matrix product": (("ynn_fusion", "dot"), COLORS["accent"]),
+  "sum over devices": (("all-reduce",), COLORS["other"]),
   "other": (("",), "#b9b9b2"),
 }
 # What holds or accompanies operations.

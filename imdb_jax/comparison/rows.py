@@ -32,7 +32,7 @@ from imdb_jax.processes import Interrupted
 from imdb_jax.store import files, run_directory
 from imdb_jax.task import Classification
 from imdb_jax.training.console import Console
-from imdb_jax.training.loop import fit
+from imdb_jax.training.loop import FitResult, fit
 
 # Rows that do not depend on a seed.
 LINEAR: dict[str, Callable[[Reviews, Reviews], Result]] = {
@@ -58,10 +58,8 @@ RECURRENT: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
   "fast": ("fast", {}),
   "strong": ("strong", {}),
   "pretrained": ("pretrained", {}),
-  # No row of its own.
-  "language": ("language", {}),
 }
-ROWS = tuple(row for row in (*LINEAR, *RECURRENT) if row != "language")
+ROWS = (*LINEAR, *RECURRENT)
 # fastText is compiled at its installation.
 DEFAULT_ROWS = tuple(row for row in ROWS if row != "fasttext" or importlib.util.find_spec("fasttext"))
 
@@ -99,6 +97,7 @@ def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = F
     )
   done: dict[str, list[Result]] = {}
   failures: dict[str, ImdbJaxError] = {}
+  fit_once = functools.cache(fit)  # Several models start from the same run.
   with run_directory.locked(run_dir):
     files.write_json(run_dir / "settings.json", settings)
     for row in ROWS:
@@ -110,7 +109,7 @@ def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = F
           result = results.read(path, model, len(validation), console.line)
           if result is None and row in rows:
             console.line(f"\n{path.stem}")
-            result = _train(runs) if runs else LINEAR[row](train, validation)
+            result = _train(runs, fit_once) if runs else LINEAR[row](train, validation)
             result = dataclasses.replace(result, model=model)
             files.write(path, json.dumps(vars(result)) + "\n")
           if result:
@@ -133,8 +132,8 @@ def _runs(base: Config, row: str, number: int, quick: bool) -> list[Config]:
 
 
 def _configure(base: Config, row: str, number: int, quick: bool, init_from: Path | None = None) -> Config:
-  """Return the settings of a run. An ensemble takes several seeds."""
-  (name, overrides), sample = RECURRENT[row], PRESETS["sample"]
+  """Return the settings of a run: of a row's model, or of the language model. An ensemble takes several seeds."""
+  (name, overrides), sample = RECURRENT.get(row, (row, {})), PRESETS["sample"]
   # The preset "sample" is the article's, smaller and with a higher rate.
   config = sample if quick and name == "article" else PRESETS[name]
   changed = {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in overrides.items()}
@@ -152,11 +151,11 @@ def _configure(base: Config, row: str, number: int, quick: bool, init_from: Path
   )
 
 
-def _train(runs: Sequence[Config]) -> Result:
+def _train(runs: Sequence[Config], fit_once: Callable[[Config], FitResult]) -> Result:
   """Train or resume runs, and predict with the last step of the last one. Its best may be chosen on these reviews."""
   histories, config = [], runs[-1]
   for run in runs:
-    fitted = fit(run)
+    fitted = fit_once(run)
     histories.append(fitted.history)
     if fitted.late_signal:
       raise Interrupted(fitted.late_signal, fitted.history[-1]["step"])

@@ -1,11 +1,12 @@
 """Output of a training run: live on a terminal and in a notebook, plain lines in a pipe or file."""
 
+import builtins
 import errno
 import importlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -48,8 +49,10 @@ class Console:
 
   def __init__(self, *, is_quiet: bool = False):
     # In a notebook, rich would create an output block per line. Its kernel asks for colors, as a terminal does.
-    self._is_notebook = "ipykernel" in sys.modules
-    force_terminal = False if self._is_notebook else None
+    has_kernel = "ipykernel" in sys.modules
+    force_terminal = False if has_kernel else None
+    # A script may import the kernel without running in it.
+    self._is_notebook = has_kernel and hasattr(builtins, "get_ipython") and not is_quiet
     self._console = _Output(quiet=is_quiet, highlight=False, force_jupyter=False, force_terminal=force_terminal)
     # A terminal wraps at words; a file or pipe gets whole lines.
     self._console.soft_wrap = not self._console.is_terminal
@@ -114,8 +117,7 @@ class Console:
       self._progress.update(self._task, completed=done, status=self._fit(parts))
     elif is_logged:
       left = (self._num_steps - done) * seconds / max(done - self._done_before, 1)
-      progress = (f"Epoch {self._epoch}", f"step {done}/{self._num_steps}", *parts, f"{left:.0f} s left")
-      self._replace("  ".join(progress))
+      self._show("  ".join((f"Epoch {self._epoch}", f"step {done}/{self._num_steps}", *parts, f"{left:.0f} s left")))
 
   def _fit(self, parts: list[str]) -> str:
     """Return the first parts, as many as the progress line has room for."""
@@ -137,15 +139,14 @@ class Console:
       self._progress.stop()
       self._progress = None
 
-  def show_epoch(self, history: Sequence[Line], num_epochs: int) -> None:
+  def show_epoch(self, history: list[Line], num_epochs: int) -> None:
     """Show the last one of the finished epochs; in a notebook, also the curves so far."""
     self.end_epoch()
-    self._replace(epoch_line(history[-1], num_epochs))
+    self._show(epoch_line(history[-1], num_epochs))
     if self._live:
-      curves = plots.svg(plots.history([*history]))
-      self._live[1].update({"text/html": curves, "text/plain": ""}, raw=True)
+      self._live[1].update({"text/html": plots.svg(plots.history(history)), "text/plain": ""}, raw=True)
 
-  def _replace(self, line: str) -> None:
+  def _show(self, line: str) -> None:
     """Print a line; in a notebook, in place of the previous one."""
     if self._live:
       self._live[0].update({"text/plain": line}, raw=True)

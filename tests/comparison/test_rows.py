@@ -109,11 +109,11 @@ def test_the_written_table_states_reviews_machine_and_versions(finished):
 
 def test_a_language_model_is_trained_once_for_all_seeds_and_its_time_counts(tmp_path, computed):
   rows.compare(base(tmp_path, num_seeds=2), ["pretrained"])
-  assert computed == ["language-seed0", "pretrained-seed0", "language-seed0", "pretrained-seed1"]
+  assert computed == ["language-seed0", "pretrained-seed0", "pretrained-seed1"]
   seconds = []
   for name in ("language-seed0", "pretrained-seed0", "pretrained-seed1"):
     seconds.append(sum(line["seconds"] for line in lines(tmp_path / name) if line["kind"] == "epoch"))
-    start = files.read_json(tmp_path / name / "provenance.json")["starts"][0]
+    (start,) = files.read_json(tmp_path / name / "provenance.json")["starts"]
     assert name == "language-seed0" or start["init_from"]["run_dir"] == str(tmp_path / "language-seed0")
   assert table_of(tmp_path)["pretrained"]["train_seconds"] == pytest.approx(seconds[0] + np.mean(seconds[1:]))
 
@@ -355,7 +355,7 @@ def test_a_quick_comparison_uses_the_small_preset(tmp_path, monkeypatch):
   monkeypatch.setitem(rows.RECURRENT, "fast", ("fast", {}))
   config = rows._configure(base(tmp_path), "fast", 0, True)
   assert (config.preset, config.data.sequence_length, config.data.vocabulary_size) == ("fast", 64, 1000)
-  monkeypatch.setitem(rows.RECURRENT, "language", ("language", {}))
+  monkeypatch.delitem(rows.RECURRENT, "language")
   for source, is_used in (("sample", False), ("imdb", True)):
     given = dataclasses.replace(base(tmp_path), data=DataConfig(source=source))
     assert rows._configure(given, "language", 0, False).model.unlabelled == is_used

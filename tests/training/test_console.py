@@ -184,6 +184,12 @@ def test_a_notebook_shows_a_line_and_curves_that_are_replaced_and_no_shell_hints
   assert [each["text/html"] for each in curves[1:]] == ["[1, 1, 1]", "[2, 2, 1]"]
 
 
+def test_a_script_that_has_imported_a_kernel_gets_lines(capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "ipykernel", sys)
+  show_an_epoch()
+  assert capsys.readouterr().out.startswith("Epoch 3/10  step 50/391  loss 0.6916  accuracy 0.5288")
+
+
 @pytest.mark.parametrize(
   ("value", "shown"),
   [(0.69164, "0.6916"), (12345.678, "12345.6780"), (1.23456e12, "1.235e+12"), (float("nan"), "nan")],
