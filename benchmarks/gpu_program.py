@@ -54,20 +54,19 @@ def compile_step(name: str = "article", implementation: str = "mosaic_gpu", seed
   )
   target: Any = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{gpus}")
   mesh = Mesh(np.array(target.devices), (devices.AXIS,))
-  everywhere = devices.replicated(mesh)
-
-  def array(dtype: Any, *shape: int, place: Any = everywhere) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-  # As many reviews as a step reads, so that the size of the array is what is read of it.
-  b, t = config.training.batch_size, config.data.sequence_length
-  split = {"tokens": array(jnp.int16, b, t), "lengths": array(jnp.int32, b), "labels": array(jnp.int32, b)}
-  steps = config.runtime.steps_per_dispatch
-  rows = array(jnp.int32, seeds, steps, b, place=devices.over_rows(mesh, axis=2))
   # The device that traces is a CPU.
   with mock.patch.object(choice, "gpu_problem", lambda device: None):
     program = Program(config, mesh, num_steps=1)
-    compiled: Any = program.train_steps.lower(program.abstract_state(), split, rows, array(jnp.int32)).compile()
+    shape = seeds, config.runtime.steps_per_dispatch, config.training.batch_size
+
+    def array(dtype: Any, *more: int) -> Any:
+      return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=devices.over_rows(mesh, axis=2))
+
+    batches = {name: array(jnp.int32) for name in ("lengths", "labels")}
+    batches |= {name: array(jnp.float32) for name in ("weights", "loss_weights")}
+    batches["tokens"] = array(jnp.int16, config.data.sequence_length)
+    num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=devices.replicated(mesh))
+    compiled: Any = program.train_steps.lower(program.abstract_state(), batches, num_steps).compile()
   return compiled.as_text()
 
 

@@ -54,7 +54,7 @@ class Training(worker.System):
       raise worker.UnableError(problem.removesuffix(".")) from error
     self.device, self.precision = worker.device_name(mesh.devices.flat), self._program.precision
     self._split = TokenSplit(**worker.read_arrays(job.arrays))
-    self._reviews, self._state = self._program.put_split(self._split), self._program.init()
+    self._loss_weights, self._state = np.ones(len(self._split), np.float32), self._program.init()
 
   def epoch(self, epoch: int) -> list[np.ndarray]:
     """Return the rows of each step, i32[1, b]. A smaller batch is padded, so all share a compiled step."""
@@ -65,8 +65,9 @@ class Training(worker.System):
   def train(self, batches: list[np.ndarray]) -> float:
     size, total, pending = self._config.runtime.steps_per_dispatch, np.zeros(2), []
     for start in range(0, len(batches), size):
-      rows = self._program.put_rows(np.stack(batches[start : start + size]))
-      self._state, sums = self._program.train_steps(self._state, self._reviews, *rows)
+      rows = np.stack(batches[start : start + size])
+      placed = self._program.put_batches(self._split, self._loss_weights, rows)
+      self._state, sums = self._program.train_steps(self._state, *placed)
       pending.append((sums["loss"], sums["weight"]))
       # Like the trainer, read the sums of a dispatch after the next one has started.
       if len(pending) == 2:

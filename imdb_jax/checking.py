@@ -32,7 +32,7 @@ def check(config: Config) -> dict[str, Any]:
   source = sources.find(data, config.runtime.archive, config.runtime.cache_dir)
   splits = tokens.split(data, source.load(notes.append))
   train, test = splits["train"], splits["test"]
-  vocabulary = Vocabulary.fit(train.texts, data)
+  vocabulary, *_ = Vocabulary.fit(train.texts, data)
   words = {name: _count_words(each.texts, vocabulary) for name, each in splits.items()}
   sums = {name: each.sum(axis=1).tolist() for name, each in words.items()}
   lengths = np.concatenate([known for _, known in words.values()])

@@ -102,12 +102,12 @@ class NextWord:
 
   head_size, monitor = 2, "accuracy"
 
-  def loss_weights(self, labels: np.ndarray, wanted: str) -> None:
-    """Return None: all words weigh the same."""
+  def loss_weights(self, labels: np.ndarray, _: str) -> np.ndarray:
+    """Return ones: all words weigh the same."""
+    return np.ones(len(labels), np.float32)
 
-  def sums(self, answers: jax.Array, labels: jax.Array, weights: jax.Array, loss_weights: None) -> dict[str, jax.Array]:
-    """Return sums over a batch, as those of `Classification`; there are no labels."""
-    del labels, loss_weights
+  def sums(self, answers: jax.Array, _: jax.Array, weights: jax.Array, __: jax.Array) -> dict[str, jax.Array]:
+    """Return sums over a batch, as those of `Classification`; there are neither labels nor weights of losses."""
     loss, correct = jnp.sum(answers * weights[:, None], axis=0)
     return {"loss": loss, "correct": correct, "weight": jnp.sum(weights)}
 

@@ -1,8 +1,8 @@
 """Everything that is compiled: initialisation, training steps and prediction, for all seeds of a run.
 
-Every array of the state has a first axis [seeds], also for a single seed. A global batch is sharded over the mesh:
-`shard_map` gives each device its rows, so that gradients are summed across devices once per step and not once per
-position of the time loop.
+Every array of the state has a first axis [seeds], also for a single seed. The reviews stay in host memory, and each
+dispatch gets those of its steps. A global batch is sharded over the mesh: `shard_map` gives each device its rows, so
+that gradients are summed across devices once per step and not once per position of the time loop.
 """
 
 import dataclasses
@@ -64,9 +64,9 @@ class Program:
     task: loss and metrics.
     model: the network.
     choice: implementation of the recurrence, and why.
-    train_steps: jitted `(state, split, rows, num_steps) -> (state, sums)`: several training steps in one dispatch.
-      It donates the buffers of the state. `split` and `rows` come from `put_split` and `put_rows`. The sums are those
-      of `Classification.sums`, `is_finite` (1 if loss, gradients and parameters are finite, else 0) and `grad_norm` (of
+    train_steps: jitted `(state, batches, num_steps) -> (state, sums)`: several training steps in one dispatch. It
+      donates the buffers of the state. `batches` and `num_steps` come from `put_batches`. The sums are those of
+      `Classification.sums`, `is_finite` (1 if loss, gradients and parameters are finite, else 0) and `grad_norm` (of
       the mean loss, over all parameters, before clipping), f32[seeds, k] each; entries beyond `num_steps` are 0. One
       program makes any number of steps up to k, so that a run's result does not depend on where it stops.
     predict: jitted `(params, tokens int[b, t], lengths i32[b]) -> logits f32[seeds, b, head_size]`. It is faster with
@@ -101,7 +101,7 @@ class Program:
     self.train_steps = jax.jit(
       self._train_steps,
       donate_argnums=0,
-      in_shardings=(everywhere, everywhere, devices.over_rows(mesh, axis=2), everywhere),
+      in_shardings=(everywhere, devices.over_rows(mesh, axis=2), everywhere),
       out_shardings=everywhere,
     )
     self.predict, self.features = (
@@ -164,30 +164,26 @@ class Program:
     can_prepare = self.model.has_lookup and size <= _MAX_LOOKUP_BYTES
     return self._prepare(params) if can_prepare and "lookup" not in params else params
 
-  def put_split(self, split: TokenSplit) -> Examples:
-    """Place the reviews of a split on every device."""
-    arrays = {"tokens": split.tokens, "lengths": split.lengths, "labels": split.labels}
-    loss_weights = self.task.loss_weights(split.labels, self.config.training.class_weights)
-    if loss_weights is not None:
-      arrays["loss_weights"] = loss_weights.astype(np.float32)
-    return devices.put(arrays, devices.replicated(self.mesh))
+  def put_batches(self, split: TokenSplit, loss_weights: np.ndarray, rows: np.ndarray) -> tuple[Examples, jax.Array]:
+    """Place the reviews of some steps on the devices, on each its part of every batch.
 
-  def put_rows(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Place the rows of some steps on the devices.
-
-    Args:
-      rows: i32[steps, seeds, b], the reviews of each step; -1 is none.
+    The rows are i32[steps, seeds, b], -1 for none. `loss_weights`, f32[n], are those of all n reviews of the split.
 
     Returns:
-      i32[seeds, k, b], padded to k = `steps_per_dispatch` steps and to a batch that divides over the devices; and the
-      number of steps, i32[].
+      Arrays [seeds, k, b, ...], padded to k = `steps_per_dispatch` steps and to a batch that divides over the devices;
+      and the number of steps, i32[].
     """
     num_steps, num_seeds, batch_size = rows.shape
     shape = num_seeds, self.config.runtime.steps_per_dispatch, devices.padded_size(batch_size, self.mesh)
     padded = np.full(shape, -1, np.int32)
     padded[:, :num_steps, :batch_size] = rows.swapaxes(0, 1)
+    found = vars(split) | {"loss_weights": loss_weights}
+    batches = {name: array[padded] for name, array in found.items()}
+    for array in batches.values():
+      array[padded < 0] = 0
+    batches["weights"] = (padded >= 0).astype(np.float32)
     return (
-      devices.put(padded, devices.over_rows(self.mesh, axis=2)),
+      devices.put(batches, devices.over_rows(self.mesh, axis=2)),
       devices.put(np.array(num_steps, np.int32), devices.replicated(self.mesh)),
     )
 
@@ -213,32 +209,20 @@ class Program:
     # vmap might round the decomposition behind the recurrent kernel differently.
     return jax.lax.map(init, seeds)
 
-  def _train_steps(self, state: TrainState, split: Examples, rows: jax.Array, num_steps: jax.Array):
-    def one_seed(state: TrainState, rows: jax.Array):
+  def _train_steps(self, state: TrainState, batches: Examples, num_steps: jax.Array):
+    def one_seed(state: TrainState, batches: Examples):
       def step(i, carry):
         state, sums = carry
-        state, step_sums = self._train_step(state, self._gather(split, rows[i]))
+        state, step_sums = self._train_step(state, {name: array[i] for name, array in batches.items()})
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), sums, step_sums)
 
-      sums = dict.fromkeys(("loss", "correct", "weight", "is_finite", "grad_norm"), jnp.zeros(len(rows), jnp.float32))
+      zeros = jnp.zeros(len(batches["labels"]), jnp.float32)
+      sums = dict.fromkeys(("loss", "correct", "weight", "is_finite", "grad_norm"), zeros)
       return jax.lax.fori_loop(0, num_steps, step, (state, sums))
 
     # Seeds outside, steps inside: XLA would copy a state with a seed axis on every step.
     with jax.default_matmul_precision(self._matmul_precision):
-      return self._over_seeds(one_seed)(state, rows)
-
-  def _gather(self, split: Examples, rows: jax.Array) -> Examples:
-    """Return the reviews at rows i32[b]; each device looks up its own."""
-
-    def gather(split, rows):
-      is_review = rows >= 0
-      found = {name: jnp.where(is_review, array[rows], 0) for name, array in split.items() if name != "tokens"}
-      return found | {
-        "tokens": jnp.where(is_review[:, None], split["tokens"][rows], 0),
-        "weights": is_review.astype(jnp.float32),
-      }
-
-    return self._sharded(gather, (_REPLICATED, _ROWS), _ROWS)(split, rows)
+      return self._over_seeds(one_seed)(state, batches)
 
   def _sharded(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     # check_vma would sum gradients over devices where the parameters are used, inside the time loop.
@@ -275,7 +259,7 @@ class Program:
     def summed_loss(params):
       reviews = examples["tokens"], examples["lengths"]
       logits: Any = self.model.apply({"params": params}, *reviews, dropout_masks, **drawn)
-      sums = self.task.sums(logits, examples["labels"], examples["weights"], examples.get("loss_weights"))
+      sums = self.task.sums(logits, examples["labels"], examples["weights"], examples["loss_weights"])
       return sums["loss"], sums
 
     grads, sums = jax.grad(summed_loss, has_aux=True)(params)

@@ -77,18 +77,19 @@ class Classification:
     self.classes = classes
     self.head_size = 1 if len(classes) == 2 else len(classes)
 
-  def loss_weights(self, labels: np.ndarray, wanted: str) -> np.ndarray | None:
-    """Return weights f64[n] of the losses of training reviews with labels int[n]; None if all are 1.
+  def loss_weights(self, labels: np.ndarray, wanted: str) -> np.ndarray:
+    """Return weights f32[n] of the losses of training reviews with labels int[n].
 
-    They may be wanted as "none"; "balanced", in inverse proportion to the size of the class and with a mean of 1; or by
-    class, such as "spam=3,ham=0.5", and are 1 for others. Raises UsageError for anything else, or an unknown class.
+    They may be wanted as "none", which is 1; "balanced", in inverse proportion to the size of the class and with a mean
+    of 1; or by class, such as "spam=3,ham=0.5", and are 1 for others. Raises UsageError for anything else, or an
+    unknown class.
     """
     if wanted == "none":
-      return None
+      return np.ones(len(labels), np.float32)
     if wanted == "balanced":
       counts = np.bincount(labels, minlength=len(self.classes))
-      return len(labels) / (np.count_nonzero(counts) * counts[labels])
-    weights = np.ones(len(self.classes))
+      return (len(labels) / (np.count_nonzero(counts) * counts[labels])).astype(np.float32)
+    weights = np.ones(len(self.classes), np.float32)
     for part in wanted.split(","):
       name, _, weight = part.rpartition("=")
       if name not in self.classes or not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", weight):
@@ -101,12 +102,12 @@ class Classification:
     return weights[labels]
 
   def sums(
-    self, logits: jax.Array, labels: jax.Array, weights: jax.Array, loss_weights: jax.Array | None = None
+    self, logits: jax.Array, labels: jax.Array, weights: jax.Array, loss_weights: jax.Array
   ) -> dict[str, jax.Array]:
     """Return sums over a batch, f32[] each: loss (cross-entropy), correct, weight; dividing by the last gives means.
 
     The logits are f32[b, h] and the labels i32[b]. A review whose entry in `weights`, f32[b], is 0 changes nothing.
-    `loss_weights`, f32[b], are further weights of the losses; None if all are 1.
+    `loss_weights`, f32[b], are further weights of the losses.
     """
     if self.head_size == 1:
       losses = optax.sigmoid_binary_cross_entropy(logits[:, 0], labels.astype(jnp.float32))
@@ -114,10 +115,8 @@ class Classification:
     else:
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
       is_correct = jnp.argmax(logits, axis=1) == labels
-    if loss_weights is not None:
-      losses = losses * loss_weights
     return {
-      "loss": jnp.sum(losses * weights),
+      "loss": jnp.sum(losses * loss_weights * weights),
       "correct": jnp.sum(jnp.where(is_correct, weights, 0)),
       "weight": jnp.sum(weights),
     }

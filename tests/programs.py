@@ -86,13 +86,18 @@ def train(
     The final state, and the sums of each step, f32[seeds, steps] each; both on the host.
   """
   state = put(program, initial_state(program.config) if state is None else state)
-  reviews = program.put_split(make_split() if split is None else split)
   size, sums = program.config.runtime.steps_per_dispatch, []
   for start in range(0, len(rows), size):
     group = rows[start : start + size]
-    state, values = program.train_steps(state, reviews, *program.put_rows(group))
+    state, values = program.train_steps(state, *put_batches(program, group, split))
     sums.append({name: value[:, : len(group)] for name, value in jax.device_get(values).items()})
   return jax.device_get(state), {name: np.concatenate([each[name] for each in sums], axis=1) for name in sums[0]}
+
+
+def put_batches(program: Program, rows: np.ndarray, split: TokenSplit | None = None) -> tuple[Any, jax.Array]:
+  """Place the reviews at rows i32[steps, seeds, b] on the devices, all with the same weight."""
+  split = make_split() if split is None else split
+  return program.put_batches(split, np.ones(len(split), np.float32), rows)
 
 
 def put(program: Program, tree: Any) -> Any:

@@ -171,7 +171,7 @@ def test_explanations_do_not_depend_on_devices_or_other_texts():
 def test_contributions_add_up_on_the_sample():
   config = programs.config_of(dataclasses.replace(STRONG, ngrams=0), length=40)
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocabulary_size=500))
-  vocabulary = Vocabulary.fit(sample.load()["train"].texts, config.data)
+  vocabulary, *_ = Vocabulary.fit(sample.load()["train"].texts, config.data)
   program, rng = Program(config, programs.mesh_of(1)), np.random.default_rng(0)
   shapes = program.abstract_state().params
   params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)

@@ -150,11 +150,10 @@ def test_losses_and_updates_are_those_of_keras(keras_results, cell, mask_padding
   """Adam moves a weight by up to 1e-3 per step; the tolerance is a thousandth of that."""
   program = program_of(cell, mask_padding)
   state = initial_state(program)
-  reviews = program.put_split(make_split())
   for i in range(NUM_STEPS):
     rows = np.arange(i * BATCH_SIZE, (i + 1) * BATCH_SIZE, dtype=np.int32)[None, None, :]
     before = weights_of(cell, state.params)
-    state, sums = program.train_steps(state, reviews, *program.put_rows(rows))
+    state, sums = program.train_steps(state, *programs.put_batches(program, rows, make_split()))
     loss = float(sums["loss"][0, 0] / sums["weight"][0, 0])
     np.testing.assert_allclose(loss, keras_results[f"{cell}_{mask_padding}_loss_{i}"], rtol=1e-6)
     for j, (name, weight) in enumerate(zip(names_of(cell), weights_of(cell, state.params), strict=True)):

@@ -265,7 +265,7 @@ def test_no_step_copies_the_parameters():
   """XLA would copy a state with a seed axis on every step. The embedding is the largest parameter."""
   config = config_of()
   trained = program_of(1, config)
-  arguments = trained.abstract_state(), trained.put_split(make_split()), *trained.put_rows(rows_of(*EPOCH[:3]))
+  arguments = trained.abstract_state(), *programs.put_batches(trained, rows_of(*EPOCH[:3]))
   compiled = trained.train_steps.lower(*arguments).compile().as_text()
   embedding = rf"f32\[(1,)?{VOCABULARY_SIZE},{config.model.embedding_size}\]\S*"
   loops, _, entry = compiled.partition("\nENTRY ")
@@ -335,8 +335,8 @@ def test_each_matrix_product_has_the_precision_of_the_settings(setting, expected
   trained = program_of(1, config_of(training=TrainingConfig(matmul_precision=setting)))
   state, split = trained.abstract_state(), make_split()
   with jax.default_matmul_precision("tensorfloat32" if setting == "bfloat16" else "bfloat16"):
-    rows = trained.put_rows(rows_of(*EPOCH[:3]))
-    training = trained.train_steps.lower(state, trained.put_split(split), *rows).as_text()
+    batches = programs.put_batches(trained, rows_of(*EPOCH[:3]))
+    training = trained.train_steps.lower(state, *batches).as_text()
     prediction = trained.predict.lower(state.params, split.tokens[:9], split.lengths[:9]).as_text()
   for text in (training, prediction):
     products = [line for line in text.splitlines() if "dot_general" in line]
@@ -358,7 +358,7 @@ def test_a_training_step_on_a_gpu_launches_the_kernel_twice_and_has_no_loop(monk
   config = config_of(ModelConfig(embedding_size=4, hidden_size=64))
   config = dataclasses.replace(config, runtime=RuntimeConfig(implementation="mosaic_gpu", steps_per_dispatch=3))
   trained = Program(config, programs.mesh_of(1))
-  arguments = trained.abstract_state(), trained.put_split(make_split()), *trained.put_rows(rows_of(*EPOCH[:3]))
+  arguments = trained.abstract_state(), *programs.put_batches(trained, rows_of(*EPOCH[:3]))
   text = trained.train_steps.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("custom_call @mosaic_gpu") == 2
   assert text.count("stablehlo.while") == 1, "the loop over steps"

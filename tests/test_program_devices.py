@@ -49,8 +49,7 @@ def test_where_a_dispatch_ends_changes_no_bit(num_devices):
 
 def test_steps_that_were_not_made_have_no_sums():
   trained = program_of(2, config_of())
-  rows = trained.put_rows(rows_of(*EPOCH[:1]))
-  _, sums = trained.train_steps(trained.init(), trained.put_split(make_split()), *rows)
+  _, sums = trained.train_steps(trained.init(), *programs.put_batches(trained, rows_of(*EPOCH[:1])))
   assert {name: value.shape for name, value in sums.items()} == dict.fromkeys(sums, (1, 3))
   assert sums["weight"].tolist() == [[32, 0, 0]]
   assert not any(np.asarray(value)[:, 1:].any() for value in sums.values())
@@ -58,8 +57,8 @@ def test_steps_that_were_not_made_have_no_sums():
 
 def test_the_old_state_is_donated():
   trained = program_of(2, config_of())
-  before, rows = trained.init(), trained.put_rows(rows_of(*EPOCH[:1]))
-  after, _ = trained.train_steps(before, trained.put_split(make_split()), *rows)
+  before = trained.init()
+  after, _ = trained.train_steps(before, *programs.put_batches(trained, rows_of(*EPOCH[:1])))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.step)))
   # A value that is computed anew is no input of the program, so its buffer stays.
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim > 1)
@@ -68,14 +67,30 @@ def test_the_old_state_is_donated():
 
 def test_a_dispatch_copies_nothing_between_host_and_devices():
   trained = program_of(2, config_of())
-  state, split, rows = trained.init(), trained.put_split(make_split()), trained.put_rows(rows_of(*EPOCH[:3]))
+  state, batches = trained.init(), programs.put_batches(trained, rows_of(*EPOCH[:3]))
   # The first call compiles, which may copy constants.
-  state, _ = trained.train_steps(state, split, *rows)
+  state, _ = trained.train_steps(state, *batches)
   with jax.transfer_guard("disallow"):
-    jax.block_until_ready(trained.train_steps(state, split, *rows))
-  host_rows = jax.device_get(rows)
+    jax.block_until_ready(trained.train_steps(state, *batches))
+  host_batches = jax.device_get(batches)
   with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
-    trained.train_steps(programs.put(trained, programs.initial_state(trained.config)), split, *host_rows)
+    trained.train_steps(programs.put(trained, programs.initial_state(trained.config)), *host_batches)
+
+
+def test_each_device_gets_its_reviews_of_some_steps_and_no_others():
+  trained, split, weights = program_of(3, config_of()), make_split(10_000), np.arange(10_000, dtype=np.float32)
+  rows = rows_of(range(9_000, 9_032), [7, 3])
+  batches, num_steps = trained.put_batches(split, weights, rows)
+  assert num_steps == 2
+  padded = np.full((1, 3, 33), -1)
+  padded[0, :2, :32] = rows[:, 0]
+  expected = {"lengths": split.lengths, "labels": split.labels, "loss_weights": weights, "weights": np.ones(10_000)}
+  for name, values in expected.items():
+    np.testing.assert_array_equal(batches[name], np.where(padded >= 0, values[padded], 0))
+  np.testing.assert_array_equal(batches["tokens"], np.where(padded[..., None] >= 0, split.tokens[padded], 0))
+  assert {array.dtype for array in batches.values()} == {np.dtype(kind) for kind in ("int16", "int32", "float32")}
+  for array in batches.values():
+    assert [shard.data.shape[:3] for shard in array.addressable_shards] == [(1, 3, 11)] * 3
 
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
@@ -99,7 +114,7 @@ def test_devices_exchange_the_gradients_and_sums_once_per_step_and_nothing_else(
   config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, implementation=implementation))
   trained = program_of(num_devices, config)
   state, rows = trained.abstract_state(), np.repeat(rows_of(*EPOCH[:3]), num_seeds, axis=1)
-  arguments = state, trained.put_split(make_split()), *trained.put_rows(rows)
+  arguments = state, *programs.put_batches(trained, rows)
   compiled = trained.train_steps.lower(*arguments).compile().as_text()
   # As `%name = (f32[5,1]{1,0}, f32[]) all-reduce(...)`; of an asynchronous pair, the start.
   found = re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)", compiled)

@@ -20,8 +20,8 @@ from imdb_jax.errors import DataError, first_line, printable, reraise_as
 from imdb_jax.store import files
 
 # Of a file or folder, unpacked; of one row in bytes, and of a text and a label in characters.
-MAX_BYTES, MAX_ROW_BYTES, MAX_TEXT, MAX_LABEL = 2**29, 2**23, 2**20, 200
-MAX_ROWS, MAX_LINES, MAX_CLASSES = 1_000_000, 10_000_000, 1_000
+MAX_BYTES, MAX_ROW_BYTES, MAX_TEXT, MAX_LABEL = 2**32, 2**23, 2**20, 200
+MAX_ROWS, MAX_LINES, MAX_CLASSES = 4_000_000, 40_000_000, 1_000
 _DELIMITERS = ",;\t|"
 _FORMATS = (
   ".csv, .tsv, .txt, .jsonl or .ndjson, also with .gz or .xz, or a folder with one sub-folder of .txt per label"

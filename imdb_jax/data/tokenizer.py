@@ -1,8 +1,10 @@
 """Words to ids exactly as Keras's `Tokenizer` and `pad_sequences` (Keras 2.3 to 3, default settings)."""
 
+import array
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import operator
 import re
@@ -73,22 +75,30 @@ class Vocabulary:
     return json.dumps(_fields(self.config, self.words), ensure_ascii=False, indent=0)
 
   @classmethod
-  def fit(cls, texts: Iterable[str], config: DataConfig) -> "Vocabulary":
-    """Rank the words of `texts` by count. Of words with equal counts, the one that appears first has the lower id.
+  def fit(cls, texts: Sequence[str], config: DataConfig) -> tuple["Vocabulary", np.ndarray, np.ndarray]:
+    """Return a vocabulary, the words of `texts` by count, and what its `encode` returns for the texts.
 
-    Raises DataError if there are too many different words to be counted in memory, or too long ones for a file.
+    Of words with equal counts, the one that appears first has the lower id. Raises DataError if there are too many
+    different words to be counted in memory, or too long ones for a file.
     """
-    counts, empty = collections.Counter(), cls(config=config, words=())
+    # Words are numbered as they appear. Each text is split only once.
+    numbers = collections.defaultdict(itertools.count().__next__)
+    found, ends, empty = array.array("i"), [0], cls(config=config, words=())
     for text in texts:
-      counts.update(empty.split(text))
-      if len(counts) > _MAX_WORDS:
+      found.extend(map(numbers.__getitem__, empty.split(text)))
+      ends.append(len(found))
+      if len(numbers) > _MAX_WORDS:
         raise DataError(f"the reviews have more than {_MAX_WORDS:,} different words; use the official archive")
-    # sorted() is stable and a Counter keeps the order of first appearance. most_common(n) is not stable.
-    ranked = sorted(counts, key=lambda word: -counts[word])
-    vocabulary = cls(config=config, words=tuple(ranked[: config.vocabulary_size - 1]))
+    counts, words = np.bincount(found, minlength=len(numbers)), [*numbers]
+    ranked = np.argsort(-counts, kind="stable")[: config.vocabulary_size - 1]
+    vocabulary = cls(config=config, words=tuple(words[number] for number in ranked))
     if len(vocabulary.json.encode()) > _MAX_FILE_BYTES:
       raise DataError(f"the words of the reviews take more than {_MAX_FILE_BYTES:,} bytes; use the official archive")
-    return vocabulary
+    ids = np.full(len(words), PADDING_ID, vocabulary.dtype)
+    ids[ranked] = np.arange(1, len(ranked) + 1)
+    found = ids[np.asarray(found)]
+    rows = (found[start:end] for start, end in itertools.pairwise(ends))
+    return vocabulary, *vocabulary._padded((row[row != PADDING_ID] for row in rows), len(texts))
 
   def split(self, text: str) -> list[str]:
     """Return the words of `text`, known and unknown."""
@@ -130,14 +140,15 @@ class Vocabulary:
     Returns:
       tokens int16[n, t] (int32 if the ids do not fit) and lengths int32[n], the number of known words kept.
     """
+    return self._padded(map(self.ids, texts), len(texts))
+
+  def _padded(self, texts: Iterable[Sequence[int] | np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
     sequence_length = self.config.sequence_length
-    tokens = np.full((len(texts), sequence_length), PADDING_ID, self.dtype)
-    lengths = np.zeros(len(texts), np.int32)
-    for row, text in enumerate(texts):
-      kept = self.ids(text)[-sequence_length:]
+    tokens, lengths = np.full((n, sequence_length), PADDING_ID, self.dtype), np.zeros(n, np.int32)
+    for row, ids in enumerate(texts):
+      kept = ids[-sequence_length:]
       lengths[row] = len(kept)
-      if kept:
-        tokens[row, -len(kept) :] = kept
+      tokens[row, sequence_length - len(kept) :] = kept
     return tokens, lengths
 
   @classmethod

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-import math
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,7 +28,9 @@ from imdb_jax.store import files
 # Version of the cache. It is part of the names of the entries, so entries of other versions are ignored.
 _FORMAT = 5
 # Of the tokens of a split. Larger entries are made again each time.
-_MAX_BYTES = 2**30
+_MAX_BYTES = 2**33
+# Larger splits are read from the file while they are used. Should it be truncated then, the kernel ends the process.
+_MAX_MEMORY = 2**28
 _HOLD_OUT_SEED = 0
 # Words per sequence of a language model, and the most sequences that it is validated on.
 _SEQUENCE, _MAX_VALIDATION = 129, 500
@@ -142,9 +144,11 @@ def split(config: DataConfig, reviews: dict[str, Reviews]) -> dict[str, Reviews]
 def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
   """Fit the vocabulary on the training reviews alone and encode every split; raise as `split` does."""
   splits = split(config, reviews)
-  vocabulary = Vocabulary.fit(splits["train"].texts, config)
+  train = splits.pop("train")
+  vocabulary, tokens, lengths = Vocabulary.fit(train.texts, config)
   encoded = {name: _encode(each, vocabulary) for name, each in splits.items()}
-  return TokenData.of(encoded, vocabulary, splits["train"].classes)
+  encoded["train"] = TokenSplit(tokens=tokens, lengths=lengths, labels=train.labels)
+  return TokenData.of(encoded, vocabulary, train.classes)
 
 
 def read(path: Path, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]) -> TokenSplit:
@@ -250,7 +254,8 @@ def _fill(entry: Path, source: Source, config: DataConfig, cache_dir: Path, repo
   if entry not in (shared, _entry(cache_dir, config, str(source.content))):
     files.remove(entry)
     entry.symlink_to(shared.name)
-  return data
+  # From the file: texts and arrays need no memory any more.
+  return _read_intact(shared, config, report) or data
 
 
 def _write(entry: Path, data: TokenData, facts: dict[str, Any]) -> None:
@@ -312,20 +317,23 @@ def _read_split(file: IO[bytes], rows: Any, vocabulary: Vocabulary) -> TokenSpli
   # Before memory is allocated. A sparse file may claim any size.
   config = vocabulary.config
   size = rows * config.sequence_length * np.dtype(vocabulary.dtype).itemsize if type(rows) is int else 0
-  if not 0 < size <= min(_MAX_BYTES, os.fstat(file.fileno()).st_size):
+  if not 0 < size <= min(_MAX_BYTES, os.fstat(file.fileno()).st_size) or rows > tables.MAX_ROWS:
     raise ValueError("an impossible number of reviews")
-
-  def read(dtype: type[np.signedinteger], *shape: int) -> np.ndarray:
-    # If the file ends too soon, `reshape` raises ValueError.
-    return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
-
-  split = TokenSplit(
-    tokens=read(vocabulary.dtype, rows, config.sequence_length),
-    lengths=read(np.int32, rows),
-    labels=read(np.int32, rows),
-  )
-  if split.tokens.min() < 0 or split.tokens.max() >= config.vocabulary_size:
+  # If the file ends too soon, all of these raise ValueError.
+  if size > _MAX_MEMORY:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    flat = np.frombuffer(mapped, vocabulary.dtype, rows * config.sequence_length, file.tell())
+    file.seek(size, os.SEEK_CUR)
+  else:
+    mapped, flat = None, np.fromfile(file, vocabulary.dtype, rows * config.sequence_length)
+  tokens = flat.reshape(rows, config.sequence_length)
+  lengths, labels = np.fromfile(file, np.int32, 2 * rows).reshape(2, rows)
+  if tokens.min() < 0 or tokens.max() >= config.vocabulary_size:
     raise ValueError("a token is not an id")
-  if not np.array_equal(split.lengths, np.count_nonzero(split.tokens, axis=1)):
+  # Of each row, it would take a copy of the tokens.
+  if lengths.min() < 0 or lengths.sum() != np.count_nonzero(tokens):
     raise ValueError("a length is wrong")
-  return split
+  if mapped and hasattr(mmap, "MADV_RANDOM"):
+    # Without it, the kernel would read 30 times as much as a batch needs.
+    mapped.madvise(mmap.MADV_RANDOM)
+  return TokenSplit(tokens=tokens, lengths=lengths, labels=labels)

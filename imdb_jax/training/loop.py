@@ -158,6 +158,7 @@ class _Trainer:
   ):
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
+    self._loss_weights = program.task.loss_weights(data.train.labels, program.config.training.class_weights)
     self._saved_at = time.monotonic()
     self._trace, self._traced_from = contextlib.ExitStack(), 0
     # Of the best epoch, unless that was before the run was resumed.
@@ -220,9 +221,8 @@ class _Trainer:
   def _compile(self) -> float:
     """Compile both programs ahead, so that no time of training or evaluation includes it; return the seconds."""
     started = time.perf_counter()
-    self._reviews = self._program.put_split(self._data.train)
-    no_rows = self._program.put_rows(self._rows(1)[:0])
-    self._state, _ = self._program.train_steps(self._state, self._reviews, *no_rows)
+    no_batches = self._program.put_batches(self._data.train, self._loss_weights, self._rows(1)[:0])
+    self._state, _ = self._program.train_steps(self._state, *no_batches)
     first = tokens.TokenSplit(**{name: array[:1] for name, array in vars(self._data.validation).items()})
     evaluation.predict(self._program, self._state.params, first, self._config.runtime.evaluation_batch_size)
     seconds = time.perf_counter() - started
@@ -265,9 +265,9 @@ class _Trainer:
         self._save_within_epoch(number, seconds)
         # The time of a save does not count.
         started = time.perf_counter() - seconds
-      chosen = self._program.put_rows(rows[done : done + num_steps])
+      chosen = self._program.put_batches(self._data.train, self._loss_weights, rows[done : done + num_steps])
       with jax.transfer_guard("disallow"):
-        self._state, sums = self._program.train_steps(self._state, self._reviews, *chosen)
+        self._state, sums = self._program.train_steps(self._state, *chosen)
       self._recorder.record_steps(range(self._step + 1, self._step + num_steps + 1), sums)
       self._step += num_steps
     self._recorder.flush()

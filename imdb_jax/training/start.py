@@ -134,7 +134,5 @@ def _fitted(
   if model.ngrams:
     console.line("Fitting the linear model of n-grams")
     loss_weights = program.task.loss_weights(train.labels, config.training.class_weights)
-    fitted["ngrams"] = ngrams.fit(
-      train.tokens, train.labels, model.ngrams, len(data.classes), 1.0 if loss_weights is None else loss_weights
-    )
+    fitted["ngrams"] = ngrams.fit(train.tokens, train.labels, model.ngrams, len(data.classes), loss_weights)
   return fitted

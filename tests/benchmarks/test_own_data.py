@@ -97,3 +97,18 @@ def test_a_row_has_the_mean_of_its_seeds(module):
   assert row["accuracy"] == pytest.approx(0.8)
   assert row["accuracy_std"] == pytest.approx(0.1)
   assert row["train_seconds"] == 2.0
+
+
+def test_two_words_of_each_of_many_texts_tell_its_label(run, tmp_path):
+  done = run("many_rows.py", "1005", tmp_path / "many.csv")
+  assert done.returncode == 0, done.stderr[-2000:]
+  signs = {"bad": {"awful", "bad", "dull", "poor"}, "good": {"fine", "good", "great", "lovely"}}
+  rows = read(tmp_path, "many")
+  assert len(rows) == 1005
+  for row in rows:
+    words = row["text"].split()
+    assert 20 <= len(words) <= 60
+    others = [word for word in words if word not in signs[row["label"]]]
+    assert len(words) - len(others) in (1, 2)
+    assert all(word.startswith("w") for word in others)
+  assert 400 < sum(row["label"] == "good" for row in rows) < 600

@@ -57,6 +57,15 @@ def test_other_settings_have_an_entry_of_their_own(corpus, cache_dir, changes):
   assert_same(data, tokens.encode(config, corpus.splits))
 
 
+def test_tokens_that_would_fill_the_memory_stay_in_the_file(corpus, cache_dir, monkeypatch):
+  monkeypatch.setattr(tokens, "_MAX_MEMORY", 12 * CONFIG.sequence_length * 2 - 1)
+  first, _ = load(corpus, cache_dir)
+  assert_same(first, tokens.encode(CONFIG, corpus.splits))
+  mapped = {name for name, array in first.arrays().items() if not array.flags.writeable}
+  assert mapped == {f"{name}.tokens" for name in ("train", "validation", "test") if len(getattr(first, name)) >= 12}
+  assert mapped
+
+
 def test_changed_archive_is_read_again(corpus, cache_dir):
   before, _ = load(corpus, cache_dir)
   after, _ = load(Corpus("other archive", "dull"), cache_dir)

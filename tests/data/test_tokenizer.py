@@ -48,7 +48,10 @@ def config_of(size: int = 100, **settings: Any) -> DataConfig:
 
 
 def fit(*texts: str, **settings: Any) -> Vocabulary:
-  return Vocabulary.fit(texts, config_of(**settings))
+  vocabulary, *fitted = Vocabulary.fit(texts, config_of(**settings))
+  for array, expected in zip(fitted, vocabulary.encode(texts), strict=True):
+    np.testing.assert_array_equal(array, expected, strict=True)
+  return vocabulary
 
 
 @pytest.mark.parametrize(
@@ -296,7 +299,7 @@ def assert_same_as_keras(corpora: list[dict], folder: Path) -> None:
   for corpus, keras in zip(corpora, json.loads(target.read_text(encoding="utf-8")), strict=True):
     # Keras strips no tags. Its index holds all words, but it uses only those with an id below num_words.
     config = config_of(corpus["size"], sequence_length=corpus["sequence_length"], strip_html=False)
-    vocabulary = Vocabulary.fit(corpus["texts"][: corpus["num_fitted"]], config)
+    vocabulary, *_ = Vocabulary.fit(corpus["texts"][: corpus["num_fitted"]], config)
     used = {word: i for word, i in keras["index"].items() if i < corpus["size"]}
     assert {word: i for i, word in enumerate(vocabulary.words, start=1)} == used
     tokens, lengths = vocabulary.encode(corpus["texts"])

@@ -15,7 +15,7 @@ CONFIG = DataConfig(vocabulary_size=10)
 
 
 def fit(*texts: str, config: DataConfig = CONFIG) -> Vocabulary:
-  return Vocabulary.fit(texts, config)
+  return Vocabulary.fit(texts, config)[0]
 
 
 @pytest.mark.parametrize("strip_html", [False, True])

@@ -55,14 +55,14 @@ def test_matmul_precision_of_the_surrounding_program_is_kept(tmp_path):
 
 def test_a_batch_is_never_larger_than_the_training_set(tmp_path, monkeypatch):
   sizes = set()
-  put_rows = Program.put_rows
+  put_batches = Program.put_batches
 
-  def recorded(program, rows):
-    placed = put_rows(program, rows)
-    sizes.add(placed[0].shape[-1])
+  def recorded(program, *arrays):
+    placed = put_batches(program, *arrays)
+    sizes.add(placed[0]["labels"].shape[-1])
     return placed
 
-  monkeypatch.setattr(Program, "put_rows", recorded)
+  monkeypatch.setattr(Program, "put_batches", recorded)
   result = imdb_jax.fit(tiny(tmp_path, batch_size=5_000))
   assert sizes == {32}
   assert [line["step"] for line in result.history] == [1, 2]

@@ -51,7 +51,7 @@ def test_unlabelled_reviews_change_the_vectors_but_not_the_vocabulary(tmp_path, 
   reviews = archive.read_archive(tmp_path / "a.tar", imdb.SPLITS)
   train, unlabelled = (reviews[name].texts[:limit] for name in ("train", "unsupervised"))
   # "unsup" is a word of no labelled review.
-  vocabulary = Vocabulary.fit(train, config.data)
+  vocabulary, *_ = Vocabulary.fit(train, config.data)
   seen, length = vocabulary.encode(train + unlabelled)[0], len(train) + len(unlabelled)
   np.testing.assert_array_equal(vectors_of(config), word_vectors.svd(seen, 20, 4))
   shown = capsys.readouterr().out
