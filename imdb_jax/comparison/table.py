@@ -157,7 +157,7 @@ def page(
 
   `context` has the title, the notes, the failures, and the name of the reference.
   """
-  styles = {name: {"color": f"C{place % 10}", "marker": "o"} for place, name in enumerate(results)}
+  styles = {name: {"color": f"C{place % 10}", "marker": "os^"[place // 10 % 3]} for place, name in enumerate(results)}
   timed = [row for row in rows if row["train_seconds"] > 0]
   points = [(row["name"], row["train_seconds"], 100 * row["accuracy"], styles[row["name"]]) for row in timed]
   learnt = {row: [each.val_accuracy for each in models] for row, models in results.items() if models[0].val_accuracy}
