@@ -104,7 +104,7 @@ class NextWord:
 
   def loss_weights(self, labels: np.ndarray, _: str) -> np.ndarray:
     """Return ones: all words weigh the same."""
-    return np.ones(len(labels), np.float32)
+    return np.ones(len(labels))
 
   def sums(self, answers: jax.Array, _: jax.Array, weights: jax.Array, __: jax.Array) -> dict[str, jax.Array]:
     """Return sums over a batch, as those of `Classification`; there are neither labels nor weights of losses."""

@@ -177,8 +177,7 @@ class Program:
     shape = num_seeds, self.config.runtime.steps_per_dispatch, devices.padded_size(batch_size, self.mesh)
     padded = np.full(shape, -1, np.int32)
     padded[:, :num_steps, :batch_size] = rows.swapaxes(0, 1)
-    found = vars(split) | {"loss_weights": loss_weights}
-    batches = {name: array[padded] for name, array in found.items()}
+    batches = {name: array[padded] for name, array in (vars(split) | {"loss_weights": loss_weights}).items()}
     for array in batches.values():
       array[padded < 0] = 0
     batches["weights"] = (padded >= 0).astype(np.float32)

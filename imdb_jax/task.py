@@ -78,18 +78,18 @@ class Classification:
     self.head_size = 1 if len(classes) == 2 else len(classes)
 
   def loss_weights(self, labels: np.ndarray, wanted: str) -> np.ndarray:
-    """Return weights f32[n] of the losses of training reviews with labels int[n].
+    """Return weights f64[n] of the losses of training reviews with labels int[n].
 
     They may be wanted as "none", which is 1; "balanced", in inverse proportion to the size of the class and with a mean
     of 1; or by class, such as "spam=3,ham=0.5", and are 1 for others. Raises UsageError for anything else, or an
     unknown class.
     """
     if wanted == "none":
-      return np.ones(len(labels), np.float32)
+      return np.ones(len(labels))
     if wanted == "balanced":
       counts = np.bincount(labels, minlength=len(self.classes))
-      return (len(labels) / (np.count_nonzero(counts) * counts[labels])).astype(np.float32)
-    weights = np.ones(len(self.classes), np.float32)
+      return len(labels) / (np.count_nonzero(counts) * counts[labels])
+    weights = np.ones(len(self.classes))
     for part in wanted.split(","):
       name, _, weight = part.rpartition("=")
       if name not in self.classes or not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", weight):

@@ -108,16 +108,16 @@ def test_keras_forgets_its_warm_up(job, tmp_path):
 
 @pytest.mark.parametrize("name", ["ours-chunked", "ours-scan", "ours-masked", "ours-bucketed"])
 def test_our_worker_times_the_program_of_the_package(name, module, job, monkeypatch):
-  programs, num_steps, settings = [], [], {"ours-scan": "scan"}
+  programs, num_steps, settings, initialize = [], [], {"ours-scan": "scan"}, Program.__init__
 
-  class Spied(Program):
-    def __init__(self, *arguments):
-      super().__init__(*arguments)
-      programs.append(self)
-      train_steps = self.train_steps
-      self.train_steps = lambda *arrays: num_steps.append(int(arrays[-1])) or train_steps(*arrays)
+  def spied(program, *arguments):
+    initialize(program, *arguments)
+    programs.append(program)
+    train_steps = program.train_steps
+    program.train_steps = lambda *arrays: num_steps.append(int(arrays[-1])) or train_steps(*arrays)
 
-  monkeypatch.setattr("imdb_jax.program.Program", Spied)
+  # Not the class: modules that are imported meanwhile would keep another one.
+  monkeypatch.setattr(Program, "__init__", spied)
   system = module("ours").Training(dataclasses.replace(job, system=name))
   batches = system.epoch(1)
   assert sorted(np.concatenate(batches, axis=None)) == list(range(8))
