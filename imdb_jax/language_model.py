@@ -102,7 +102,7 @@ class NextWord:
 
   head_size, monitor = 2, "accuracy"
 
-  def loss_weights(self, labels: np.ndarray, _: str) -> np.ndarray:
+  def loss_weights(self, labels: np.ndarray, _wanted: str) -> np.ndarray:
     """Return ones: all words weigh the same."""
     return np.ones(len(labels))
 

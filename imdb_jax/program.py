@@ -215,8 +215,7 @@ class Program:
         state, step_sums = self._train_step(state, {name: array[i] for name, array in batches.items()})
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), sums, step_sums)
 
-      zeros = jnp.zeros(len(batches["labels"]), jnp.float32)
-      sums = dict.fromkeys(("loss", "correct", "weight", "is_finite", "grad_norm"), zeros)
+      sums = dict.fromkeys(("loss", "correct", "weight", "is_finite", "grad_norm"), jnp.zeros(len(batches["labels"])))
       return jax.lax.fori_loop(0, num_steps, step, (state, sums))
 
     # Seeds outside, steps inside: XLA would copy a state with a seed axis on every step.

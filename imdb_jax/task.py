@@ -80,9 +80,8 @@ class Classification:
   def loss_weights(self, labels: np.ndarray, wanted: str) -> np.ndarray:
     """Return weights f64[n] of the losses of training reviews with labels int[n].
 
-    They may be wanted as "none", which is 1; "balanced", in inverse proportion to the size of the class and with a mean
-    of 1; or by class, such as "spam=3,ham=0.5", and are 1 for others. Raises UsageError for anything else, or an
-    unknown class.
+    They are 1 for "none"; for "balanced", in inverse proportion to the size of the class, with a mean of 1; or given by
+    class, as in "spam=3,ham=0.5", and 1 for others. Raises UsageError for anything else, or an unknown class.
     """
     if wanted == "none":
       return np.ones(len(labels))

@@ -157,6 +157,7 @@ def page(
 
   `context` has the title, the notes, the failures, and the name of the reference.
   """
+  # There are ten colours. The next ten models have squares instead of circles, then triangles.
   styles = {name: {"color": f"C{place % 10}", "marker": "os^"[place // 10 % 3]} for place, name in enumerate(results)}
   timed = [row for row in rows if row["train_seconds"] > 0]
   points = [(row["name"], row["train_seconds"], 100 * row["accuracy"], styles[row["name"]]) for row in timed]

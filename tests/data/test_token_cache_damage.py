@@ -114,6 +114,13 @@ def changed(field: str, value: int) -> Callable[[tokens.TokenData], tokens.Token
   return change
 
 
+def moved_length(data: tokens.TokenData) -> tokens.TokenData:
+  """Make one review a word longer and another one a word shorter, so that the sum stays."""
+  lengths = data.train.lengths.copy()
+  lengths[[0, -1]] += [1, -1]
+  return dataclasses.replace(data, train=dataclasses.replace(data.train, lengths=lengths))
+
+
 LIES = {
   "an id below 0": changed("tokens", -1),
   "an id as large as the vocabulary": changed("tokens", 20),
@@ -122,6 +129,7 @@ LIES = {
   "a negative label": changed("labels", -1),
   "a length above the sequence's": changed("lengths", 7),
   "a negative length": changed("lengths", -1),
+  "a word of one review counted in another": moved_length,
 }
 
 
