@@ -96,8 +96,7 @@ class Vocabulary:
       raise DataError(f"the words of the reviews take more than {_MAX_FILE_BYTES:,} bytes; use the official archive")
     ids = np.full(len(words), PADDING_ID, vocabulary.dtype)
     ids[ranked] = np.arange(1, len(ranked) + 1)
-    found = ids[np.asarray(found)]
-    rows = (found[start:end] for start, end in itertools.pairwise(ends))
+    rows = (ids[np.asarray(found[start:end])] for start, end in itertools.pairwise(ends))
     return vocabulary, *vocabulary._padded((row[row != PADDING_ID] for row in rows), len(texts))
 
   def split(self, text: str) -> list[str]:

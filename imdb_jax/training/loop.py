@@ -158,7 +158,8 @@ class _Trainer:
   ):
     self._program, self._data, self._config = program, data, program.config
     self._checkpoints, self._recorder, self._stop = checkpoints, recorder, stop
-    self._loss_weights = np.float32(program.task.loss_weights(data.train.labels, self._config.training.class_weights))
+    loss_weights = program.task.loss_weights(data.train.labels, program.config.training.class_weights)
+    self._loss_weights = loss_weights.astype(np.float32)
     self._saved_at = time.monotonic()
     self._trace, self._traced_from = contextlib.ExitStack(), 0
     # Of the best epoch, unless that was before the run was resumed.
