@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from imdb_jax.config import Config
-from imdb_jax.data import sources, tokens
+from imdb_jax.data import sources, tables, tokens
 from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import printable
 
@@ -32,18 +32,18 @@ def check(config: Config) -> dict[str, Any]:
   source = sources.find(data, config.runtime.archive, config.runtime.cache_dir)
   splits = tokens.split(data, source.load(notes.append))
   train, test = splits["train"], splits["test"]
+  tables.report_left_out(train.left_out, notes.append)
   vocabulary, *_ = Vocabulary.fit(train.texts, data)
   words = {name: _count_words(each.texts, vocabulary) for name, each in splits.items()}
   sums = {name: each.sum(axis=1).tolist() for name, each in words.items()}
   lengths = np.concatenate([known for _, known in words.values()])
   pairs = [(text, label) for each in splits.values() for text, label in zip(each.texts, each.labels, strict=True)]
   num_texts = len({text for text, _ in pairs})
-  counts = {name: np.bincount(each.labels, minlength=len(each.classes)).tolist() for name, each in splits.items()}
+  counts = [np.bincount(each.labels, minlength=len(each.classes)).tolist() for each in splits.values()]
   result: dict[str, Any] = {
     "rows": {name: len(each) for name, each in splits.items()},
-    "classes": {
-      name: {split: numbers[place] for split, numbers in counts.items()} for place, name in enumerate(train.classes)
-    },
+    "left_out": train.left_out,
+    "classes": {name: dict(zip(splits, each, strict=True)) for name, *each in zip(train.classes, *counts, strict=True)},
     "lengths": dict(zip(("median", "95%", "longest"), np.quantile(lengths, (0.5, 0.95, 1)).tolist(), strict=True)),
     "cut_share": float(np.mean(lengths > data.sequence_length)),
     "unknown_word_shares": {name: 1 - known / max(count, 1) for name, (count, known) in sums.items()},
@@ -58,11 +58,8 @@ def check(config: Config) -> dict[str, Any]:
 
 def _count_words(texts: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
   """Return the numbers of words and of known words of each text, int[2, n]."""
-  known, counts = {*vocabulary.words}, []
-  for text in texts:
-    words = vocabulary.split(text)
-    counts.append((len(words), sum(word in known for word in words)))
-  return np.array(counts).T
+  known = {*vocabulary.words}
+  return np.array([(len(words), sum(word in known for word in words)) for words in map(vocabulary.split, texts)]).T
 
 
 def _training_seconds(config: Config, lengths: np.ndarray) -> float:

@@ -146,7 +146,7 @@ def test_warmup_compiles_all_that_predict_will_need(num_devices, evaluation_batc
 
 def test_checkpoints_are_closed_when_none_can_be_restored(tmp_path, monkeypatch):
   runtime = RuntimeConfig(run_dir=tmp_path, platform="cpu", num_devices=1)
-  run_directory.create(dataclasses.replace(CONFIG, runtime=runtime), VOCABULARY.json, "digest")
+  run_directory.create(dataclasses.replace(CONFIG, runtime=runtime), VOCABULARY, "digest", "", {"a": 1, "b": 1}, {})
   (tmp_path / "checkpoints").mkdir()
   close, closed = Checkpoints.close, []
   monkeypatch.setattr(Checkpoints, "close", lambda checkpoints: closed.append(close(checkpoints)))

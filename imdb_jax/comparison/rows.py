@@ -23,7 +23,7 @@ from imdb_jax import devices
 from imdb_jax.comparison import linear, results, table
 from imdb_jax.comparison.results import Result
 from imdb_jax.config import Config
-from imdb_jax.data import sources, tokens
+from imdb_jax.data import sources, tables, tokens
 from imdb_jax.data.reviews import Reviews
 from imdb_jax.errors import ImdbJaxError, PlatformError, UsageError, first_line
 from imdb_jax.prediction import Classifier
@@ -85,6 +85,7 @@ def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = F
   console.line("Reading the reviews")
   source = sources.find(base.data, base.runtime.archive, base.runtime.cache_dir)
   splits = tokens.split(base.data, source.load(console.line))
+  tables.report_left_out(splits["train"].left_out, console.line)
   train, validation = splits["train"], splits.setdefault("validation", splits["test"])
   if len(train.classes) != 2:
     raise UsageError(f"--data {base.data.source}: has {len(train.classes)} classes, but two are compared.")

@@ -11,6 +11,8 @@ import numpy as np
 NEGATIVE, POSITIVE, UNLABELLED = 0, 1, -1
 # Names of the labels 0 and 1.
 CLASSES = ("negative", "positive")
+# Places of the rows without a text, by a line that names their file and counts them.
+LeftOut = dict[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class Reviews:
       Those of own texts are hashes, uint64[n].
     classes: names of the labels 0, 1, ...
     stars: int32[n], the ratings from 1 to 10 by which IMDB's reviews were labelled, or None if unknown.
+    left_out: rows of the source, in all of its files, that are in no split. Only the training reviews have them.
   """
 
   texts: tuple[str, ...]
@@ -31,6 +34,7 @@ class Reviews:
   groups: np.ndarray | None = None
   classes: tuple[str, ...] = CLASSES
   stars: np.ndarray | None = None
+  left_out: LeftOut = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.texts)

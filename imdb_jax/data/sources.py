@@ -96,14 +96,14 @@ def _fingerprint(config: DataConfig) -> str:
 
 def _load_own(config: DataConfig, report: Callable[[str], None]) -> dict[str, Reviews]:
   before = _fingerprint(config)
-  rows = {name: tables.read(path, config, report) for name, path in _paths(config).items()}
+  read = {name: tables.read(path, config) for name, path in _paths(config).items()}
   if _fingerprint(config) != before:
     raise DataError(f"{config.source}: has changed while it was read; wait until it is complete.")
-  return splits.split(rows, report, config.source)
+  return splits.split(read, report, config.source)
 
 
 def _load_given(given: Mapping[str, Sequence[Any]], report: Callable[[str], None]) -> dict[str, Reviews]:
-  return splits.split({name: tables.from_python(given, name, report) for name in given}, report, "data")
+  return splits.split({name: tables.from_python(given, name) for name in given}, report, "data")
 
 
 def _load_unlabelled(config: DataConfig, load: Callable[..., Any], report: Callable[[str], None]) -> dict[str, Reviews]:

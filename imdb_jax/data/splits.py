@@ -1,6 +1,7 @@
 """Labelled texts of one's own as reviews for training and testing."""
 
 import collections
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +11,16 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from imdb_jax.data import tables
-from imdb_jax.data.reviews import Reviews, canonical
+from imdb_jax.data.reviews import LeftOut, Reviews, canonical
 from imdb_jax.errors import DataError
 
 # Share of the texts that are for testing if there are no test texts.
 TEST_SHARE = 0.2
 
 
-def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None], name: str) -> dict[str, Reviews]:
+def split(
+  read: Mapping[str, tuple[Sequence[tables.Row], LeftOut]], report: Callable[[str], None], name: str
+) -> dict[str, Reviews]:
   """Return the reviews of "train" and "test", in canonical order. `name` is that of the training texts in messages.
 
   Without test rows, about `TEST_SHARE` of the rows are for testing. A hash of the text decides, or of the group, so
@@ -27,9 +30,9 @@ def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None
   Raises:
     DataError: there are fewer than two classes, or too few rows of one.
   """
-  if "train" not in rows or not rows.keys() <= {"train", "test"}:
-    raise DataError(f"data: must have the key train, and may have test, not {', '.join(map(repr, rows))}.")
-  train, test = rows["train"], rows.get("test")
+  if "train" not in read or not read.keys() <= {"train", "test"}:
+    raise DataError(f"data: must have the key train, and may have test, not {', '.join(map(repr, read))}.")
+  (train, left_out), (test, more_left_out) = read["train"], read.get("test", (None, {}))
   counts = collections.Counter(row.label for row in train)
   classes = tuple(sorted(counts, key=_order))
   if len(classes) == 1:
@@ -38,16 +41,13 @@ def split(rows: Mapping[str, Sequence[tables.Row]], report: Callable[[str], None
     if counts[row.label] == 1:
       counted = f"{len(classes):,} classes in {len(train):,} rows"
       raise DataError(f"{name}: {row.place}: the class {row.label!r:.80} has no other row ({counted}); add one.")
-  hashes = _hashes(train)
+  found = dataclasses.replace(numbered(train, classes, _hashes(train)), left_out=left_out | more_left_out)
   if test is not None:
     if common := len({row.text for row in train} & {row.text for row in test}):
       report(f"Note: {common:,} different texts are both for training and for testing.")
-    return {"train": numbered(train, classes, hashes), "test": numbered(test, classes, name="test texts")}
-  is_test = hashes < np.uint64(TEST_SHARE * 2**64)
-  sides = {
-    side: numbered([row for row, chosen in zip(train, mask, strict=True) if chosen], classes, hashes[mask])
-    for side, mask in (("train", ~is_test), ("test", is_test))
-  }
+    return {"train": found, "test": numbered(test, classes, name="test texts")}
+  is_test = np.asarray(found.groups) < np.uint64(TEST_SHARE * 2**64)
+  sides = {"train": found.take(np.flatnonzero(~is_test)), "test": found.take(np.flatnonzero(is_test))}
   remedy = "add more, or choose yourself by --test-data."
   for number, label in enumerate(classes):
     if number not in sides["train"].labels:

@@ -16,18 +16,17 @@ from typing import Any, NamedTuple
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import archive
+from imdb_jax.data.reviews import LeftOut
 from imdb_jax.errors import DataError, first_line, printable, reraise_as
 from imdb_jax.store import files
 
 # Of a file or folder, unpacked; of one row in bytes, and of a text and a label in characters.
 MAX_BYTES, MAX_ROW_BYTES, MAX_TEXT, MAX_LABEL = 2**32, 2**23, 2**20, 200
-MAX_ROWS, MAX_LINES, MAX_CLASSES = 4_000_000, 40_000_000, 1_000
+MAX_ROWS, MAX_LINES, MAX_CLASSES, MAX_LISTED = 4_000_000, 40_000_000, 1_000, 100_000
 _DELIMITERS = ",;\t|"
 _FORMATS = (
   ".csv, .tsv, .txt, .jsonl or .ndjson, also with .gz or .xz, or a folder with one sub-folder of .txt per label"
 )
-
-Report = Callable[[str], None]
 
 
 class Row(NamedTuple):
@@ -93,18 +92,17 @@ def _check_total(size: int) -> None:
     raise ValueError(f"has more than {MAX_BYTES:,} bytes, unpacked")
 
 
-def read(path: Path, config: DataConfig, report: Report) -> list[Row]:
+def read(path: Path, config: DataConfig) -> tuple[list[Row], LeftOut]:
   """Read labelled texts from a file, whose format follows from its name, or a folder.
 
-  `report` gets a line of which rows were left out because their text is empty. Raises DataError, which names line and
-  column, if the file is missing, too large or damaged, or a row has no label.
+  Raises DataError, which names line and column, if the file is missing, too large or damaged, or a row has no label.
   """
   columns = [config.text_column, config.label_column, config.group_column or "", "id"]
   with _clear_errors(path), contextlib.closing(_rows(path, columns)) as rows:
-    return _checked(rows, columns, lambda line: report(f"{path}: {line}"))
+    return _checked(rows, columns, path)
 
 
-def from_python(given: Mapping[str, Sequence[Any]], name: str, report: Report) -> list[Row]:
+def from_python(given: Mapping[str, Sequence[Any]], name: str) -> tuple[list[Row], LeftOut]:
   """Return rows of the texts, labels and perhaps groups of a split: lists, or columns of NumPy, pandas or Arrow.
 
   Raises DataError if the columns differ in length, a label is missing, or a text is not a text.
@@ -122,11 +120,11 @@ def from_python(given: Mapping[str, Sequence[Any]], name: str, report: Report) -
     # NaN differs from itself.
     strings = [["" if value is None or value != value else str(value) for value in column] for column in columns]
     rows = (Row(f"row {number:,}", *values) for number, values in enumerate(zip(*strings, strict=True)))
-    return _checked(rows, Row._fields[1:], lambda line: report(f"{path}: {line}"))
+    return _checked(rows, Row._fields[1:], path)
 
 
-def _checked(rows: Iterable[Row], columns: Sequence[str], report: Report) -> list[Row]:
-  """Return the rows that have a text, and report the others; raise ValueError if a row is not as it should be."""
+def _checked(rows: Iterable[Row], columns: Sequence[str], path: Path) -> tuple[list[Row], LeftOut]:
+  """Return the rows that have a text, and where the others are; raise ValueError if a row is not as it should be."""
   found, skipped, ids, labels = [], [], {}, set()
   for row in rows:
     for column, value, limit in zip(columns, row[1:], (MAX_TEXT, MAX_LABEL, MAX_TEXT, MAX_TEXT), strict=True):
@@ -146,10 +144,15 @@ def _checked(rows: Iterable[Row], columns: Sequence[str], report: Report) -> lis
       raise ValueError(f"has more than {MAX_ROWS:,} rows")
   if not found:
     raise ValueError("has no rows with a text")
-  if skipped:
-    shown = ", ".join(row.place for row in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-    report(f"left out {len(skipped):,} of {len(found) + len(skipped):,} rows, whose text is empty ({printable(shown)})")
-  return found
+  counted = f"left out {len(skipped):,} of {len(found) + len(skipped):,} rows, whose text is empty"
+  places = [printable(row.place) for row in skipped[:MAX_LISTED]] + ["..."] * (len(skipped) > MAX_LISTED)
+  return found, {printable(f"{path}: {counted}"): places} if skipped else {}
+
+
+def report_left_out(left_out: LeftOut, report: Callable[[str], None]) -> None:
+  """Report in a line per file how many rows have no text, and where the first five are."""
+  for counted, places in left_out.items():
+    report(f"{counted} ({', '.join(places[:5])}{', ...' if len(places) > 5 else ''})")
 
 
 @contextlib.contextmanager
@@ -235,10 +238,9 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
     with archive.opened(path) as stream:
       lines = _Lines(stream)
       reader = csv.reader(lines, delimiter=delimiter, strict=True)
-      try:
+      header = []
+      with contextlib.suppress(csv.Error):
         header = next(reader, [])
-      except csv.Error:
-        header = []
       headers.append(header)
       if _missing(columns, header):
         continue
@@ -250,13 +252,12 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
           values = next(reader, None)
         if values is None:
           return
-        # An empty line.
-        if not values:
-          continue
-        if len(values) != len(header):
+        # An empty line has none.
+        if values and len(values) != len(header):
           hint = "; is a text with a delimiter not in double quotes?" if len(values) > len(header) else ""
           raise ValueError(f"line {lines.start:,}: has {len(values)} columns, the first line has {len(header)}{hint}")
-        yield Record(f"line {lines.start:,}", header, values)
+        if values:
+          yield Record(f"line {lines.start:,}", header, values)
   found = max(headers, key=len)
   raise ValueError(f"line 1: has no column {_missing(columns, found)!r}{_choices(found)}")
 

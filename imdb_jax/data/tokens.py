@@ -1,6 +1,5 @@
 """Token arrays of the reviews: encoded from a source once, then read from a cache."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,7 +8,7 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from imdb_jax.config import DataConfig
 from imdb_jax.data import batches, tables
-from imdb_jax.data.reviews import CLASSES, Reviews, content, named
+from imdb_jax.data.reviews import CLASSES, LeftOut, Reviews, content, named
 from imdb_jax.data.sources import Source
 from imdb_jax.data.splits import numbered
 from imdb_jax.data.tokenizer import Vocabulary
@@ -26,9 +25,9 @@ from imdb_jax.errors import DataError, UsageError, first_line, reraise_as
 from imdb_jax.store import files
 
 # Version of the cache. It is part of the names of the entries, so entries of other versions are ignored.
-_FORMAT = 5
-# Of the tokens of a split. Larger entries are made again each time.
-_MAX_BYTES = 2**33
+_FORMAT = 6
+# Of the tokens of a split, and of a manifest. Larger entries are made again each time.
+_MAX_BYTES, _MAX_MANIFEST = 2**33, 2**23
 # Larger splits are read from the file while they are used. Should it be truncated then, the kernel ends the process.
 _MAX_MEMORY = 2**28
 _HOLD_OUT_SEED = 0
@@ -69,6 +68,7 @@ class TokenData:
 
   Attributes:
     classes: names of the labels 0, 1, ...
+    left_out: rows of the source that are in no split.
   """
 
   train: TokenSplit
@@ -76,11 +76,7 @@ class TokenData:
   test: TokenSplit
   vocabulary: Vocabulary
   classes: tuple[str, ...] = CLASSES
-
-  @classmethod
-  def of(cls, splits: dict[str, TokenSplit], vocabulary: Vocabulary, classes: tuple[str, ...]) -> "TokenData":
-    """Create token data; the test split also serves as a missing validation split."""
-    return cls(**{"validation": splits["test"]} | splits, vocabulary=vocabulary, classes=classes)
+  left_out: LeftOut = dataclasses.field(default_factory=dict)
 
   @property
   def summary(self) -> str:
@@ -128,9 +124,7 @@ def hold_out(reviews: Reviews, fraction: float) -> tuple[Reviews, Reviews]:
 def split(config: DataConfig, reviews: dict[str, Reviews]) -> dict[str, Reviews]:
   """Return the reviews of "train", "test" and, if a part is held out, "validation".
 
-  Raises:
-    DataError: a part must be held out, but the groups are unknown.
-    UsageError: a split has no reviews left.
+  Raises DataError if that part's groups are unknown, and UsageError if a split has no reviews left.
   """
   splits = {"train": reviews["train"], "test": reviews["test"]}
   if config.validation == "split":
@@ -148,12 +142,15 @@ def encode(config: DataConfig, reviews: dict[str, Reviews]) -> TokenData:
   vocabulary, tokens, lengths = Vocabulary.fit(train.texts, config)
   encoded = {name: _encode(each, vocabulary) for name, each in splits.items()}
   encoded["train"] = TokenSplit(tokens=tokens, lengths=lengths, labels=train.labels)
-  return TokenData.of(encoded, vocabulary, train.classes)
+  encoded.setdefault("validation", encoded["test"])
+  return TokenData(**encoded, vocabulary=vocabulary, classes=train.classes, left_out=train.left_out)
 
 
 def read(path: Path, vocabulary: Vocabulary, classes: tuple[str, ...], report: Callable[[str], None]) -> TokenSplit:
   """Return the encoded texts of a labelled file or folder; raise DataError as `tables.read`, or for another class."""
-  return _encode(numbered(tables.read(path, vocabulary.config, report), classes, name=str(path)), vocabulary)
+  rows, left_out = tables.read(path, vocabulary.config)
+  tables.report_left_out(left_out, report)
+  return _encode(numbered(rows, classes, name=str(path)), vocabulary)
 
 
 def _encode(reviews: Reviews, vocabulary: Vocabulary) -> TokenSplit:
@@ -167,22 +164,23 @@ def load(
   """Return the encoded reviews of a source, from the cache if possible.
 
   One process at a time reads the source and fills the cache; the others wait for it. `report` gets a line before slow
-  work.
+  work, and one of the rows left out.
 
   Raises:
     DataError: the reviews are missing or damaged, lack the groups for a held-out part, or cannot be cached.
     UsageError: a split has no reviews left.
   """
-  fingerprint = source.fingerprint()
-  if fingerprint is None:
-    return encode(config, source.load(report))
-  entry = _entry(cache_dir, config, fingerprint)
-  data = _read_intact(entry, config, lambda line: None)
-  if data is not None:
-    return data
-  with reraise_as(DataError, f"--cache-dir {cache_dir}: cannot be written"), _locked(cache_dir, report):
-    # Another process may have filled the cache meanwhile.
-    return _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
+  if (fingerprint := source.fingerprint()) is None:
+    data = encode(config, source.load(report))
+  else:
+    entry = _entry(cache_dir, config, fingerprint)
+    data = _read_intact(entry, config, lambda line: None)
+    if data is None:
+      with reraise_as(DataError, f"--cache-dir {cache_dir}: cannot be written"), _locked(cache_dir, report):
+        # Another process may have filled the cache meanwhile.
+        data = _read_intact(entry, config, report) or _fill(entry, source, config, cache_dir, report)
+  tables.report_left_out(data.left_out, report)
+  return data
 
 
 def load_unlabelled(source: Source, vocabulary: Vocabulary, report: Callable[[str], None]) -> np.ndarray:
@@ -213,27 +211,23 @@ def sequences(data: TokenData, *unlabelled: np.ndarray) -> TokenData:
     found = words[: len(words) - len(words) % _SEQUENCE].reshape(-1, _SEQUENCE)[:most]
     if not len(found):
       raise UsageError(f"--objective next_word: a split has fewer than {_SEQUENCE} words.")
-    return TokenSplit(
-      tokens=found, lengths=np.full(len(found), _SEQUENCE, np.int32), labels=np.zeros(len(found), np.int32)
-    )
+    lengths = np.full(len(found), _SEQUENCE, np.int32)
+    return TokenSplit(tokens=found, lengths=lengths, labels=np.zeros_like(lengths))
 
   validation = cut(data.validation.tokens, _MAX_VALIDATION)
   train = cut(np.concatenate([data.train.tokens, *unlabelled]))
   return dataclasses.replace(data, train=train, validation=validation, test=validation)
 
 
-@contextlib.contextmanager
-def _locked(cache_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
+def _locked(cache_dir: Path, report: Callable[[str], None]) -> filelock.AcquireReturnProxy:
   """Let one process at a time fill the cache. The lock ends with its process."""
   cache_dir.mkdir(parents=True, exist_ok=True)
   lock = filelock.FileLock(cache_dir / "tokens.lock")
   try:
-    held = lock.acquire(blocking=False)
+    return lock.acquire(blocking=False)
   except filelock.Timeout:
     report("Waiting for another process to read the reviews")
-    held = lock.acquire()
-  with held:
-    yield
+    return lock.acquire()
 
 
 def _entry(cache_dir: Path, config: DataConfig, fingerprint: str) -> Path:
@@ -249,7 +243,7 @@ def _fill(entry: Path, source: Source, config: DataConfig, cache_dir: Path, repo
   if source.content not in (None, content(reviews)):
     report("Note: these are not the texts of the official IMDB reviews.")
   # Equal texts from all sources share one entry; the entry of a source is a link to it.
-  shared = _entry(cache_dir, config, content(reviews))
+  shared = _entry(cache_dir, config, f"{content(reviews)}{data.left_out or ''}")
   _write(shared, data, {"settings": dataclasses.asdict(config), "content": content(reviews)})
   if entry not in (shared, _entry(cache_dir, config, str(source.content))):
     files.remove(entry)
@@ -260,20 +254,18 @@ def _fill(entry: Path, source: Source, config: DataConfig, cache_dir: Path, repo
 
 def _write(entry: Path, data: TokenData, facts: dict[str, Any]) -> None:
   """Write an entry elsewhere and rename it, so that readers see a complete entry or none."""
-  splits = {"train": data.train, "validation": data.validation, "test": data.test}
-  if data.validation is data.test:
-    del splits["validation"]
+  names = [name for name in _SPLITS if name != "validation" or data.validation is not data.test]
   entry.parent.mkdir(exist_ok=True)
   with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".making-") as making:
     unfinished = Path(making) / entry.name
     unfinished.mkdir()
     # Bytes alone, without a header that could lie about them: the config and the rows say what they are.
     with (unfinished / "arrays").open("xb") as file:
-      for split, field in itertools.product(splits.values(), _FIELDS):
-        getattr(split, field).tofile(file)
+      for name, field in itertools.product(names, _FIELDS):
+        data.arrays()[f"{name}.{field}"].tofile(file)
     files.write(unfinished / "vocab.json", data.vocabulary.json)
-    rows = {name: len(split) for name, split in splits.items()}
-    facts |= {"rows": rows, "classes": data.classes, "digest": data.digest}
+    rows = {name: len(getattr(data, name)) for name in names}
+    facts |= {"rows": rows, "classes": data.classes, "left_out": data.left_out, "digest": data.digest}
     files.write_json(unfinished / "manifest.json", facts)
     files.remove(entry)
     unfinished.replace(entry)
@@ -298,7 +290,10 @@ def _read(entry: Path, config: DataConfig) -> TokenData:
     if entry.is_symlink():
       raise ValueError("a link to a link")
   vocabulary = Vocabulary.load(entry / "vocab.json", config)
-  manifest = files.read_json(entry / "manifest.json")
+  manifest = files.read_json(entry / "manifest.json", _MAX_MANIFEST)
+  left_out = {line: list(places) for line, places in manifest["left_out"].items()}
+  if len(left_out) > 2 or not all(map(str.isprintable, itertools.chain(left_out, *left_out.values()))):
+    raise ValueError("the list of rows left out cannot be right")
   with files.open_regular(entry / "arrays") as file:
     names = [name for name in _SPLITS if name in manifest["rows"]]
     splits = {name: _read_split(file, manifest["rows"][name], vocabulary) for name in names}
@@ -307,7 +302,8 @@ def _read(entry: Path, config: DataConfig) -> TokenData:
       raise ValueError("the arrays are too long")
     if any(not 0 <= label < len(classes) for split in splits.values() for label in np.unique(split.labels)):
       raise ValueError("a label is not a class")
-  data = TokenData.of(splits, vocabulary, classes)
+  splits.setdefault("validation", splits["test"])
+  data = TokenData(**splits, vocabulary=vocabulary, classes=classes, left_out=left_out)
   if data.digest != manifest["digest"]:
     raise ValueError("the content does not match the manifest")
   return data

@@ -4,6 +4,7 @@ config.json      all settings that define the result
 vocab.json       the vocabulary
 classes.json     number of training texts by class, in the order of the labels; a list of names in older runs, absent
                  in older runs on IMDB
+left_out.txt     the rows of own texts that were left out, if any
 provenance.json  digests of data and vocabulary; of each start of the trainer step, versions, devices, changed settings
 metrics.jsonl    one line every few steps and one per epoch, see `imdb_jax.store.metrics_log`
 history.csv, history.png, report.html, report.md
@@ -26,7 +27,8 @@ from typing import Any
 import filelock
 
 from imdb_jax.config import Config, RuntimeConfig, differing_fields
-from imdb_jax.data.reviews import CLASSES
+from imdb_jax.data.reviews import CLASSES, LeftOut
+from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import DataError, UsageError, reraise_as
 from imdb_jax.store import files
 
@@ -37,8 +39,8 @@ _LOCK = "lock"
 # What a trainer writes in place. Its other files are written under another name and renamed.
 _WRITTEN_IN_PLACE = (_LOCK, "metrics.jsonl")
 # config.json is written last: a folder that holds only these is a new run whose creation was interrupted.
-_JSON = ("vocab.json", "classes.json", "provenance.json")
-_BEFORE_CONFIG = {_LOCK, *_JSON, *(f"{name}.new" for name in _JSON), "config.json.new"}
+_FIRST = ("vocab.json", "classes.json", "left_out.txt", "provenance.json")
+_BEFORE_CONFIG = {_LOCK, *_FIRST, *(f"{name}.new" for name in _FIRST), "config.json.new"}
 
 # Files that a trainer holds open, by path.
 Held = dict[Path, os.stat_result]
@@ -143,19 +145,16 @@ def exists(config: Config) -> bool:
 
 
 def create(
-  config: Config, vocabulary: str, data_digest: str, summary: str = "", classes: dict[str, int] | None = None
+  config: Config, vocabulary: Vocabulary, data_digest: str, summary: str, classes: dict[str, int], left_out: LeftOut
 ) -> None:
-  """Write the files of a new run, with its vocabulary as JSON.
-
-  `data_digest` identifies the data, and `summary` describes them for a person. `classes` has the number of training
-  texts by class; None for those of IMDB, in equal shares.
-  """
+  """Write the files of a new run; `summary` describes its data for people, `classes` counts its training texts."""
   run_dir = config.run_dir
   with reraise_as(UsageError, f"--run-dir {run_dir}: cannot be written"):
-    files.write(run_dir / "vocab.json", vocabulary)
+    files.write(run_dir / "vocab.json", vocabulary.json)
     digests = {"data_digest": data_digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
-    if classes is not None:
-      files.write_json(run_dir / "classes.json", classes)
+    files.write_json(run_dir / "classes.json", classes)
+    if lines := [line for counted, places in left_out.items() for line in (counted, *places, "")]:
+      files.write(run_dir / "left_out.txt", "\n".join(lines))
     files.write_json(run_dir / "provenance.json", {"data": summary, **digests, "starts": []})
     files.write_json(run_dir / "config.json", config.to_dict())
 

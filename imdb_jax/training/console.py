@@ -174,6 +174,8 @@ def show_header(program: Program, data: TokenData, step: int, console: Console) 
   num_parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().params)) // len(seeds)
   num_steps = batches.num_batches(len(data.train), config.training.batch_size)
   own = {} if data.classes == CLASSES and config.data.source in NAMED_SOURCES else _describe(config, data)
+  if (path := config.run_dir / "left_out.txt").exists():
+    own["Left out"] = f"the rows in {path}"
   console.header(
     {
       "Preset": config.preset,

@@ -99,7 +99,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
     processes.require_equal(_shared_settings(program))
     with processes.together():
       if is_first and not is_resumed:
-        run_directory.create(config, loaded.vocabulary.json, loaded.digest, loaded.summary, loaded.counts)
+        run_directory.create(config, loaded.vocabulary, loaded.digest, loaded.summary, loaded.counts, loaded.left_out)
     with processes.together():
       # Each process has its own view of the folder and of the reviews.
       if not is_first and not run_directory.exists(config):

@@ -55,6 +55,17 @@ def test_people_get_lines_of_60_columns(tmp_path, call, rows):
   assert "1 texts also occur with another label" in text
 
 
+def test_programs_get_the_places_of_rows_without_a_text(tmp_path, call, rows):
+  train, test = write(tmp_path / "a.csv", [*rows, ("", "big")] * 2), write(tmp_path / "b.csv", [*rows, (" ", "big")])
+  result = json.loads(call("imdb-jax", "check", train, "--test-data", test, "--json")[1])
+  assert result["left_out"] == {
+    f"{train}: left out 2 of 244 rows, whose text is empty": ["line 123", "line 245"],
+    f"{test}: left out 1 of 122 rows, whose text is empty": ["line 123"],
+  }
+  assert f"{test}: left out 1 of 122 rows, whose text is empty (line 123)" in result["warnings"]
+  assert json.loads(call("imdb-jax", "check", write(tmp_path / "c.csv", rows * 2), "--json")[1])["left_out"] == {}
+
+
 def test_a_faulty_file_is_one_clear_line(tmp_path, call):
   result = call("imdb-jax", "check", write(tmp_path / "a.csv", [("a", "x"), ("b", "")]))
   assert_one_clear_line(result, 3, "line 3, column 'label': the label is empty")

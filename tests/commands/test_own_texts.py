@@ -75,6 +75,37 @@ def test_other_labelled_texts_are_evaluated(folder, tmp_path, call: Call):
   assert_one_clear_line(result, 3, "line 2: the label 'sports' is not a class of the training texts")
 
 
+def test_rows_without_a_text_are_counted_by_every_run_and_listed_in_its_folder(folder, tmp_path, call: Call):
+  train, test = write_rows(tmp_path / "a.csv", 60), write_rows(tmp_path / "b.csv", 20, seed=1)
+  for path, more in ((train, '60,,food\n61," ",tech\n'), (test, "20,,food\n")):
+    with path.open("a", newline="") as file:
+      file.write(more)
+  number = train.read_text().count("\n")
+  places = {train: [f"line {number - 1:,}", f"line {number:,}"], test: [f"line {test.read_text().count(chr(10)):,}"]}
+  counted = {train: f"{train}: left out 2 of 62 rows, whose text is empty"}
+  counted[test] = f"{test}: left out 1 of 21 rows, whose text is empty"
+  flags = ("--data", train, "--test-data", test, *TINY, "--epochs", "1", "--cache-dir", tmp_path / "cache", "--run-dir")
+  # The second one finds the tokens in the cache.
+  for name in ("first", "second"):
+    listed = tmp_path / name / "left_out.txt"
+    code, stdout, stderr = call("train", *flags, tmp_path / name)
+    assert (code, stderr) == (0, "")
+    assert ("once; then cached" in stdout) == (name == "first")
+    for path, line in counted.items():
+      assert f"\n{line} ({', '.join(places[path])})\n" in f"\n{stdout}"
+    assert f"Left out    the rows in {listed}\n" in stdout
+    blocks = ["\n".join([counted[path], *places[path]]) for path in (train, test)]
+    assert listed.read_text() == "\n\n".join(blocks) + "\n"
+  code, _, stderr = call("evaluate", tmp_path / "second", "--data", test)
+  assert (code, stderr) == (0, f"{counted[test]} ({places[test][0]})\n")
+  # A run of an older version has no such file.
+  listed.unlink()
+  code, stdout, _ = call("train", *flags, tmp_path / "second")
+  assert (code, "resumed" in stdout, stdout.count("left out"), listed.exists()) == (0, True, 2, False)
+  assert "Left out" not in stdout
+  assert not (folder / "run" / "left_out.txt").exists()
+
+
 def test_answers_name_the_class(folder, call: Call):
   code, stdout, _ = call("predict", folder / "run", "ball goal team", "soup salt bread", "--json")
   answers = [json.loads(line) for line in stdout.splitlines()]

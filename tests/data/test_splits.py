@@ -21,7 +21,7 @@ def rows(num_rows: int, *, num_groups: int = 0, num_classes: int = 3, first: int
 
 
 def split(train: list[Row], test: list[Row] | None = None, lines: list[str] | None = None) -> dict[str, Reviews]:
-  given = {"train": train} if test is None else {"train": train, "test": test}
+  given = {"train": (train, {})} | ({} if test is None else {"test": (test, {})})
   return splits.split(given, [].append if lines is None else lines.append, "a.csv")
 
 

@@ -26,8 +26,9 @@ PAIRS = st.lists(st.tuples(VALUE.filter(str.strip), VALUE.filter(str.strip)), mi
 
 
 def read(path: Path, lines: list[str] | None = None, **config) -> list[tuple[str, str]]:
-  report = [].append if lines is None else lines.append
-  return [(row.text, row.label) for row in tables.read(path, DataConfig(**config), report)]
+  rows, left_out = tables.read(path, DataConfig(**config))
+  tables.report_left_out(left_out, [].append if lines is None else lines.append)
+  return [(row.text, row.label) for row in rows]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -90,6 +91,9 @@ def test_rows_without_a_text_are_reported(tmp_path):
   path = write(tmp_path / "a.csv", 'text,label\nfine,1\n,0\n\n" \n",1\ngood,0\n')
   assert read(path, lines) == [("fine", "1"), ("good", "0")]
   assert lines == [f"{path}: left out 2 of 4 rows, whose text is empty (line 3, line 5)"]
+  rows, left_out = tables.from_python({"test": (["a", " ", "b"], [1, 2, 3])}, "test")
+  assert [row.text for row in rows] == ["a", "b"]
+  assert left_out == {"data['test']: left out 1 of 3 rows, whose text is empty": ["row 1"]}
 
 
 FAULTS = {
@@ -216,7 +220,7 @@ class TestFromPython:
   @pytest.mark.parametrize("convert", [list, tuple, np.array, pa.array, lambda values: pa.chunked_array([values])])
   def test_columns_of_any_library(self, convert):
     given = {"train": (convert(["a", "b"]), convert([3, 10]))}
-    assert [row[1:3] for row in tables.from_python(given, "train", print)] == [("a", "3"), ("b", "10")]
+    assert [row[1:3] for row in tables.from_python(given, "train")[0]] == [("a", "3"), ("b", "10")]
 
   @pytest.mark.parametrize(
     ("columns", "message"),
@@ -230,7 +234,7 @@ class TestFromPython:
   )
   def test_other_values_are_refused(self, columns, message):
     with pytest.raises(DataError, match=rf"^data\['test'\]: {message}"):
-      tables.from_python({"test": columns}, "test", print)
+      tables.from_python({"test": columns}, "test")
 
 
 def test_the_fingerprint_follows_the_bytes(tmp_path):

@@ -139,6 +139,7 @@ def test_manifest_tells_what_made_the_entry(corpus, cache_dir):
     "content": corpus.content,
     "rows": {"train": 12, "test": 6},
     "classes": ["negative", "positive"],
+    "left_out": {},
     "digest": data.digest,
   }
 

@@ -71,8 +71,8 @@ DAMAGES = {
   "manifest not an object": lambda entry: (entry / "manifest.json").write_text("[]"),
   "manifest deeply nested": lambda entry: (entry / "manifest.json").write_text("[" * 100_000),
   "manifest without digest": lambda entry: (entry / "manifest.json").write_text("{}"),
-  "manifest larger than 1 MiB": lambda entry: (entry / "manifest.json").write_text(
-    (entry / "manifest.json").read_text() + " " * 2**20
+  "manifest larger than 8 MiB": lambda entry: (entry / "manifest.json").write_text(
+    (entry / "manifest.json").read_text() + " " * 2**23
   ),
   "entry absent behind its link": shutil.rmtree,
   "entry replaced by a file": lambda entry: [shutil.rmtree(entry), entry.touch()],

@@ -158,7 +158,7 @@ def test_sequences_join_texts_with_a_zero_before_each(monkeypatch):
     )
 
   train, test = split([0, 1, 2], [3, 4, 5], [0, 0, 0]), split([6, 7, 8], [1, 2, 3])
-  data = TokenData.of({"train": train, "test": test}, Vocabulary(config=DataConfig(), words=()), reviews.CLASSES)
+  data = TokenData(train=train, validation=test, test=test, vocabulary=Vocabulary(config=DataConfig(), words=()))
   found = tokens.sequences(data, np.array([[0, 9, 8], [0, 0, 7]], np.int16))
   # The last words, 0 and 7, fill no sequence.
   assert found.train.tokens.tolist() == [[0, 1, 2, 0], [3, 4, 5, 0], [0, 9, 8, 0]]

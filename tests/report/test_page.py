@@ -29,7 +29,10 @@ def run_of(folder: Path, *epochs: tuple[float, ...], preset: str = "sample", cla
   config = Config.from_dict(PRESETS[preset].to_dict(), RuntimeConfig(run_dir=folder / "run"))
   (folder / "run").mkdir()
   counts = {f"class {number}": 1 for number in range(classes)}
-  run_directory.create(config, VOCABULARY.json, "digest", "4 train", None if classes == 2 else counts)
+  run_directory.create(config, VOCABULARY, "digest", "4 train", counts, {})
+  if classes == 2:
+    # As in older runs on IMDB.
+    (folder / "run" / "classes.json").unlink()
   lines = []
   for number, values in enumerate(epochs, 1):
     seed = {"seed": 0, **dict(zip(METRICS, values, strict=True))}

@@ -12,6 +12,7 @@ from training.tiny import change, tiny
 
 import imdb_jax
 from imdb_jax.config import RuntimeConfig
+from imdb_jax.data.tokenizer import Vocabulary
 from imdb_jax.errors import DataError, UsageError
 from imdb_jax.program import Program
 from imdb_jax.store import files, run_directory
@@ -20,6 +21,11 @@ from imdb_jax.training import loop
 
 def load(config):
   imdb_jax.Classifier.load(config.run_dir)
+
+
+def create(config, digest):
+  vocabulary = Vocabulary(config=config.data, words=())
+  run_directory.create(config, vocabulary, digest, "1 row", {"a": 1, "b": 1}, {"a.csv: 1 of 2": ["line 3"]})
 
 
 def saved(config):
@@ -98,7 +104,7 @@ def test_a_run_that_appears_just_before_the_lock_is_taken_is_not_overwritten(tmp
 
   def create_then_lock(path, timeout):
     first.run_dir.mkdir()
-    run_directory.create(first, "{}", "0" * 64)
+    create(first, "0" * 64)
     return lock(path, timeout=timeout)
 
   monkeypatch.setattr(filelock, "FileLock", create_then_lock)
@@ -127,7 +133,7 @@ def test_a_folder_that_is_not_a_run_is_not_touched(names, tmp_path):
     load(config)
 
 
-@pytest.mark.parametrize("num_files", range(3))
+@pytest.mark.parametrize("num_files", range(5))
 @pytest.mark.parametrize("is_killed_before_replacing", [False, True])
 def test_a_run_whose_creation_was_interrupted_is_created_anew(
   num_files, is_killed_before_replacing, tmp_path, monkeypatch
@@ -147,10 +153,10 @@ def test_a_run_whose_creation_was_interrupted_is_created_anew(
     with run_directory.opened(config):
       if num_files or is_killed_before_replacing:
         with pytest.raises(UsageError, match=r"cannot be written: .*No space left"):
-          run_directory.create(config, "{}", "0" * 64)
+          create(config, "0" * 64)
   with run_directory.opened(config):
     assert not run_directory.exists(config)
-    run_directory.create(config, "{}", "1" * 64)
+    create(config, "1" * 64)
   run_directory.check(config.run_dir, digest="1" * 64)
   assert run_directory.load_config(config.run_dir) == saved(config)
 
@@ -279,7 +285,7 @@ def test_a_run_does_not_continue_in_another_precision(run, monkeypatch):
 def test_a_run_that_was_never_started_may_have_any_precision(tmp_path):
   config = tiny(tmp_path / "run")
   with run_directory.opened(config):
-    run_directory.create(config, "{}", "0" * 64)
+    create(config, "0" * 64)
   for precision in ("float32", "bfloat16"):
     run_directory.check(config.run_dir, precision=precision)
 
