@@ -101,7 +101,8 @@ def test_a_long_list_is_cut_short_and_counted_in_full(tmp_path, monkeypatch):
   (tmp_path / "a.csv").write_text(as_csv([*ROWS, *[("", "a")] * 1000]), newline="")
   for _ in range(2):
     data, lines = load(tmp_path / "a.csv")
-    assert "left out 1,002 of 1,042 rows, whose text is empty (line 5, line 32, line 45, line 46, line 47, ...)" in lines[0]
+    assert "left out 1,002 of 1,042 rows" in lines[0]
+    assert lines[0].endswith("(line 5, line 32, line 45, line 46, line 47, ...)")
     assert [*data.left_out.values()] == [["line 5", "line 32", "line 45", "line 46", "line 47", "line 48", "..."]]
 
 
@@ -137,6 +138,7 @@ FORGED = {
   "a line break in the count": {"a.csv\nNote: all is well": ["line 3"]},
   "an escape code": {"a.csv": ["\x1b[2J"]},
   "half of a surrogate pair": {"a.csv": ["\ud800"]},
+  "three files": {str(number): ["line 3"] for number in range(3)},
   "a million files": {str(number): [] for number in range(10**6)},
   "a million lists": {"a.csv": [[]] * 10**6},
 }
