@@ -1,6 +1,7 @@
 """Training as a whole, on the embedded sample."""
 
 import dataclasses
+import gzip
 import json
 import os
 import signal
@@ -51,6 +52,16 @@ def test_matmul_precision_of_the_surrounding_program_is_kept(tmp_path):
     assert jax.config.values["jax_default_matmul_precision"] == "bfloat16"
   finally:
     jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.parametrize("num_steps", [3, 4])
+def test_a_trace_of_whole_dispatches_is_where_tensorboard_looks_for_it(tmp_path, num_steps):
+  imdb_jax.fit(change(tiny(tmp_path), "runtime", profile=num_steps, steps_per_dispatch=2))
+  (folder,) = (tmp_path / "profile" / "plugins" / "profile").iterdir()
+  assert list(folder.glob("*.xplane.pb"))
+  events = json.loads(gzip.decompress((folder / "perfetto_trace.json.gz").read_bytes()))["traceEvents"]
+  # Four of the eight steps, by what the Python tracer saw.
+  assert sum(event.get("name", "").endswith(" put_batches") for event in events) == 2
 
 
 def test_a_batch_is_never_larger_than_the_training_set(tmp_path, monkeypatch):
