@@ -56,7 +56,7 @@ def compile_step(name: str = "article", implementation: str = "mosaic_gpu", seed
   mesh = Mesh(np.array(target.devices), (devices.AXIS,))
   # The device that traces is a CPU.
   with mock.patch.object(choice, "gpu_problem", lambda device: None):
-    program = Program(config, mesh, num_steps=1)
+    program = Program(config, mesh)
     shape = seeds, config.runtime.steps_per_dispatch, config.training.batch_size
 
     def array(dtype: Any, *more: int) -> Any:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ import worker
 from jax.sharding import Mesh, PartitionSpec
 
 import imdb_jax
-from imdb_jax import arguments, devices, program
+from imdb_jax import arguments, devices
 from imdb_jax.comparison import rows
 from imdb_jax.config import Config, DataConfig
 from imdb_jax.data import batches as batches_lib
@@ -30,6 +29,8 @@ from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
 from imdb_jax.lstm import Call, lstm, unsupported
 from imdb_jax.model import draw_dropout_masks
+from imdb_jax.optimizer import make_optimizer
+from imdb_jax.program import Program
 
 
 def _start(job: worker.Job, flags: str = "") -> tuple[Config, Mesh]:
@@ -45,10 +46,10 @@ class Training(worker.System):
 
   modules = ("jax", "flax", "optax")
 
-  def __init__(self, job: worker.Job):
+  def __init__(self, job: worker.Job, optimizer: optax.GradientTransformation | None = None):
     self._config, mesh = _start(job, systems.OURS[job.system].flags)
     try:
-      self._program = program.Program(self._config, mesh, job.num_steps)
+      self._program = Program(self._config, mesh, optimizer or make_optimizer(self._config.optimizer, job.num_steps))
     except UsageError as error:
       problem = str(error).removeprefix(f"--implementation {self._config.runtime.implementation}: ")
       raise worker.UnableError(problem.removesuffix(".")) from error
@@ -106,13 +107,8 @@ def _arrays(job: worker.Job, b: int) -> tuple[jax.Array, ...]:
   )
 
 
-def _step(job: worker.Job) -> worker.System:
-  return Training(dataclasses.replace(job, system="ours-chunked"))
-
-
-def _step_without_adam(job: worker.Job) -> worker.System:
-  with mock.patch.object(program, "make_optimizer", lambda config, num_steps: optax.set_to_zero()):
-    return _step(job)
+def _step(job: worker.Job, optimizer: optax.GradientTransformation | None = None) -> worker.System:
+  return Training(dataclasses.replace(job, system="ours-chunked"), optimizer)
 
 
 def _forward(inputs, kernel, recurrent_kernel, bias):
@@ -151,7 +147,7 @@ def _large_products(inputs, kernel, recurrent_kernel, bias):
 
 PARTS: dict[str, Callable[[worker.Job], worker.System]] = {
   "step": _step,
-  "step without Adam": _step_without_adam,
+  "step without Adam": functools.partial(_step, optimizer=optax.set_to_zero()),
   "recurrence, forward and backward": lambda job: _Part(job, _both),
   "recurrence, forward": lambda job: _Part(job, _forward),
   "small products of the time loops": lambda job: _Part(job, _small_products),

@@ -261,7 +261,7 @@ def _plot(prog: str, args: Sequence[str]) -> None:
 
   output = given.output or given.run_dir / "history.png"
   with reraise_as(UsageError, f"--output {output}: cannot be written"):
-    plots.save(plots.history(metrics_log.read_history(given.run_dir), given.run_dir.resolve().name), output)
+    plots.save(plots.history(metrics_log.read(given.run_dir)[0], given.run_dir.resolve().name), output)
   print(output)
 
 

@@ -177,7 +177,9 @@ class RuntimeConfig(Settings):
   deterministic: bool = setting(False, "Make a GPU give the same bits in each run (slower).")
   log_every: int = setting(50, "Steps between two lines of metrics.", ge=1, le=1_000_000)
   tensorboard: bool = setting(False, "Write the metrics for TensorBoard as well, to RUN_DIR/tensorboard.")
-  profile: int | None = setting(None, "Trace N steps, for Perfetto or TensorBoard, to RUN_DIR/profile.", ge=1, le=1000)
+  profile: int | None = setting(
+    None, "Trace N steps or a few more, for Perfetto or TensorBoard, to RUN_DIR/profile.", ge=1, le=1000
+  )
   distributed: bool = setting(False, "Join the processes of a cluster (SLURM, Open MPI, TPU pods).")
   coordinator_address: str | None = setting(None, "HOST:PORT of process 0, to join processes by hand.")
   num_processes: int | None = setting(None, "Number of processes, to join them by hand.", ge=1, le=65_536)

@@ -79,7 +79,8 @@ class RecurrentLayer(nn.Module):
     )
     masks = Masks(*(mask if mask is None or mask.ndim == 2 else jnp.moveaxis(mask, 1, 0) for mask in dropout_masks))
     if cell != "lstm":
-      return {"gru": scan.gru, "rnn": scan.rnn}[cell](inputs, weights, masks, lengths, reverse=self.reverse)
+      kind = {"gru": scan.GRUCell, "rnn": scan.RNNCell}[cell]
+      return scan.run(kind(parent=None), inputs, weights, masks, lengths, reverse=self.reverse)
     return lstm.lstm(
       inputs,
       *weights,
@@ -244,3 +245,28 @@ def _pool(hidden: jax.Array, lengths: jax.Array | None, pooling: str, reverse: b
   is_real = real_positions(lengths, hidden.shape[1])[:, :, None]
   highest = jnp.max(jnp.where(is_real, hidden, -jnp.inf), axis=1)
   return jnp.where((lengths > 0)[:, None], highest, jnp.zeros_like(highest))
+
+
+class OwnModel(nn.Module):
+  """Any Flax module in the place of `TextClassifier`.
+
+  Attributes:
+    module: returns logits f32[b, head_size] of tokens int[b, t], padded at the front with 0, lengths i32[b] and the
+      masks that `draw_dropout_masks` draws by the settings; in prediction, both masks are None.
+  """
+
+  module: nn.Module
+  layers, has_lookup = (), False
+  draw = TextClassifier.draw
+
+  def setup(self):
+    # The parameters have the names that the module gives them.
+    nn.share_scope(self, self.module)
+
+  def __call__(self, tokens: jax.Array, lengths: jax.Array, dropout_masks: DropoutMasks = NO_DROPOUT) -> jax.Array:
+    """Return the logits of the module."""
+    return self.module(tokens, lengths, dropout_masks)
+
+  def predict(self, tokens: jax.Array, lengths: jax.Array, lookup: None = None) -> jax.Array:
+    """Return the logits of the module."""
+    return self(tokens, lengths)

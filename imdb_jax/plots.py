@@ -17,29 +17,9 @@ _FORMATS = (".png", ".pdf", ".svg")
 _MAX_TITLE, _MAX_SEEDS = 60, 100
 # Width and height in inches of figures of which three are side by side.
 _SMALL = (3.7, 3.5)
-# The style sheet of the reports has a variable of each name, for light and dark.
+# The style sheet of the reports has a variable of each name, for light and dark; plots.mplstyle uses them, too.
 COLORS = {"text": "#1d1d1b", "soft": "#6b6b66", "grid": "#e3e3dd", "accent": "#2563a8", "other": "#b8561f"}
-_STYLE: Any = {
-  "font.size": 10,
-  "text.color": COLORS["text"],
-  # Names may hold dollar signs, which are not formulas.
-  "text.parse_math": False,
-  "axes.titlesize": 11,
-  "axes.titlelocation": "left",
-  "axes.edgecolor": COLORS["soft"],
-  "axes.labelcolor": COLORS["soft"],
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "axes.axisbelow": True,
-  "grid.color": COLORS["grid"],
-  "xtick.color": COLORS["soft"],
-  "ytick.color": COLORS["soft"],
-  "lines.linewidth": 1.8,
-  "legend.frameon": False,
-  "svg.fonttype": "none",
-  "svg.hashsalt": "imdb_jax",
-}
+_STYLE = Path(__file__).with_suffix(".mplstyle")
 # Label, x, y and the style of a curve.
 Curve = tuple[str, Any, Any, dict[str, Any]]
 ACCENT, OTHER, SOFT = ({"color": COLORS[name]} for name in ("accent", "other", "soft"))
@@ -52,7 +32,7 @@ def _styled(function: Callable[..., Any]) -> Any:
   def styled(*args: Any, **kwargs: Any) -> Any:
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
       # The font lacks many letters that a name may have.
       warnings.filterwarnings("ignore", "Glyph", UserWarning)
       return function(*args, **kwargs)

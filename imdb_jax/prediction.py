@@ -9,14 +9,13 @@ from typing import Any, Literal, TypeGuard
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from imdb_jax import devices, evaluation, explanation, processes
 from imdb_jax.config import RuntimeConfig
 from imdb_jax.data import sources, tokens
 from imdb_jax.data.tokenizer import Vocabulary
-from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import CheckpointError, DataError, UsageError, first_line, reraise_as
-from imdb_jax.explanation import Explanation
 from imdb_jax.program import Program
 from imdb_jax.report import page
 from imdb_jax.report.page import Answers
@@ -27,8 +26,7 @@ from imdb_jax.task import Evaluation
 # Few batch sizes, so that few programs are compiled; larger requests use `evaluation_batch_size`.
 _SMALL_BATCHES = (1, 16)
 
-
-Texts = Sequence[str] | TokenSplit
+Texts = Sequence[str] | tokens.TokenSplit
 
 
 class Classifier:
@@ -59,11 +57,12 @@ class Classifier:
     step: int | Literal["best", "latest"] = "best",
     runtime: RuntimeConfig | None = None,
     calibrate: bool = True,
+    model: nn.Module | None = None,
   ) -> "Classifier":
     """Restore a run, whatever devices it was trained on.
 
     The best step is the one with the highest validation accuracy. `calibrate` uses the temperature that was fitted to
-    the held-out reviews, if the run has held out some.
+    the held-out reviews, if the run has held out some. `model` is the Flax module of a run that was trained with one.
 
     Raises:
       UsageError: the folder is not a run directory, or its files are damaged.
@@ -79,7 +78,7 @@ class Classifier:
         raise CheckpointError(f"{run_dir}: step {saved.step:,}: the checkpoint's progress has an invalid temperature.")
       return state.params, saved.step, temperature
 
-    return cls._restored(run_dir, runtime, restore, is_run=True)
+    return cls._restored(run_dir, runtime, restore, is_run=True, model=model)
 
   @classmethod
   def from_safetensors(cls, folder: str | Path, *, runtime: RuntimeConfig | None = None) -> "Classifier":
@@ -112,6 +111,7 @@ class Classifier:
     restore: Callable[[Program, Path], tuple[Any, int, float]],
     *,
     is_run: bool,
+    model: nn.Module | None = None,
   ) -> "Classifier":
     """Return the model of a folder, from which `restore` reads parameters, step and temperature."""
     runtime = dataclasses.replace(runtime or RuntimeConfig(), run_dir=Path(folder))
@@ -121,12 +121,13 @@ class Classifier:
     if config.training.objective != "label":
       raise UsageError(f"{folder}: holds a language model, which has no classes; a classifier takes it by --init-from.")
     if is_run:
-      run_directory.check(folder)
+      run_directory.check(folder, model=None if model is None else type(model).__name__)
     vocabulary = Vocabulary.load(folder / "vocab.json", config.data)
-    program = Program(config, devices.start(runtime, runtime.evaluation_batch_size), classes=tuple(shares))
-    model = cls(program, vocabulary, *restore(program, folder))
-    model.prior = np.array([*shares.values()], np.float32)
-    return model
+    mesh = devices.start(runtime, runtime.evaluation_batch_size)
+    program = Program(config, mesh, classes=tuple(shares), model=model)
+    classifier = cls(program, vocabulary, *restore(program, folder))
+    classifier.prior = np.array([*shares.values()], np.float32)
+    return classifier
 
   def __repr__(self) -> str:
     name, seeds = self.config.preset, self.config.training.num_seeds
@@ -174,23 +175,29 @@ class Classifier:
 
   def features(self, texts: Texts) -> np.ndarray:
     """Return the pooled hidden states of each seed, f32[seeds, n, f], the inputs of the head; arguments likewise."""
+    self._require_network()
     return self._compute(texts, "features")
 
-  def explain(self, texts: Sequence[str], label: str | None = None) -> list[Explanation]:
+  def _require_network(self) -> None:
+    if self.program.own_model:
+      raise UsageError(f"{self.program.own_model}: features and explanations require the network of the settings.")
+
+  def explain(self, texts: Sequence[str], label: str | None = None) -> list[explanation.Explanation]:
     """Return the contributions of the words of each text to the logit of a class, whose sigmoid is its probability.
 
     By default, the class is the second of two, or of more the most probable one.
 
     Raises:
       TypeError: as for `predict_proba`.
-      UsageError: there is no such class.
+      UsageError: there is no such class, or the model is one of your own.
     """
+    self._require_network()
     if label is not None and label not in self.classes:
       raise UsageError(f"{label!r:.80}: is no class; there are {', '.join(self.classes)}.")
     split, size = self.encode(texts), devices.padded_size(explanation.MIN_STEPS + 1, self.program.mesh)
     default = self.predict(split).tolist() if len(self.classes) > 2 else [*self.classes][1:] * len(split)
 
-    def explained(text: str, tokens: np.ndarray, length: np.int32, label: str) -> Explanation:
+    def explained(text: str, tokens: np.ndarray, length: np.int32, label: str) -> explanation.Explanation:
       def slopes(presence: np.ndarray) -> np.ndarray:
         place, some = np.int32(self.classes.index(label)), np.resize(presence.astype(np.float32), size)
         found = self.program.slopes(self.params, self.temperature, tokens, length, place, some)
@@ -207,9 +214,9 @@ class Classifier:
     with processes.computing():
       return evaluation.predict(self.program, self._prepared, split, self._batch_size(len(split)), output=output)
 
-  def encode(self, texts: Texts) -> TokenSplit:
+  def encode(self, texts: Texts) -> tokens.TokenSplit:
     """Return encoded texts, with labels of 0; arguments as `predict_proba`."""
-    if isinstance(texts, TokenSplit):
+    if isinstance(texts, tokens.TokenSplit):
       return texts
     if isinstance(texts, str):
       raise TypeError("texts: must be a list of texts, not one text")
@@ -217,9 +224,9 @@ class Classifier:
       if not isinstance(text, str):
         raise TypeError(f"texts[{row}]: must be a str, not {type(text).__name__}")
     encoded, lengths = self.vocabulary.encode(texts)
-    return TokenSplit(tokens=encoded, lengths=lengths, labels=np.zeros(len(texts), np.int32))
+    return tokens.TokenSplit(tokens=encoded, lengths=lengths, labels=np.zeros(len(texts), np.int32))
 
-  def read_split(self, name: str, report: Callable[[str], None] = lambda line: None) -> TokenSplit:
+  def read_split(self, name: str, report: Callable[[str], None] = lambda line: None) -> tokens.TokenSplit:
     """Return the encoded reviews of "train", "validation" or "test". `report` gets a line before slow work.
 
     Raises DataError if the reviews are missing or damaged, or not those that the run was trained on.
@@ -227,7 +234,7 @@ class Classifier:
     data, runtime = self.config.data, self.config.runtime
     source = sources.find(data, runtime.archive, runtime.cache_dir)
     found = tokens.load(source, data, cache_dir=runtime.cache_dir, report=report)
-    run_directory.check(self.config.run_dir, digest=found.digest, summary=found.summary)
+    run_directory.check(self.config.run_dir, model=self.program.own_model, data=found)
     return getattr(found, name)
 
   def answers(self, name: str, report: Callable[[str], None] = lambda line: None) -> tuple[Answers | None, list[str]]:
@@ -254,7 +261,7 @@ class Classifier:
     known["explain"] = lambda texts: [explanation.to_html(each) for each in self.explain(texts)]
     return Answers(split=name, encoded=split, logits=self.logits(split), reviews=texts, **known), notes
 
-  def evaluate(self, split: TokenSplit) -> Evaluation:
+  def evaluate(self, split: tokens.TokenSplit) -> Evaluation:
     """Return the metrics over encoded reviews."""
     return self.program.task.evaluate(self.logits(split), split.labels, self.temperature)
 
@@ -305,7 +312,7 @@ class Ensemble:
       for place, clear, row, count in zip(chosen, is_clear, found.tolist(), known.tolist(), strict=True)
     ]
 
-  def evaluate(self, splits: Sequence[TokenSplit]) -> Evaluation:
+  def evaluate(self, splits: Sequence[tokens.TokenSplit]) -> Evaluation:
     """Return the metrics over reviews that each member's own vocabulary has encoded; `seeds` has those of each member.
 
     Raises DataError if the labels of the splits differ, so they are not of the same reviews.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
@@ -25,7 +26,7 @@ from imdb_jax.data.tokenizer import PADDING_ID
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
 from imdb_jax.language_model import LanguageModel, NextWord
-from imdb_jax.model import TextClassifier, draw_dropout_masks
+from imdb_jax.model import OwnModel, TextClassifier, draw_dropout_masks
 from imdb_jax.optimizer import make_optimizer
 from imdb_jax.task import Classification
 
@@ -63,7 +64,8 @@ class Program:
     mesh: devices.
     task: loss and metrics.
     model: the network.
-    choice: implementation of the recurrence, and why.
+    own_model: name of the class of a model that was given; None for the network of the settings.
+    choice: implementation of the recurrence, and why; of a model that was given, its name.
     train_steps: jitted `(state, batches, num_steps) -> (state, sums)`: several training steps in one dispatch. It
       donates the buffers of the state. `batches` and `num_steps` come from `put_batches`. The sums are those of
       `Classification.sums`, `is_finite` (1 if loss, gradients and parameters are finite, else 0) and `grad_norm` (of
@@ -76,12 +78,22 @@ class Program:
       of the label for one text at several presences of all words (`TextClassifier.fade`), and its slope for each word.
   """
 
-  def __init__(self, config: Config, mesh: Mesh, num_steps: int = 1, classes: tuple[str, ...] = CLASSES):
-    """Build the functions for a run of `num_steps` steps; they are compiled when they are first called.
+  def __init__(
+    self,
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation | None = None,
+    classes: tuple[str, ...] = CLASSES,
+    model: nn.Module | None = None,
+  ):
+    """Build the functions; they are compiled when they are first called.
+
+    `optimizer` is any of optax; by default that of the settings, for one step. `classes` are the names of the labels.
+    `model` is any Flax module to use in place of the network of the settings, see `OwnModel`.
 
     Raises:
-      UsageError: the named implementation does not support the model or the device, there are too many classes, or
-        --class-weights names another one.
+      UsageError: the named implementation does not support the model or the device, there are too many classes,
+        --class-weights names another one, or the model lacks a layer that the settings would compute.
     """
     is_classifier = config.training.objective == "label"
     self.config, self.mesh = config, mesh
@@ -92,10 +104,16 @@ class Program:
     self.task.loss_weights(np.zeros(0, np.int32), config.training.class_weights)
     precision = config.training.matmul_precision
     self._matmul_precision = "float32" if precision == "auto" else precision
-    self.choice = _choose(config, mesh.devices.flat[0])
-    kind = TextClassifier if is_classifier else LanguageModel
-    self.model = kind(config.model, config.data.vocabulary_size, self.task.head_size, self.choice.name)
-    self._optimizer = make_optimizer(config.optimizer, num_steps)
+    self.own_model = None if model is None else type(model).__name__
+    if model is None:
+      self.choice = _choose(config, mesh.devices.flat[0])
+      kind = TextClassifier if is_classifier else LanguageModel
+      self.model: Any = kind(config.model, config.data.vocabulary_size, self.task.head_size, self.choice.name)
+    elif not is_classifier:
+      raise UsageError("--objective next_word: requires the network of the settings, not a model of your own.")
+    else:
+      self.choice, self.model = lstm.Choice(type(model).__name__, "a model of your own"), OwnModel(model)
+    self._optimizer = optimizer or make_optimizer(config.optimizer, num_steps=1)
     everywhere, rows = devices.replicated(mesh), devices.over_rows(mesh)
     self._init = jax.jit(self._init_seeds, out_shardings=everywhere)
     self.train_steps = jax.jit(
@@ -110,6 +128,9 @@ class Program:
     )
     self.slopes = jax.jit(self._slopes, in_shardings=(*[everywhere] * 5, rows), out_shardings=everywhere)
     self._prepare = jax.jit(self._with_lookup, out_shardings=everywhere)
+    for layer, is_wanted in (("embedding", config.model.embedding != "random"), ("ngrams", config.model.ngrams > 0)):
+      if self.own_model and is_wanted and layer not in self.abstract_state().params:
+        raise UsageError(f"--{layer} {getattr(config.model, layer)}: {self.own_model} has no layer {layer!r}.")
 
   @property
   def precision(self) -> str:
@@ -144,7 +165,7 @@ class Program:
     without a token has those of `prior`, f32[classes].
     """
     # The other implementations support less.
-    model = self.model.clone(implementation="scan")
+    model = self.model if self.own_model else self.model.clone(implementation="scan")
 
     def probabilities(tokens: jax.Array) -> jax.Array:
       lengths = jnp.sum(tokens != PADDING_ID, axis=1, dtype=jnp.int32)
@@ -240,10 +261,10 @@ class Program:
     updates: Any
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = self._optimizer.update(grads, state.opt_state, _decayed(params))
-    rate = self.config.optimizer.embedding_rate
-    updates = updates | {"embedding": jax.tree.map(lambda update: rate * update, updates["embedding"])}
-    if (rate := self.config.optimizer.recurrent_rate) != 1:
-      updates |= {name: jax.tree.map(lambda update: rate * update, updates[name]) for name in self.model.layers}
+    settings = self.config.optimizer
+    rates = {"embedding": settings.embedding_rate, **dict.fromkeys(self.model.layers, settings.recurrent_rate)}
+    changed = {layer: rate for layer, rate in rates.items() if rate != 1 and layer in updates}
+    updates = updates | {layer: optax.tree.scale(rate, updates[layer]) for layer, rate in changed.items()}
     params = optax.apply_updates(params, updates)
     grad_norm = optax.tree.norm(grads)
     finite = [jnp.isfinite(sums["loss"]), jnp.isfinite(grad_norm)]
@@ -300,6 +321,8 @@ def _trained(params: Any) -> Any:
 
 def _decayed(params: Any) -> Any:
   """Return what weight decay sees of the parameters, which nothing else in the optimizer reads: 0 for padding."""
+  if "embedding" not in params:
+    return params
   vectors = params["embedding"]["embedding"]
   is_word = jnp.arange(len(vectors))[:, None] != PADDING_ID
   return params | {"embedding": {"embedding": jnp.where(is_word, vectors, 0)}}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from imdb_jax.data import tables
-from imdb_jax.data.tables import Record
 from imdb_jax.errors import DataError, UsageError, printable, reraise_as
 from imdb_jax.store import files
 
@@ -24,7 +23,7 @@ _SECONDS_PER_LINE = 10
 
 Answer = dict[str, Any]
 # A text and its row.
-Item = tuple[str, Record]
+Item = tuple[str, tables.Record]
 # Answers texts; see `prediction.Ensemble.answers`.
 Answers = Callable[[list[str]], list[Answer]]
 
@@ -51,7 +50,7 @@ def of_lines(given: Iterable[Sequence[str]]) -> Generator[list[Item]]:
   """Yield texts in windows."""
   for lines in given:
     for start in range(0, len(lines), _MAX_TEXTS):
-      yield [(line, Record("", ["text"], [line])) for line in lines[start : start + _MAX_TEXTS]]
+      yield [(line, tables.Record("", ["text"], [line])) for line in lines[start : start + _MAX_TEXTS]]
 
 
 def _read_lines(name: str) -> Generator[list[str]]:

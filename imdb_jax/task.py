@@ -14,7 +14,7 @@ from imdb_jax.data.reviews import CLASSES
 from imdb_jax.errors import UsageError, printable
 
 # Bins of the calibration error, from 0 to 1.
-NUM_BINS = 15
+_NUM_BINS = 15
 _NUM_RESAMPLES = 2000
 # Standard deviation of the prior of a temperature's logarithm.
 _LOG_TEMPERATURE_STD = 0.5
@@ -180,15 +180,16 @@ class Classification:
     return float(-np.mean(special.log_softmax(x, axis=1)[np.arange(len(x)), labels]))
 
   def _metrics(self, x: np.ndarray, labels: np.ndarray) -> Metrics:
-    size, probabilities = len(self.classes), self._probabilities(x)
+    size, confidence = len(self.classes), self._probabilities(x).max(axis=1)
     predicted = x[:, 0] > 0 if self.head_size == 1 else x.argmax(axis=1)
+    mean, accuracy, shares = reliability(confidence, predicted == labels)
     matrix = np.bincount(size * labels + predicted, minlength=size**2).reshape(size, size)
     hits, found, actual = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)
     ratios = {"precision": _ratio(hits, found), "recall": _ratio(hits, actual), "f1": _ratio(2 * hits, found + actual)}
     common: Any = {
       "num_reviews": len(labels),
       "loss": self._loss(x, labels),
-      "calibration_error": _calibration_error(probabilities.max(axis=1), predicted == labels),
+      "calibration_error": float(shares @ np.abs(mean - accuracy)),
       "accuracy": float(hits.sum() / len(labels)),
       "accuracy_interval": bootstrap_interval(predicted == labels),
     }
@@ -212,10 +213,13 @@ def bootstrap_interval(values: np.ndarray) -> list[float]:
   return np.quantile(drawn @ distinct / len(values), (0.025, 0.975)).tolist()
 
 
-def _calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
+def reliability(confidence: np.ndarray, is_correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Return mean confidence, accuracy and share of each of 15 bins that has reviews (Guo et al. 2017, figure 1)."""
   # A bin includes its upper end.
-  bins = np.ceil(confidence * NUM_BINS).astype(np.int64)
-  return float(np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(confidence))
+  bins = np.ceil(confidence * _NUM_BINS).astype(np.int64)
+  used, counts = np.unique(bins, return_counts=True)
+  mean, accuracy = (np.bincount(bins, values)[used] / counts for values in (confidence, is_correct))
+  return mean, accuracy, counts / len(bins)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from imdb_jax import devices
 from imdb_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RuntimeConfig, TrainingConfig
 from imdb_jax.data.tokens import TokenSplit
+from imdb_jax.optimizer import make_optimizer
 from imdb_jax.program import Program, TrainState
 
 VOCABULARY_SIZE, LENGTH, BATCH_SIZE = 30, 6, 32
@@ -39,7 +40,7 @@ def config_of(model: ModelConfig = MODEL, length: int = LENGTH, steps_per_dispat
 @functools.cache
 def program_of(num_devices: int, config: Config) -> Program:
   """Return a program, compiled once per test session."""
-  return Program(config, mesh_of(num_devices), num_steps=10)
+  return Program(config, mesh_of(num_devices), make_optimizer(config.optimizer, num_steps=10))
 
 
 def initial_state(config: Config) -> TrainState:

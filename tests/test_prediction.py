@@ -1,6 +1,7 @@
 """Which texts a classifier accepts, what it compiles, and what it closes. Trained runs: training/test_seeds.py."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -146,7 +147,9 @@ def test_warmup_compiles_all_that_predict_will_need(num_devices, evaluation_batc
 
 def test_checkpoints_are_closed_when_none_can_be_restored(tmp_path, monkeypatch):
   runtime = RuntimeConfig(run_dir=tmp_path, platform="cpu", num_devices=1)
-  run_directory.create(dataclasses.replace(CONFIG, runtime=runtime), VOCABULARY, "digest", "", {"a": 1, "b": 1}, {})
+  facts = {"digest": "digest", "summary": "", "counts": {"a": 1, "b": 1}, "left_out": {}}
+  data = types.SimpleNamespace(**facts, vocabulary=VOCABULARY)
+  run_directory.create(dataclasses.replace(CONFIG, runtime=runtime), data)
   (tmp_path / "checkpoints").mkdir()
   close, closed = Checkpoints.close, []
   monkeypatch.setattr(Checkpoints, "close", lambda checkpoints: closed.append(close(checkpoints)))

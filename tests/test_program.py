@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-from unittest import mock
 
 import jax
 import numpy as np
@@ -48,8 +47,7 @@ def first_seed(tree):
 @functools.cache
 def gradient_descent() -> Program:
   """Return a program without dropout that moves the parameters by minus the gradient."""
-  with mock.patch.object(program, "make_optimizer", lambda config, num_steps: optax.sgd(1.0)):
-    return Program(config_of(NO_DROPOUT), programs.mesh_of(1))
+  return Program(config_of(NO_DROPOUT), programs.mesh_of(1), optax.sgd(1.0))
 
 
 def gradient_and_sums(rows) -> tuple[dict, dict]:
@@ -168,8 +166,7 @@ def test_one_step_with_clipping_and_weight_decay_leaves_padding_and_the_linear_m
   # A large epsilon, because Adam's first update does not depend on the scale of the gradient otherwise.
   settings = {"clip_norm": 0.01, "weight_decay": 0.5, "epsilon": 0.1, "learning_rate": 0.1}
   trained = program_of(1, config_of(model, optimizer=OptimizerConfig(**settings)))
-  with mock.patch.object(program, "make_optimizer", lambda config, num_steps: optax.sgd(1.0)):
-    descent = Program(config_of(model), programs.mesh_of(1))
+  descent = Program(config_of(model), programs.mesh_of(1), optax.sgd(1.0))
   before = jax.device_get(descent.init())
   # With n-grams that are not those of the reviews.
   before.params["ngrams"]["weights"] = np.ones_like(before.params["ngrams"]["weights"])

@@ -12,6 +12,7 @@ from programs import assert_close, assert_equal, config_of, program_of, train
 from imdb_jax import devices
 from imdb_jax.config import Config, TrainingConfig
 from imdb_jax.data import batches
+from imdb_jax.optimizer import make_optimizer
 from imdb_jax.program import Program
 
 # Up to three chunks of the time loop, so that the seeds' batches need different numbers of chunks.
@@ -33,7 +34,7 @@ OVER_SEEDS = pytest.mark.parametrize("over_seeds", ["map", pytest.param("vmap", 
 @functools.cache
 def together(over_seeds: str) -> Program:
   """Return a program for all seeds on four devices, through `jax.lax.map` as on a CPU or `jax.vmap` as on a GPU."""
-  program = Program(config(len(SEEDS)), programs.mesh_of(4), num_steps=10)
+  program = Program(config(len(SEEDS)), programs.mesh_of(4), make_optimizer(config(len(SEEDS)).optimizer, num_steps=10))
   if over_seeds == "vmap":
     program._over_seeds = jax.vmap
   return program

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import sparse, special
 
 from imdb_jax.comparison.results import Result
+from imdb_jax.data.ngrams import log_count_ratios
 from imdb_jax.data.reviews import POSITIVE, Reviews
 from imdb_jax.data.tokenizer import split_words
 from imdb_jax.devices import num_cores
@@ -42,7 +43,7 @@ def ngrams(train: Reviews, validation: Reviews, *, is_nb_svm: bool) -> Result:
     vectorizer, classifier = text.CountVectorizer(**words, binary=True), svm.LinearSVC(C=0.01, random_state=0)
   started = time.perf_counter()
   features, is_positive = vectorizer.fit_transform(train.texts), train.labels == POSITIVE
-  scales = _log_count_ratios(features, is_positive) if is_nb_svm else np.ones(features.shape[1])
+  scales = log_count_ratios(features, is_positive) if is_nb_svm else np.ones(features.shape[1])
   classifier.fit(features @ sparse.diags_array(scales), is_positive)
   # In prediction, the scales are part of the weights.
   weights = scales * classifier.coef_[0]
@@ -86,8 +87,3 @@ def fasttext(train: Reviews, validation: Reviews) -> Result:
     num_parameters=model.get_input_matrix().size + model.get_output_matrix().size,
     train_seconds=train_seconds,
   )
-
-
-def _log_count_ratios(features: Any, is_positive: np.ndarray) -> np.ndarray:
-  counts = [np.asarray(features[rows].sum(axis=0), np.float64).ravel() + 1 for rows in (is_positive, ~is_positive)]
-  return np.log((counts[0] / counts[0].sum()) / (counts[1] / counts[1].sum()))

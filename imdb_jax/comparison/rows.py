@@ -21,7 +21,6 @@ import jax
 
 from imdb_jax import devices
 from imdb_jax.comparison import linear, results, table
-from imdb_jax.comparison.results import Result
 from imdb_jax.config import Config
 from imdb_jax.data import sources, tables, tokens
 from imdb_jax.data.reviews import Reviews
@@ -35,7 +34,7 @@ from imdb_jax.training.console import Console
 from imdb_jax.training.loop import FitResult, fit
 
 # Rows that do not depend on a seed.
-LINEAR: dict[str, Callable[[Reviews, Reviews], Result]] = {
+LINEAR: dict[str, Callable[[Reviews, Reviews], results.Result]] = {
   "majority": linear.majority,
   "tfidf": functools.partial(linear.ngrams, is_nb_svm=False),
   "nb-svm": functools.partial(linear.ngrams, is_nb_svm=True),
@@ -96,7 +95,7 @@ def compare(base: Config, rows: Sequence[str] = DEFAULT_ROWS, *, quick: bool = F
       f"--run-dir {run_dir}: holds something else, or a comparison on other reviews or with another --quick; "
       "nothing was touched. Name another folder."
     )
-  done: dict[str, list[Result]] = {}
+  done: dict[str, list[results.Result]] = {}
   failures: dict[str, ImdbJaxError] = {}
   fit_once = functools.cache(fit)  # Several models start from the same run.
   with run_directory.locked(run_dir):
@@ -152,7 +151,7 @@ def _configure(base: Config, row: str, number: int, quick: bool, init_from: Path
   )
 
 
-def _train(runs: Sequence[Config], fit_once: Callable[[Config], FitResult]) -> Result:
+def _train(runs: Sequence[Config], fit_once: Callable[[Config], FitResult]) -> results.Result:
   """Train or resume runs, and predict with the last step of the last one. Its best may be chosen on these reviews."""
   histories, config = [], runs[-1]
   for run in runs:
@@ -166,7 +165,7 @@ def _train(runs: Sequence[Config], fit_once: Callable[[Config], FitResult]) -> R
   classifier.logits(tokens.TokenSplit(**{name: array[:1] for name, array in vars(split).items()}))
   started = time.perf_counter()
   logits = classifier.logits(split)
-  return Result(
+  return results.Result(
     predict_seconds=time.perf_counter() - started,
     logits=Classification().ensemble(logits)[:, 0].tolist(),
     num_parameters=classifier.num_parameters,

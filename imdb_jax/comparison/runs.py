@@ -41,7 +41,7 @@ def write(
     found.append(answers)
     if not np.array_equal(answers.encoded.labels, found[0].encoded.labels):
       raise DataError(f"{run_dir}: the reviews of this split are not those of the first run.")
-    history, name = metrics_log.read_history(run_dir), printable(run_dir.resolve().name)
+    history, name = metrics_log.read(run_dir)[0], printable(run_dir.resolve().name)
     results[printable(str(run_dir)) if name in results else name] = [
       Result(
         logits=(each.program.task.ensemble(answers.logits)[:, 0] / answers.temperature).tolist(),

@@ -92,10 +92,15 @@ def fit(
   }
 
 
+def log_count_ratios(features: Any, is_positive: np.ndarray) -> np.ndarray:
+  """Return the logarithm of how much more often positive reviews have each feature than others, f64[features]."""
+  positive, negative = (1 + features.T @ (is_positive == wanted) for wanted in (True, False))
+  return np.log(positive / positive.sum()) - np.log(negative / negative.sum())
+
+
 def _fit_one(features: sparse.csr_matrix, is_positive: np.ndarray, loss_weights: np.ndarray | float) -> tuple[Any, Any]:
   """Fit the model that tells positive reviews from others; return weights f32[listed] and bias f32[]."""
-  positive, negative = (1 + features.T @ (is_positive == wanted) for wanted in (True, False))
-  ratios = np.log(positive / positive.sum()) - np.log(negative / negative.sum())
+  ratios = log_count_ratios(features, is_positive)
   signs = 2.0 * is_positive - 1
 
   def loss_and_slopes(parameters: np.ndarray) -> tuple[float, np.ndarray]:

@@ -67,7 +67,7 @@ def lstm(
   if problem is not None:
     raise ValueError(f"implementation {name!r}: {problem}")
   if name == "scan":
-    return scan.lstm(inputs, weights, masks, lengths, gate_activation=gate_activation, reverse=reverse)
+    return scan.run(scan.LSTMCell(gate_activation, parent=None), inputs, weights, masks, lengths, reverse=reverse)
   return choice.implementation_of(name)(inputs, weights, masks, lengths, reverse=reverse)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from imdb_jax.lstm import chunked, scan
+from imdb_jax.lstm import chunked
 from imdb_jax.lstm.shared import Masks, Weights
 
 Cell = Literal["lstm", "gru", "rnn", "bag"]
@@ -26,13 +26,13 @@ _SELF_CHECK_TOLERANCE = 2**-7
 
 
 def implementation_of(name: str) -> Callable[..., jax.Array]:
-  """Return the function behind a name of `IMPLEMENTATIONS`."""
+  """Return the function behind a name of `IMPLEMENTATIONS` except scan."""
   if name == "mosaic_gpu":
     # The GPU part of Pallas is slow to import, and some builds of JAX lack it.
     from imdb_jax.lstm import mosaic_gpu
 
     return mosaic_gpu.lstm
-  return {"chunked": chunked, "scan": scan}[name].lstm
+  return chunked.lstm
 
 
 @dataclasses.dataclass(frozen=True)

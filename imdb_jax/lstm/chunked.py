@@ -49,12 +49,6 @@ def _in_chunks(x: jax.Array, num_chunks: int) -> jax.Array:
   return x.reshape(b, num_chunks, t // num_chunks, n).transpose(1, 2, 0, 3)
 
 
-def _from_chunks(x: jax.Array) -> jax.Array:
-  """Return [chunks, chunk, b, n] as [b, t, n]."""
-  chunks, chunk, b, n = x.shape
-  return x.transpose(2, 0, 1, 3).reshape(b, chunks * chunk, n)
-
-
 def _at(arrays, k: jax.Array):
   """Return chunk k of every array."""
   return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, k, keepdims=False), arrays)
@@ -186,8 +180,8 @@ def lstm(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array |
     num_real = -(-_longest(lengths) // chunk_size)
     first, end = (0, num_real) if reverse else (num_chunks - num_real, num_chunks)
   x = _in_chunks(in_order(inputs, reverse), num_chunks)
-  hidden = _from_chunks(_recurrence(x, weights, masks, is_real, (first, end)))
-  return in_order(hidden, reverse)[:, padding:]
+  hidden = _recurrence(x, weights, masks, is_real, (first, end)).transpose(2, 0, 1, 3)
+  return in_order(hidden.reshape(len(inputs), t + padding, -1), reverse)[:, padding:]
 
 
 class Lookup(NamedTuple):

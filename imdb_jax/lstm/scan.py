@@ -97,29 +97,14 @@ def _project(x: jax.Array, mask: jax.Array | None, weights: jax.Array) -> jax.Ar
   return jnp.concatenate([(x * gate_mask) @ column for gate_mask, column in zip(mask, columns, strict=True)], axis=1)
 
 
-def lstm(
-  inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, gate_activation: str, reverse: bool
+def run(
+  cell: nn.Module, inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, reverse: bool
 ) -> jax.Array:
-  """Compute `imdb_jax.lstm.lstm` with every setting."""
-  # No parent: otherwise the cell would become a part of the module that calls this function.
-  cell = LSTMCell(gate_activation, parent=None)
-  return _run(cell, 2, inputs, weights, masks, lengths, reverse)
+  """Run a cell of this module over time from a zero state; otherwise as `imdb_jax.lstm.lstm`.
 
-
-def gru(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, reverse: bool) -> jax.Array:
-  """Compute a GRU; as `imdb_jax.lstm.lstm`, but kernels have 3h columns, and the bias is f32[2, 3h]: of x and of h."""
-  return _run(GRUCell(parent=None), 1, inputs, weights, masks, lengths, reverse)
-
-
-def rnn(inputs: jax.Array, weights: Weights, masks: Masks, lengths: jax.Array | None, *, reverse: bool) -> jax.Array:
-  """Compute a simple RNN; as `imdb_jax.lstm.lstm`, but kernels have h columns, and the bias is f32[h]."""
-  return _run(RNNCell(parent=None), 1, inputs, weights, masks, lengths, reverse)
-
-
-def _run(cell, num_states: int, inputs, weights: Weights, masks: Masks, lengths, reverse: bool) -> jax.Array:
+  Kernels have 4h columns for an LSTM, 3h for a GRU, whose bias is f32[2, 3h] of x and of h, and h for a simple RNN. The
+  cell has no parent: otherwise it would become a part of the module that calls this function.
+  """
   zeros = jnp.zeros((inputs.shape[0], weights.recurrent_kernel.shape[0]), inputs.dtype)
-
-  def run(cell: nn.Module) -> jax.Array:
-    return scan(cell, (zeros,) * num_states, inputs, lengths, weights, masks, reverse=reverse)
-
-  return nn.apply(run, cell)({})
+  carry = (zeros, zeros) if isinstance(cell, LSTMCell) else (zeros,)
+  return nn.apply(lambda cell: scan(cell, carry, inputs, lengths, weights, masks, reverse=reverse), cell)({})

@@ -29,17 +29,6 @@ def _counts(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np
   return hits, ends + 1 - hits
 
 
-def reliability(confidence: np.ndarray, is_correct: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
-  """Return mean confidence and accuracy of each bin of equal width that has reviews (Guo et al. 2017, figure 1)."""
-  # As in the calibration error, a bin includes its upper end.
-  bins = np.ceil(confidence * num_bins).astype(np.int64)
-  counts = np.bincount(bins)
-  is_used = counts > 0
-  sums = (np.bincount(bins, values)[is_used] for values in (confidence, is_correct))
-  mean, accuracy = (each / counts[is_used] for each in sums)
-  return mean, accuracy
-
-
 def accuracy_in_groups(is_correct: np.ndarray, groups: np.ndarray) -> np.ndarray:
   """Return rate, low and high end of its 95% interval (Wilson 1927) and count of each group 0, 1, ...: f64[4, k]."""
   n = np.bincount(groups)

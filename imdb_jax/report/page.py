@@ -19,8 +19,7 @@ from imdb_jax.errors import UsageError, printable, reraise_as
 from imdb_jax.presets import PRESETS
 from imdb_jax.report import numbers
 from imdb_jax.store import files, metrics_log, run_directory
-from imdb_jax.store.metrics_log import METRICS, Line
-from imdb_jax.task import NUM_BINS, Classification
+from imdb_jax.task import Classification, reliability
 from imdb_jax.validation import flag
 
 # The article's log (docs/article.md), and the best linear model of docs/comparison.md, on the 25,000 test reviews.
@@ -128,10 +127,10 @@ def render(template: str, **context: Any) -> str:
   environment.trim_blocks = environment.lstrip_blocks = environment.keep_trailing_newline = True
   environment.filters |= {"printable": printable, "decimal": metrics_log.decimal}
   environment.filters["percent"] = lambda value, digits=2: f"{100 * value:.{digits}f}%"
-  return environment.get_template(template).render(metrics_names=METRICS, **context)
+  return environment.get_template(template).render(metrics_names=metrics_log.METRICS, **context)
 
 
-def _val_accuracy(line: Line) -> str:
+def _val_accuracy(line: metrics_log.Line) -> str:
   """Return the validation accuracy; with several seeds, also their mean and sample standard deviation."""
   shown = f"val_accuracy {line['val_accuracy']:.4f}"
   values = [seed["val_accuracy"] for seed in line["seeds"]]
@@ -141,7 +140,7 @@ def _val_accuracy(line: Line) -> str:
   return f"{shown} (ensemble), {spread} (seeds, n = {len(values)}, from {min(values):.4f} to {max(values):.4f})"
 
 
-def summary(config: Config, history: list[Line]) -> list[str]:
+def summary(config: Config, history: list[metrics_log.Line]) -> list[str]:
   """Return lines about the last and the best epoch, and why a run ended before its last one; none without an epoch."""
   if not history:
     return []
@@ -171,7 +170,7 @@ def _is_imdb(config: Config) -> bool:
   return config.data.source == "imdb" and config.data.limit is None
 
 
-def _curves(config: Config, history: list[Line], steps: list[Line]) -> dict[str, Any]:
+def _curves(config: Config, history: list[metrics_log.Line], steps: list[metrics_log.Line]) -> dict[str, Any]:
   """Return the figures by epoch and by step."""
   validation = {"test": "test", "split": "held-out reviews"}[config.data.validation]
   reference = ARTICLE if config.preset == "article" and _is_imdb(config) else {}
@@ -197,7 +196,7 @@ def _answered(
   probabilities, is_correct = found[0], found[0].argmax(axis=1) == labels
   _draw_scores(task, probabilities, labels, is_correct, figures, notes)
   curves = [
-    (label, *numbers.reliability(each.max(axis=1), is_correct, NUM_BINS), style | {"marker": "o", "markersize": 4})
+    (label, *reliability(each.max(axis=1), is_correct)[:2], style | {"marker": "o", "markersize": 4})
     for label, each, style in zip(temperatures, found, (plots.ACCENT, plots.OTHER), strict=False)
   ]
   figures["reliability"] = plots.curves(curves, "Reliability", "confidence", "accuracy", "diagonal")

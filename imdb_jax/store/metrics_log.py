@@ -35,11 +35,6 @@ MAX_STEP_LINES = 2000
 Line = dict[str, Any]
 
 
-def read_history(run_dir: Path) -> list[Line]:
-  """Return the lines of the finished epochs of a run; raise as `read` does."""
-  return read(run_dir)[0]
-
-
 def read(run_dir: Path) -> tuple[list[Line], list[Line]]:
   """Return the lines of the finished epochs of a run, and up to `MAX_STEP_LINES` of the others, at equal distances.
 
@@ -155,7 +150,11 @@ class MetricsLog:
     self._file, self._held, self._board = None, held, None
     if held is not None:
       if config.runtime.tensorboard:
-        self._board = _summary_writer(config.run_dir / "tensorboard", step + 1)
+        missing = "--tensorboard: tensorboardX is missing: pip install 'imdb_jax[tensorboard]'"
+        with reraise_as(UsageError, missing, ImportError):
+          import tensorboardX
+        # Hides what another trainer has written from there on.
+        self._board = tensorboardX.SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=step + 1)
       self._file = path.open("ab")
       held[path] = os.fstat(self._file.fileno())
       self._file.truncate(end)
@@ -186,14 +185,6 @@ class MetricsLog:
       # A failed write has been reported by `write`.
       with contextlib.suppress(OSError):
         self._file.close()
-
-
-def _summary_writer(folder: Path, step: int) -> Any:
-  """Return a writer for TensorBoard, which hides what another trainer has written from `step` on."""
-  missing = "--tensorboard: tensorboardX is missing: pip install 'imdb_jax[tensorboard]'"
-  with reraise_as(UsageError, missing, ImportError):
-    import tensorboardX
-  return tensorboardX.SummaryWriter(str(folder), purge_step=step)
 
 
 def write_csv(run_dir: Path, history: list[Line]) -> None:

@@ -27,8 +27,8 @@ from typing import Any
 import filelock
 
 from imdb_jax.config import Config, RuntimeConfig, differing_fields
-from imdb_jax.data.reviews import CLASSES, LeftOut
-from imdb_jax.data.tokenizer import Vocabulary
+from imdb_jax.data.reviews import CLASSES
+from imdb_jax.data.tokens import TokenData
 from imdb_jax.errors import DataError, UsageError, reraise_as
 from imdb_jax.store import files
 
@@ -144,18 +144,16 @@ def exists(config: Config) -> bool:
   return True
 
 
-def create(
-  config: Config, vocabulary: Vocabulary, data_digest: str, summary: str, classes: dict[str, int], left_out: LeftOut
-) -> None:
-  """Write the files of a new run; `summary` describes its data for people, `classes` counts its training texts."""
+def create(config: Config, data: TokenData) -> None:
+  """Write the files of a new run."""
   run_dir = config.run_dir
   with reraise_as(UsageError, f"--run-dir {run_dir}: cannot be written"):
-    files.write(run_dir / "vocab.json", vocabulary.json)
-    digests = {"data_digest": data_digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
-    files.write_json(run_dir / "classes.json", classes)
-    if lines := [line for counted, places in left_out.items() for line in (counted, *places, "")]:
+    files.write(run_dir / "vocab.json", data.vocabulary.json)
+    digests = {"data_digest": data.digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
+    files.write_json(run_dir / "classes.json", data.counts)
+    if lines := [line for counted, places in data.left_out.items() for line in (counted, *places, "")]:
       files.write(run_dir / "left_out.txt", "\n".join(lines))
-    files.write_json(run_dir / "provenance.json", {"data": summary, **digests, "starts": []})
+    files.write_json(run_dir / "provenance.json", {"data": data.summary, **digests, "starts": []})
     files.write_json(run_dir / "config.json", config.to_dict())
 
 
@@ -173,24 +171,28 @@ def load_classes(run_dir: Path) -> dict[str, float]:
   return {name: each / total for name, each in value.items()}
 
 
-def check(run_dir: Path, *, digest: str | None = None, summary: str = "", precision: str | None = None) -> None:
-  """Check that the vocabulary of a run is unchanged, and that it was trained on these data and in this precision.
+def check(run_dir: Path, model: str | None = None, data: TokenData | None = None, precision: str | None = None) -> None:
+  """Check that the vocabulary of a run is unchanged, and how it was trained: on these data and in this precision.
 
-  Raises DataError if the data differ.
+  `model` is the class of a Flax module; None for the network of the settings. Raises DataError if the data differ.
   """
   provenance = load_provenance(run_dir)
   with reraise_as(UsageError, f"{run_dir / 'vocab.json'}: not readable"):
     vocabulary_sha256 = files.sha256(run_dir / "vocab.json")
   if vocabulary_sha256 != provenance["vocabulary_sha256"]:
     raise UsageError(f"{run_dir / 'vocab.json'}: not the vocabulary that this run was trained with.")
-  if digest not in (None, provenance["data_digest"]):
-    before, change = provenance.get("data") or summary, "texts or labels are others"
-    if before != summary:
-      change = f"they were {before}, and are {summary} now"
+  last = provenance["starts"][-1] if provenance["starts"] else {"model": model, "precision": precision}
+  if last.get("model") != model:
+    trained, given = (f"{name or 'the network of its settings'}" for name in (last.get("model"), model))
+    raise UsageError(f"{run_dir}: was trained with {trained:.80}, not with {given}. Give it from Python, by model=...")
+  if data is not None and data.digest != provenance["data_digest"]:
+    before, change = provenance.get("data") or data.summary, "texts or labels are others"
+    if before != data.summary:
+      change = f"they were {before}, and are {data.summary} now"
     raise DataError(
       f"{run_dir}: these are not the reviews that the run was trained on: {change}. See --data, --archive."
     )
-  before = provenance["starts"][-1].get("precision") if provenance["starts"] else precision
+  before = last.get("precision")
   if precision not in (None, before):
     raise UsageError(
       f"--run-dir {run_dir}: the run has computed matrix products in {before}, but would continue in {precision} on "

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from rich import progress as rich_progress
 from rich.console import Console as RichConsole
 from rich.table import Column, Table
@@ -161,6 +160,7 @@ def start_facts(program: Program, step: int) -> dict[str, Any]:
     "devices": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}",
     "processes": jax.process_count(),
     "implementation": program.choice.name,
+    "model": program.own_model,
     "precision": program.precision,
   }
 
@@ -194,8 +194,7 @@ def show_header(program: Program, data: TokenData, step: int, console: Console) 
 
 def _describe(config: Config, data: TokenData) -> dict[str, str]:
   """Return rows of the header about own texts: the classes, and how the test texts were chosen."""
-  counts = np.bincount(data.train.labels, minlength=len(data.classes)).tolist()
-  shown = [f"{printable(name)} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
+  shown = [f"{printable(name)} {count:,}" for name, count in data.counts.items()]
   more = f" and {len(shown) - 10:,} more" if len(shown) > 10 else ""
   group = config.data.group_column
   chosen = config.data.test_data or f"{len(data.test):,}"

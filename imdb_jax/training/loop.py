@@ -16,18 +16,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from imdb_jax import devices, evaluation, processes
 from imdb_jax.config import Config
 from imdb_jax.data import batches, sources, tokens
 from imdb_jax.errors import CheckpointError, DivergenceError, UsageError, reraise_as
-from imdb_jax.optimizer import schedule
+from imdb_jax.optimizer import make_optimizer, schedule
 from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
 from imdb_jax.report import page
 from imdb_jax.store import metrics_log, run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
-from imdb_jax.store.metrics_log import Line, MetricsLog, best_epoch, early_end
 from imdb_jax.training import start
 from imdb_jax.training.console import Console, show_header, start_facts
 from imdb_jax.training.metrics import Recorder
@@ -48,7 +48,7 @@ class FitResult:
   """
 
   run_dir: Path
-  history: list[Line]
+  history: list[metrics_log.Line]
   compile_seconds: float
   late_signal: signal.Signals | None
 
@@ -56,18 +56,19 @@ class FitResult:
     return page.notebook(self.run_dir)
 
   @property
-  def best(self) -> Line:
+  def best(self) -> metrics_log.Line:
     """The epoch with the highest validation accuracy, which `Classifier.load` restores by default."""
-    return best_epoch(self.history)
+    return metrics_log.best_epoch(self.history)
 
 
-def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitResult:
+def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None, model: nn.Module | None = None) -> FitResult:
   """Train or resume the run that a config describes.
 
   Settings of JAX and glibc change for the whole process; see `devices.start` and `devices.keep_freed_memory`.
 
   `data` holds texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
-  pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing.
+  pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing. `model` is any Flax
+  module to train in place of the network of the settings; see `model.OwnModel`.
 
   Raises:
     UsageError: the run directory holds something else or is in use, or a setting does not fit data or device.
@@ -95,23 +96,23 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None) -> FitR
       source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir, data)
       loaded = start.data(config, source, console)
       num_steps = config.training.epochs * batches.num_batches(len(loaded.train), config.training.batch_size)
-      program = Program(config, mesh, num_steps, loaded.classes)
+      program = Program(config, mesh, make_optimizer(config.optimizer, num_steps), loaded.classes, model)
     processes.require_equal(_shared_settings(program))
     with processes.together():
       if is_first and not is_resumed:
-        run_directory.create(config, loaded.vocabulary, loaded.digest, loaded.summary, loaded.counts, loaded.left_out)
+        run_directory.create(config, loaded)
     with processes.together():
       # Each process has its own view of the folder and of the reviews.
       if not is_first and not run_directory.exists(config):
         raise UsageError(f"--run-dir {config.run_dir}: not the folder in which process 0 has created the run.")
-      run_directory.check(config.run_dir, digest=loaded.digest, summary=loaded.summary, precision=program.precision)
+      run_directory.check(config.run_dir, model=program.own_model, data=loaded, precision=program.precision)
     stop = stack.enter_context(StopRequest())
     checkpoints = Checkpoints(config.run_dir, program.abstract_state(), read_only=False)
     stack.callback(checkpoints.close)
-    is_new = checkpoints.is_empty()
-    saved, state, facts = (
-      start.first(program, loaded, source, console, stop) if is_new else (*checkpoints.restore("latest"), {})
-    )
+    if checkpoints.is_empty():
+      saved, state, facts = start.first(program, loaded, source, console, stop)
+    else:
+      saved, state, facts = *checkpoints.restore("latest"), {}
     show_header(program, loaded, saved.step, console)
     advice = "Saved steps were not touched."
     stack.enter_context(reraise_as(UsageError, f"--run-dir {config.run_dir}: cannot be written", advice=advice))
@@ -135,13 +136,13 @@ def _shared_settings(program: Program) -> dict[str, Any]:
   return {f"--{name.replace('_', '-')}": value for name, value in settings.items()} | run_directory.versions()
 
 
-def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> MetricsLog:
+def _open_log(config: Config, saved: Saved, num_steps: int, held: run_directory.Held | None) -> metrics_log.MetricsLog:
   # A step without a score may be the last of an epoch that has not been evaluated.
   steps_with_line = saved.step if saved.score is not None else max(saved.step - 1, 0)
   num_epochs = steps_with_line // (num_steps // config.training.epochs)
-  log = MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
+  log = metrics_log.MetricsLog(config, step=saved.step, num_epochs=num_epochs, held=held)
   patience = config.training.early_stopping
-  end = early_end(log.history, patience)
+  end = metrics_log.early_end(log.history, patience)
   if end is not None and end["step"] < saved.step:
     log.close()
     raise UsageError(
@@ -215,7 +216,7 @@ class _Trainer:
   def _is_over(self) -> bool:
     """Return whether all epochs are done, or early stopping ends the run. All processes must call it."""
     history, training = self._recorder.log.history, self._config.training
-    ends = len(history) == training.epochs or early_end(history, training.early_stopping) is not None
+    ends = len(history) == training.epochs or metrics_log.early_end(history, training.early_stopping) is not None
     # Other machines may round differently.
     return bool(processes.largest([int(ends and jax.process_index() == 0)])[0])
 
@@ -303,7 +304,7 @@ class _Trainer:
     # Not on the test reviews, which are for reporting.
     is_held_out, is_classifier = self._config.data.validation == "split", self._config.training.objective == "label"
     progress = {"temperature": task.calibrate(logits, split.labels)} if is_held_out and is_classifier else {}
-    if is_classifier and line is best_epoch(self._recorder.log.history):
+    if is_classifier and line is metrics_log.best_epoch(self._recorder.log.history):
       self._answers = page.Answers(
         split="validation" if is_held_out else "test",
         encoded=split,

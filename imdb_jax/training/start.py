@@ -15,7 +15,6 @@ from imdb_jax.config import Config
 from imdb_jax.data import ngrams, sources, tokens, word_vectors
 from imdb_jax.data.tokenizer import PADDING_ID, Vocabulary
 from imdb_jax.errors import UsageError
-from imdb_jax.processes import Interrupted, StopRequest
 from imdb_jax.program import Program, TrainState
 from imdb_jax.store import run_directory
 from imdb_jax.store.checkpoints import Checkpoints, Saved
@@ -46,7 +45,7 @@ def data(config: Config, source: sources.Source, console: Console) -> tokens.Tok
 
 
 def first(
-  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
+  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: processes.StopRequest
 ) -> tuple[Saved, TrainState, dict[str, Any]]:
   """Return step 0, the state from which every seed starts, and facts about it for provenance.json.
 
@@ -102,7 +101,7 @@ def _carried(
 
 
 def _fitted(
-  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: StopRequest
+  program: Program, data: tokens.TokenData, source: sources.Source, console: Console, stop: processes.StopRequest
 ) -> dict[str, Any]:
   """Return the parameters that are computed before the first step, by layer."""
 
@@ -111,7 +110,7 @@ def _fitted(
       console.line(line)
     if number := processes.largest([stop.signal or 0])[0]:
       console.line("No step is lost; the word vectors will be computed again.")
-      raise Interrupted(signal.Signals(number), 0)
+      raise processes.Interrupted(signal.Signals(number), 0)
 
   config = program.config
   model, train, path, fitted = config.model, data.train, config.runtime.word_vectors, {}

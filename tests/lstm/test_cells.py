@@ -13,7 +13,10 @@ from lstm.contract import Case
 from imdb_jax.lstm import scan
 from imdb_jax.lstm.shared import Masks, Weights
 
-CELLS = {"gru": scan.gru, "rnn": scan.rnn}
+CELLS = {
+  name: functools.partial(scan.run, cell(parent=None))
+  for name, cell in {"gru": scan.GRUCell, "rnn": scan.RNNCell}.items()
+}
 # A case that reveals every mistake below.
 HARD = {cell: Case("odd", "shared", True, True, cell=cell) for cell in CELLS}
 CASES = {dataclasses.replace(case, cell=cell) for cell in CELLS for case in contract.RECIPE_CASES} | {*HARD.values()}

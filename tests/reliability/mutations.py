@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import tarfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
   provenance = json.loads((whole / "provenance.json").read_bytes())
 
   def check(run_dir: Path) -> None:
-    run_directory.check(run_dir, digest=provenance["data_digest"], precision=provenance["starts"][0]["precision"])
+    data = types.SimpleNamespace(digest=provenance["data_digest"], summary="")
+    run_directory.check(run_dir, data=data, precision=provenance["starts"][0]["precision"])
 
   def within_a_run(name: str, read: Reader) -> tuple[bytes, Reader]:
     run_dir = folder / name
@@ -129,10 +131,10 @@ def _files_of_a_run(whole: Path, folder: Path) -> dict[str, tuple[bytes, Reader]
 
     return (whole / name).read_bytes(), read_as
 
-  history = metrics_log.read_history(whole)
+  history = metrics_log.read(whole)[0]
 
   def plot(run_dir: Path) -> None:
-    found = metrics_log.read_history(run_dir)
+    found = metrics_log.read(run_dir)[0]
     # It takes a while.
     if found != history:
       metrics_log.write_csv(run_dir, found)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ def run_of(folder: Path, *epochs: tuple[float, ...], preset: str = "sample", cla
   """Return the config of a run with these METRICS after each epoch."""
   config = Config.from_dict(PRESETS[preset].to_dict(), RuntimeConfig(run_dir=folder / "run"))
   (folder / "run").mkdir()
-  counts = {f"class {number}": 1 for number in range(classes)}
-  run_directory.create(config, VOCABULARY, "digest", "4 train", counts, {})
+  facts = {"digest": "digest", "summary": "4 train", "counts": {f"class {number}": 1 for number in range(classes)}}
+  run_directory.create(config, types.SimpleNamespace(**facts, vocabulary=VOCABULARY, left_out={}))
   if classes == 2:
     # As in older runs on IMDB.
     (folder / "run" / "classes.json").unlink()

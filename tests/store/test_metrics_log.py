@@ -63,11 +63,11 @@ def test_a_new_run_writes_its_lines_at_once(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == line
   log.sync()
   log.close()
-  assert log.history == metrics_log.read_history(tmp_path) == [epoch_line(1), epoch_line(2)]
+  assert log.history == metrics_log.read(tmp_path)[0] == [epoch_line(1), epoch_line(2)]
 
 
 def test_without_a_file_there_is_no_history(tmp_path):
-  assert metrics_log.read_history(tmp_path) == []
+  assert metrics_log.read(tmp_path)[0] == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_log_that_lacks_epochs_is_refused_and_kept(tmp_path):
 def test_a_last_line_that_a_crash_cut_off_is_ignored(tmp_path):
   for end in ('{"kind": "epo', json.dumps(epoch_line(2))):
     write(tmp_path, LINES[:3], end)
-    assert metrics_log.read_history(tmp_path) == [epoch_line(1)]
+    assert metrics_log.read(tmp_path)[0] == [epoch_line(1)]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_last_line_that_a_crash_cut_off_is_ignored(tmp_path):
 )
 def test_lines_of_another_form_are_refused(line, tmp_path):
   text = write(tmp_path, [step_line(1), line])
-  for use in (metrics_log.read_history, lambda run_dir: resume(run_dir, 8, 2)):
+  for use in (metrics_log.read, lambda run_dir: resume(run_dir, 8, 2)):
     with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable: line ending at byte [\d,]+: ") as caught:
       use(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
@@ -183,7 +183,7 @@ def test_what_a_run_that_nearly_diverges_writes_is_read(odd, tmp_path):
   log = resume(tmp_path, 0, 0)
   log.write(line)
   log.close()
-  for history in (metrics_log.read_history(tmp_path), resume(tmp_path, 4, 1, is_writer=False).history):
+  for history in (metrics_log.read(tmp_path)[0], resume(tmp_path, 4, 1, is_writer=False).history):
     # NaN differs from itself.
     assert repr(history) == repr([line])
 
@@ -192,20 +192,20 @@ def test_a_log_holds_no_more_epochs_than_the_run_has(tmp_path):
   """Else its lines, which are kept in memory, might be a gigabyte."""
   write(tmp_path, [epoch_line(epoch) for epoch in (1, 2, 3)])
   with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable: .*not epoch 3 of 2"):
-    metrics_log.read_history(tmp_path)
+    metrics_log.read(tmp_path)[0]
 
 
 @pytest.mark.parametrize("text", ["{" * 10**5, "[" * 10**5, "", "\0", "\ufeff{}"])
 def test_lines_that_are_not_json_are_refused(text, tmp_path):
   (tmp_path / "metrics.jsonl").write_text(text + "\n", encoding="utf-8")
   with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
-    metrics_log.read_history(tmp_path)
+    metrics_log.read(tmp_path)[0]
 
 
 def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
   (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "step", "step": 1, "a": "\xff"}\n')
   with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
-    metrics_log.read_history(tmp_path)
+    metrics_log.read(tmp_path)[0]
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path.parent / "elsewhere"), os.mkfifo])
@@ -213,7 +213,7 @@ def test_only_a_regular_file_is_read(make, config, tmp_path):
   (tmp_path / "elsewhere").touch()
   make(tmp_path / "metrics.jsonl")
   with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable|holds links or devices \(metrics\.jsonl\)"):
-    metrics_log.read_history(tmp_path)
+    metrics_log.read(tmp_path)[0]
   with pytest.raises(UsageError, match=r"metrics\.jsonl: not readable"):
     MetricsLog(config, step=0, num_epochs=0, held={})
 
@@ -229,7 +229,7 @@ def test_a_log_of_any_size_is_read_and_continued(tmp_path):
       file.write(json.dumps(epoch_line(1)) + "\n")
     size = path.stat().st_size
     assert size > 2**28
-    assert metrics_log.read_history(tmp_path) == [epoch_line(1)]
+    assert metrics_log.read(tmp_path)[0] == [epoch_line(1)]
     log = resume(tmp_path, 4, 1)
     log.write(step_line(5))
     log.close()
@@ -244,9 +244,9 @@ def test_a_line_that_is_too_long_is_refused(end, tmp_path):
   line = json.dumps(step_line(1))
   path = tmp_path / "metrics.jsonl"
   path.write_text(line.ljust(2**20 - 1) + "\n")
-  assert metrics_log.read_history(tmp_path) == []
+  assert metrics_log.read(tmp_path)[0] == []
   path.write_text(line.ljust(2**20) + end)
-  for use in (metrics_log.read_history, lambda run_dir: resume(run_dir, 1, 0)):
+  for use in (metrics_log.read, lambda run_dir: resume(run_dir, 1, 0)):
     with pytest.raises(UsageError, match=r"metrics\.jsonl: .*a line of more than 1,048,576 bytes"):
       use(tmp_path)
 
@@ -259,7 +259,7 @@ def test_an_epoch_of_the_most_seeds_fits_a_line(tmp_path):
   log = resume(tmp_path, 0, 0)
   log.write(line)
   log.close()
-  assert metrics_log.read_history(tmp_path) == [line]
+  assert metrics_log.read(tmp_path)[0] == [line]
 
 
 def test_history_csv_is_replaced_and_not_written_through_a_hard_link(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import types
 from pathlib import Path
 
 import filelock
@@ -24,8 +25,14 @@ def load(config):
 
 
 def create(config, digest):
+  run_directory.create(config, data_of(config, digest))
+
+
+def data_of(config, digest):
+  """Return what a run directory uses of the data."""
+  facts = {"digest": digest, "summary": "1 row", "counts": {"a": 1, "b": 1}}
   vocabulary = Vocabulary(config=config.data, words=())
-  run_directory.create(config, vocabulary, digest, "1 row", {"a": 1, "b": 1}, {"a.csv: 1 of 2": ["line 3"]})
+  return types.SimpleNamespace(**facts, vocabulary=vocabulary, left_out={"a.csv: 1 of 2": ["line 3"]})
 
 
 def saved(config):
@@ -157,7 +164,7 @@ def test_a_run_whose_creation_was_interrupted_is_created_anew(
   with run_directory.opened(config):
     assert not run_directory.exists(config)
     create(config, "1" * 64)
-  run_directory.check(config.run_dir, digest="1" * 64)
+  run_directory.check(config.run_dir, data=data_of(config, "1" * 64))
   assert run_directory.load_config(config.run_dir) == saved(config)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 from training.tiny import tiny
@@ -9,6 +10,7 @@ from training.tiny import tiny
 import imdb_jax
 from imdb_jax import plots
 from imdb_jax.config import Config, RuntimeConfig
+from imdb_jax.optimizer import make_optimizer
 from imdb_jax.program import Program
 from imdb_jax.training import loop
 
@@ -23,21 +25,22 @@ def programs() -> dict:
 def shared_programs(programs):
   """Let runs that differ only in their folder, their saves, their output or their seed share compiled programs."""
 
-  def shared(config, mesh, num_steps, classes):
+  def shared(config, mesh, optimizer, classes, model):
     runtime = RuntimeConfig(
       **{name: getattr(config.runtime, name) for name in ("implementation", "steps_per_dispatch")}, cache_dir="."
     )
     # The first seed is an argument of the programs.
     training = dataclasses.replace(config.training, seed=0)
-    key = dataclasses.replace(config, runtime=runtime, training=training), mesh, num_steps, classes
+    key = dataclasses.replace(config, runtime=runtime, training=training), mesh, optimizer, classes, model
     if key not in programs:
-      programs[key] = Program(config, mesh, num_steps, classes)
+      programs[key] = Program(config, mesh, optimizer, classes, model)
     program = copy.copy(programs[key])
     program.config = config
     return program
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "Program", shared)
+    patch.setattr(loop, "make_optimizer", functools.cache(make_optimizer))
     yield
 
 

@@ -17,6 +17,7 @@ from imdb_jax import devices
 from imdb_jax.config import Config, ModelConfig, RuntimeConfig, TrainingConfig
 from imdb_jax.data import ngrams, sample, tokens
 from imdb_jax.errors import UsageError
+from imdb_jax.optimizer import make_optimizer
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program, TrainState
 from imdb_jax.training.metrics import Recorder
@@ -78,7 +79,9 @@ def test_predictions_are_the_mean_of_the_network_and_the_linear_model(num_device
 
 def test_training_goes_on_as_without_the_linear_model_and_leaves_it_as_it_is():
   """An answer that is right already would leave the network nothing to learn."""
-  both, network = (Program(config, mesh_of(3), num_steps=10) for config in (WITH, WITHOUT))
+  both, network = (
+    Program(config, mesh_of(3), make_optimizer(config.optimizer, num_steps=10)) for config in (WITH, WITHOUT)
+  )
   found, sums = train(both, ROWS, initial(both))
   expected, expected_sums = train(network, ROWS)
   for seed in range(SEEDS):
