@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdb_jax import scoring
+from imdb_jax.data import tables
 from imdb_jax.errors import DataError, UsageError
 
 # Without halves of surrogate pairs, which are not Unicode text, and NUL bytes.
@@ -154,7 +155,7 @@ def test_windows_are_answered_as_they_arrive(monkeypatch):
 
   def windows():
     for text in ("a", "bb"):
-      yield [(text, scoring.Record("", ["text"], [text]))]
+      yield [(text, tables.Record("", ["text"], [text]))]
       seen.append(output.getvalue().count("\n"))
 
   scoring.show(windows(), answers, is_json=True)

@@ -64,11 +64,10 @@ class FitResult:
 def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None, model: nn.Module | None = None) -> FitResult:
   """Train or resume the run that a config describes.
 
-  Settings of JAX and glibc change for the whole process; see `devices.start` and `devices.keep_freed_memory`.
-
   `data` holds texts of your own, as `{"train": (texts, labels), "test": (texts, labels)}`: lists, or columns of NumPy,
   pandas or Arrow. A third column has groups. Without "test", a part of "train" is for testing. `model` is any Flax
-  module to train in place of the network of the settings; see `model.OwnModel`.
+  module to train in place of the network of the settings; see `model.OwnModel`. Settings of JAX and glibc change for
+  the whole process; see `devices.start` and `devices.keep_freed_memory`.
 
   Raises:
     UsageError: the run directory holds something else or is in use, or a setting does not fit data or device.
