@@ -75,6 +75,7 @@ def test_other_labelled_texts_are_evaluated(folder, tmp_path, call: Call):
   assert_one_clear_line(result, 3, "line 2: the label 'sports' is not a class of the training texts")
 
 
+@pytest.mark.slow
 def test_rows_without_a_text_are_counted_by_every_run_and_listed_in_its_folder(folder, tmp_path, call: Call):
   train, test = write_rows(tmp_path / "a.csv", 60), write_rows(tmp_path / "b.csv", 20, seed=1)
   for path, more in ((train, '60,,food\n61," ",tech\n'), (test, "20,,food\n")):

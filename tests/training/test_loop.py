@@ -54,6 +54,7 @@ def test_matmul_precision_of_the_surrounding_program_is_kept(tmp_path):
     jax.config.update("jax_default_matmul_precision", before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [3, 4])
 def test_a_trace_of_whole_dispatches_is_where_tensorboard_looks_for_it(tmp_path, num_steps):
   imdb_jax.fit(change(tiny(tmp_path), "runtime", profile=num_steps, steps_per_dispatch=2))

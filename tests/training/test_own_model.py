@@ -130,6 +130,7 @@ def test_a_run_is_restored_with_its_module(own):
       use(["A text."])
 
 
+@pytest.mark.slow
 def test_it_can_be_exported_as_a_program(own, tmp_path):
   """`export` compares what it has written with the classifier."""
   export(imdb_jax.Classifier.load(own.run_dir, model=Mean()), "stablehlo", tmp_path / "model")
@@ -145,6 +146,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(own, tmp_path):
   assert_equal(last_params(config), last_params(own))
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_changes_only_rounding(own, tmp_path):
   """The dropout masks are those of the whole batch."""
   config = change(own, "runtime", run_dir=tmp_path / "run", num_devices=2)
@@ -162,6 +164,7 @@ class Other(Mean):
   pass
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_with_another_module_or_none(own, tmp_path):
   before = {path: path.read_bytes() for path in own.run_dir.rglob("*") if path.is_file()}
   network = "the network of its settings"
@@ -191,6 +194,7 @@ class Unnamed(nn.Module):
     return nn.Dense(1)(tokens.astype(jnp.float32))
 
 
+@pytest.mark.slow
 def test_a_layer_embedding_may_start_from_word_vectors(tmp_path):
   config = change(change(tiny(tmp_path / "run", epochs=1), "model", embedding="svd"), "optimizer", embedding_rate=0)
   imdb_jax.fit(config, model=Mean())
