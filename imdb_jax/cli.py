@@ -210,13 +210,15 @@ def _explain(prog: str, args: Sequence[str]) -> None:
   given = parser.parse_args(args)
   (classifier,) = _load(given).classifiers
   from imdb_jax import explanation
+  from imdb_jax.report import page
 
   with exits.interruptible():
     found = classifier.explain(given.texts, given.label)
   if given.html is not None:
     with reraise_as(UsageError, f"--html {given.html}"):
+      shown = [(explanation.summary(each), explanation.to_html(each)) for each in found]
       # Arguments may hold what is no character.
-      given.html.write_text(explanation.page(found), encoding="utf-8", errors="replace")
+      given.html.write_text(page.render("explanations.html", explanations=shown), encoding="utf-8", errors="replace")
   is_colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
   for each in found:
     print(json.dumps(dataclasses.asdict(each)) if given.json else explanation.to_terminal(each, is_colored=is_colored))

@@ -114,7 +114,7 @@ class OptimizerConfig(Settings):
   b2: float = setting(0.999, "Decay rate of the second moment.", ge=0, lt=1)
   epsilon: float = setting(1e-7, "Adam's epsilon, added before bias correction as in Keras.", gt=0, le=1e38)
   clip_norm: float | None = setting(None, "Scale gradients down to this norm, over all parameters.", gt=0, le=1e38)
-  weight_decay: float = setting(0.0, "Decoupled weight decay, as in AdamW; not of padding's vector.", ge=0, le=1e6)
+  weight_decay: float = setting(0.0, "Decoupled weight decay, as in AdamW.", ge=0, le=1e6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -120,15 +120,6 @@ def to_html(explanation: Explanation) -> str:
   return f'<p class="explained" style="white-space: pre-wrap">{"".join(parts)}</p>'
 
 
-def page(explanations: Sequence[Explanation]) -> str:
-  """Return an HTML document of several texts."""
-  style = ":root { color-scheme: light dark; font: 1rem/1.5 sans-serif } h2 { font-size: 1rem }"
-  style += " body { max-width: 44rem; margin: 2rem auto; padding: 0 1rem }"
-  head = f'<meta charset="utf-8">\n<title>Contributions of words</title>\n<style>{style}</style>'
-  body = "\n".join(f"<h2>{html.escape(_summary(each))}</h2>\n{to_html(each)}" for each in explanations)
-  return f'<!DOCTYPE html>\n<html lang="en">\n{head}\n{body}\n'
-
-
 def to_terminal(explanation: Explanation, *, is_colored: bool) -> str:
   """Return lines: logits, the text with words for the class in blue and against it in red, and the main words."""
   parts = []
@@ -139,10 +130,11 @@ def to_terminal(explanation: Explanation, *, is_colored: bool) -> str:
   seen = [(word.contribution, word.text) for word in explanation.words if word.contribution is not None]
   ranked = sorted(seen, key=lambda each: -abs(each[0]))[:10]
   lines = (f"{value:+8.3f}  {printable(text)}" for value, text in ranked)
-  return "\n".join([printable(_summary(explanation)), "".join(parts), *lines])
+  return "\n".join([printable(summary(explanation)), "".join(parts), *lines])
 
 
-def _summary(explanation: Explanation) -> str:
+def summary(explanation: Explanation) -> str:
+  """Return the logit and how much of the text was seen, in one line."""
   difference, num_words = explanation.logit - explanation.baseline_logit, len(explanation.words)
   num_unseen = sum(word.contribution is None for word in explanation.words)
   shown = f"{explanation.label}: logit {explanation.logit:+.3f}, {difference:+.3f} from the words"

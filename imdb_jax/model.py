@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imdb_jax import lstm
-from imdb_jax.config import ModelConfig
+from imdb_jax.config import Config, ModelConfig
 from imdb_jax.data import ngrams
 from imdb_jax.data.tokenizer import PADDING_ID
+from imdb_jax.errors import UsageError, reraise_as
 from imdb_jax.lstm import chunked, scan
 from imdb_jax.lstm.shared import Masks, Weights, known_lengths, real_positions
 
@@ -257,7 +258,6 @@ class OwnModel(nn.Module):
 
   module: nn.Module
   layers, has_lookup = (), False
-  draw = TextClassifier.draw
 
   def setup(self):
     # The parameters have the names that the module gives them.
@@ -267,6 +267,27 @@ class OwnModel(nn.Module):
     """Return the logits of the module."""
     return self.module(tokens, lengths, dropout_masks)
 
+  def draw(self, key: jax.Array) -> dict[str, Any]:
+    """Return a key for `nn.Dropout`, which every device uses for its own reviews."""
+    return {"rngs": {"dropout": key}}
+
   def predict(self, tokens: jax.Array, lengths: jax.Array, lookup: None = None) -> jax.Array:
     """Return the logits of the module."""
     return self(tokens, lengths)
+
+
+def check_own_model(module: Any, config: Config, head_size: int) -> None:
+  """Raise UsageError unless a module can be initialised and called as in training; nothing is computed."""
+  if not isinstance(module, nn.Module):
+    raise UsageError(f"model: must be an instance of a class of flax.linen.Module, not {module!r:.80}.")
+  model, name = OwnModel(module), type(module).__name__
+  reviews = jnp.zeros((2, config.data.sequence_length), jnp.int32), jnp.zeros(2, jnp.int32)
+
+  def call(key: jax.Array) -> Any:
+    params = model.init(key, *reviews)["params"]
+    return model.apply({"params": params}, *reviews, draw_dropout_masks(key, config.model, 2), **model.draw(key))
+
+  with reraise_as(UsageError, f"{name}: cannot be trained", Exception, "See docs/own_model.md."):
+    logits = jax.eval_shape(call, jax.random.key(0))
+    if logits.shape != (2, head_size):
+      raise ValueError(f"the logits of two reviews have the shape {logits.shape}, not {(2, head_size)}")

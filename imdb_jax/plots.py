@@ -30,9 +30,9 @@ def _styled(function: Callable[..., Any]) -> Any:
 
   @functools.wraps(function)
   def styled(*args: Any, **kwargs: Any) -> Any:
-    import matplotlib
+    import matplotlib.style
 
-    with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
+    with matplotlib.style.context(_STYLE), warnings.catch_warnings():
       # The font lacks many letters that a name may have.
       warnings.filterwarnings("ignore", "Glyph", UserWarning)
       return function(*args, **kwargs)

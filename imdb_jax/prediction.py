@@ -258,7 +258,8 @@ class Classifier:
         texts, notes = None, [f"Texts: {first_line(error)}."]
     name = "test" if data.validation == "test" and name == "validation" else name
     known: dict[str, Any] = {"step": self.step, "temperature": self.temperature, "vocabulary": self.vocabulary}
-    known["explain"] = lambda texts: [explanation.to_html(each) for each in self.explain(texts)]
+    if not self.program.own_model:
+      known["explain"] = lambda texts: [explanation.to_html(each) for each in self.explain(texts)]
     return Answers(split=name, encoded=split, logits=self.logits(split), reviews=texts, **known), notes
 
   def evaluate(self, split: tokens.TokenSplit) -> Evaluation:

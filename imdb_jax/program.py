@@ -26,7 +26,7 @@ from imdb_jax.data.tokenizer import PADDING_ID
 from imdb_jax.data.tokens import TokenSplit
 from imdb_jax.errors import UsageError
 from imdb_jax.language_model import LanguageModel, NextWord
-from imdb_jax.model import OwnModel, TextClassifier, draw_dropout_masks
+from imdb_jax.model import OwnModel, TextClassifier, check_own_model, draw_dropout_masks
 from imdb_jax.optimizer import make_optimizer
 from imdb_jax.task import Classification
 
@@ -88,12 +88,12 @@ class Program:
   ):
     """Build the functions; they are compiled when they are first called.
 
-    `optimizer` is any of optax; by default that of the settings, for one step. `classes` are the names of the labels.
-    `model` is any Flax module to use in place of the network of the settings, see `OwnModel`.
+    `optimizer` is any of optax that needs only gradients and parameters; by default, that of the settings for one step.
+    `classes` are the names of the labels. `model` is any Flax module in place of the network, see `OwnModel`.
 
     Raises:
       UsageError: the named implementation does not support the model or the device, there are too many classes,
-        --class-weights names another one, or the model lacks a layer that the settings would compute.
+        --class-weights names another one, or a model of your own cannot be trained with these settings.
     """
     is_classifier = config.training.objective == "label"
     self.config, self.mesh = config, mesh
@@ -109,9 +109,10 @@ class Program:
       self.choice = _choose(config, mesh.devices.flat[0])
       kind = TextClassifier if is_classifier else LanguageModel
       self.model: Any = kind(config.model, config.data.vocabulary_size, self.task.head_size, self.choice.name)
-    elif not is_classifier:
-      raise UsageError("--objective next_word: requires the network of the settings, not a model of your own.")
+    elif not is_classifier or config.model.ngrams or config.model.embedding != "random" or config.runtime.init_from:
+      raise UsageError("Your own model requires --objective label, --embedding random, --ngrams 0 and no --init-from.")
     else:
+      check_own_model(model, config, self.task.head_size)
       self.choice, self.model = lstm.Choice(type(model).__name__, "a model of your own"), OwnModel(model)
     self._optimizer = optimizer or make_optimizer(config.optimizer, num_steps=1)
     everywhere, rows = devices.replicated(mesh), devices.over_rows(mesh)
@@ -128,9 +129,6 @@ class Program:
     )
     self.slopes = jax.jit(self._slopes, in_shardings=(*[everywhere] * 5, rows), out_shardings=everywhere)
     self._prepare = jax.jit(self._with_lookup, out_shardings=everywhere)
-    for layer, is_wanted in (("embedding", config.model.embedding != "random"), ("ngrams", config.model.ngrams > 0)):
-      if self.own_model and is_wanted and layer not in self.abstract_state().params:
-        raise UsageError(f"--{layer} {getattr(config.model, layer)}: {self.own_model} has no layer {layer!r}.")
 
   @property
   def precision(self) -> str:
@@ -172,7 +170,7 @@ class Program:
       with jax.default_matmul_precision(self._matmul_precision):
         apply = jax.vmap(lambda params: model.apply({"params": params}, tokens, lengths, method="predict"))
         logits: Any = apply(params)
-      found = self.task.traced_probabilities(logits, temperature)
+      found = jax.nn.softmax(self.task.traced_ensemble(logits) / temperature)
       return jnp.where(lengths[:, None] > 0, found, prior[None])
 
     shape = *jax.export.symbolic_shape("b"), self.config.data.sequence_length
@@ -217,7 +215,7 @@ class Program:
   def _init_seeds(self, seeds: jax.Array) -> TrainState:
     def init(seed: jax.Array) -> TrainState:
       params_key, dropout_key = jax.random.split(jax.random.key(seed))
-      tokens, lengths = jnp.zeros((1, 2), jnp.int32), jnp.ones((1,), jnp.int32)
+      tokens, lengths = jnp.zeros((1, self.config.data.sequence_length), jnp.int32), jnp.ones((1,), jnp.int32)
       params = self.model.init(params_key, tokens, lengths, method="predict")["params"]
       return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -260,7 +258,7 @@ class Program:
     # optax raises a float to an integer power, which strict promotion would refuse.
     updates: Any
     with jax.numpy_dtype_promotion("standard"):
-      updates, opt_state = self._optimizer.update(grads, state.opt_state, _decayed(params))
+      updates, opt_state = self._optimizer.update(grads, state.opt_state, params)
     settings = self.config.optimizer
     rates = {"embedding": settings.embedding_rate, **dict.fromkeys(self.model.layers, settings.recurrent_rate)}
     changed = {layer: rate for layer, rate in rates.items() if rate != 1 and layer in updates}
@@ -317,15 +315,6 @@ class Program:
 def _trained(params: Any) -> Any:
   """Return the parameters that steps change: all except those of the n-grams."""
   return {layer: values for layer, values in params.items() if layer != "ngrams"}
-
-
-def _decayed(params: Any) -> Any:
-  """Return what weight decay sees of the parameters, which nothing else in the optimizer reads: 0 for padding."""
-  if "embedding" not in params:
-    return params
-  vectors = params["embedding"]["embedding"]
-  is_word = jnp.arange(len(vectors))[:, None] != PADDING_ID
-  return params | {"embedding": {"embedding": jnp.where(is_word, vectors, 0)}}
 
 
 def _choose(config: Config, device: Any) -> lstm.Choice:

@@ -135,17 +135,13 @@ class Classification:
     """Return the probability of each class, f32[n, k], from logits [seeds, n, h]."""
     return self._probabilities(self.ensemble(logits) / temperature).astype(np.float32)
 
-  def traced_probabilities(self, logits: jax.Array, temperature: float) -> jax.Array:
-    """Return `probabilities` in JAX and float32, of logits f32[seeds, n, head_size]."""
-    return jax.nn.softmax(self._traced_ensemble(logits) / temperature)
-
   def traced_log_odds(self, logits: jax.Array, temperature: jax.Array, labels: jax.Array) -> jax.Array:
     """Return log p - log (1 - p), f32[n], for the probability p of each label i32[n]."""
-    x = self._traced_ensemble(logits) / temperature
+    x = self.traced_ensemble(logits) / temperature
     is_label = jnp.arange(len(self.classes))[None] == labels[:, None]
     return jnp.sum(jnp.where(is_label, x, 0), axis=1) - jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, x), axis=1)
 
-  def _traced_ensemble(self, logits: jax.Array) -> jax.Array:
+  def traced_ensemble(self, logits: jax.Array) -> jax.Array:
     """Return logits f32[n, k] of the mean probability over the seeds."""
     if self.head_size == 1:
       logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=2)

@@ -161,7 +161,7 @@ def test_clipping_and_weight_decay_are_those_of_the_papers():
 
 
 @pytest.mark.slow
-def test_one_step_with_clipping_and_weight_decay_leaves_padding_and_the_linear_model_alone():
+def test_one_step_with_clipping_and_weight_decay_leaves_the_linear_model_alone():
   model = dataclasses.replace(NO_DROPOUT, mask_padding=True, ngrams=2)
   # A large epsilon, because Adam's first update does not depend on the scale of the gradient otherwise.
   settings = {"clip_norm": 0.01, "weight_decay": 0.5, "epsilon": 0.1, "learning_rate": 0.1}
@@ -176,7 +176,6 @@ def test_one_step_with_clipping_and_weight_decay_leaves_padding_and_the_linear_m
   start = dataclasses.replace(jax.device_get(trained.init()), params=before.params)
   after = train(trained, rows_of(range(32)), start)[0].params
   assert_equal(after["ngrams"], before.params["ngrams"])
-  assert_equal(after["embedding"]["embedding"][:, 0], before.params["embedding"]["embedding"][:, 0])
   factor = 0.01 / np.sqrt(
     sum(np.sum(grad**2) for layer, tree in grads.items() if layer != "ngrams" for grad in tree.values())
   )
@@ -185,8 +184,6 @@ def test_one_step_with_clipping_and_weight_decay_leaves_padding_and_the_linear_m
     for name, value in before.params[layer].items():
       grad = factor * grads[layer][name]
       decayed = value.astype(np.float64)
-      if layer == "embedding":
-        decayed[:, 0] = 0
       adam = grad / (np.abs(grad) + 0.1 / np.sqrt(0.001))
       np.testing.assert_allclose(after[layer][name], value - 0.1 * (adam + 0.5 * decayed), atol=1e-6, err_msg=name)
 

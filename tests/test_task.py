@@ -325,4 +325,4 @@ def test_exported_programs_compute_probabilities_from_the_mean_over_the_seeds(nu
   x = np.concatenate([np.zeros_like(logits), logits], axis=2) if num_classes == 2 else logits
   mean = special.softmax(x.astype(np.float64), axis=2).mean(axis=0)
   expected = special.softmax(np.log(mean) / 1.7, axis=1)
-  np.testing.assert_allclose(task.traced_probabilities(jax.device_put(logits), 1.7), expected, atol=1e-6)
+  np.testing.assert_allclose(jax.nn.softmax(task.traced_ensemble(jax.device_put(logits)) / 1.7), expected, atol=1e-6)

@@ -9,11 +9,6 @@ import numpy as np
 _WINDOW = 200
 
 
-def num_batches(num_rows: int, batch_size: int) -> int:
-  """Return the number of batches per epoch; one may be smaller."""
-  return math.ceil(num_rows / batch_size)
-
-
 def shuffled(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
   """Return a permutation of range(num_rows).
 
@@ -37,7 +32,7 @@ def epoch_rows(
   Returns:
     int32[num_batches, num_seeds, batch_size], rows of the split; -1 where a smaller batch has no row.
   """
-  size, count = min(batch_size, len(lengths)), num_batches(len(lengths), batch_size)
+  size, count = min(batch_size, len(lengths)), math.ceil(len(lengths) / batch_size)
   rows = np.full((count, len(seeds), size), -1, np.int32)
   for i, seed in enumerate(seeds):
     order, places = shuffled(len(lengths), seed=seed, epoch=epoch), np.arange(count)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from imdb_jax.config import DataConfig
 from imdb_jax.data import archive
 from imdb_jax.data.reviews import LeftOut
@@ -22,7 +24,9 @@ from imdb_jax.store import files
 
 # Of a file or folder, unpacked; of one row in bytes, and of a text and a label in characters.
 MAX_BYTES, MAX_ROW_BYTES, MAX_TEXT, MAX_LABEL = 2**32, 2**23, 2**20, 200
-MAX_ROWS, MAX_LINES, MAX_CLASSES, MAX_LISTED = 4_000_000, 40_000_000, 1_000, 100_000
+MAX_ROWS, MAX_LINES, MAX_CLASSES = 4_000_000, 40_000_000, 1_000
+# Of a list of rows without a text: characters, and 8 for each row.
+MAX_LISTED = 500_000
 _DELIMITERS = ",;\t|"
 _FORMATS = (
   ".csv, .tsv, .txt, .jsonl or .ndjson, also with .gz or .xz, or a folder with one sub-folder of .txt per label"
@@ -145,7 +149,9 @@ def _checked(rows: Iterable[Row], columns: Sequence[str], path: Path) -> tuple[l
   if not found:
     raise ValueError("has no rows with a text")
   counted = f"left out {len(skipped):,} of {len(found) + len(skipped):,} rows, whose text is empty"
-  places = [printable(row.place) for row in skipped[:MAX_LISTED]] + ["..."] * (len(skipped) > MAX_LISTED)
+  places = [printable(row.place) for row in skipped]
+  num_listed = int(np.searchsorted(np.cumsum([len(place) + 8 for place in places]), MAX_LISTED))
+  places[num_listed:] = ["..."] * (num_listed < len(skipped))
   return found, {printable(f"{path}: {counted}"): places} if skipped else {}
 
 

@@ -151,6 +151,8 @@ def create(config: Config, data: TokenData) -> None:
     files.write(run_dir / "vocab.json", data.vocabulary.json)
     digests = {"data_digest": data.digest, "vocabulary_sha256": files.sha256(run_dir / "vocab.json")}
     files.write_json(run_dir / "classes.json", data.counts)
+    # Of an interrupted start.
+    (run_dir / "left_out.txt").unlink(missing_ok=True)
     if lines := [line for counted, places in data.left_out.items() for line in (counted, *places, "")]:
       files.write(run_dir / "left_out.txt", "\n".join(lines))
     files.write_json(run_dir / "provenance.json", {"data": data.summary, **digests, "starts": []})
@@ -184,7 +186,7 @@ def check(run_dir: Path, model: str | None = None, data: TokenData | None = None
   last = provenance["starts"][-1] if provenance["starts"] else {"model": model, "precision": precision}
   if last.get("model") != model:
     trained, given = (f"{name or 'the network of its settings'}" for name in (last.get("model"), model))
-    raise UsageError(f"{run_dir}: was trained with {trained:.80}, not with {given}. Give it from Python, by model=...")
+    raise UsageError(f"{run_dir}: was trained with {trained:.80}, not with {given}; see model= of imdb_jax.fit.")
   if data is not None and data.digest != provenance["data_digest"]:
     before, change = provenance.get("data") or data.summary, "texts or labels are others"
     if before != data.summary:

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import importlib
+import math
 import os
 import sys
 import time
@@ -17,7 +18,6 @@ from rich.text import Text
 
 from imdb_jax import plots
 from imdb_jax.config import NAMED_SOURCES, Config
-from imdb_jax.data import batches
 from imdb_jax.data.reviews import CLASSES
 from imdb_jax.data.tokens import TokenData
 from imdb_jax.errors import UsageError, printable
@@ -172,7 +172,7 @@ def show_header(program: Program, data: TokenData, step: int, console: Console) 
   num_available = len(jax.devices(platform))
   limited = f" of {num_available}" if program.mesh.size < num_available else ""
   num_parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().params)) // len(seeds)
-  num_steps = batches.num_batches(len(data.train), config.training.batch_size)
+  num_steps = math.ceil(len(data.train) / config.training.batch_size)
   own = {} if data.classes == CLASSES and config.data.source in NAMED_SOURCES else _describe(config, data)
   if (path := config.run_dir / "left_out.txt").exists():
     own["Left out"] = f"the rows in {path}"

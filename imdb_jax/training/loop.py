@@ -94,7 +94,7 @@ def fit(config: Config, data: Mapping[str, Sequence[Any]] | None = None, model: 
     with processes.together():
       source = sources.find(config.data, config.runtime.archive, config.runtime.cache_dir, data)
       loaded = start.data(config, source, console)
-      num_steps = config.training.epochs * batches.num_batches(len(loaded.train), config.training.batch_size)
+      num_steps = config.training.epochs * math.ceil(len(loaded.train) / config.training.batch_size)
       program = Program(config, mesh, make_optimizer(config.optimizer, num_steps), loaded.classes, model)
     processes.require_equal(_shared_settings(program))
     with processes.together():

@@ -87,7 +87,12 @@ class Recorder:
       self._add(step, {name: value[:, i] for name, value in values.items()})
 
   def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
-    if causes := self._causes(values["is_finite"], values["loss"]):
+    causes = [
+      f"seed {seed}: {'gradients or parameters' if math.isfinite(loss) else f'the loss is {loss}'}"
+      for seed, is_finite, loss in zip(self._seeds, values["is_finite"], values["loss"], strict=True)
+      if not is_finite
+    ]
+    if causes:
       raise DivergenceError(f"Step {step:,} is not finite ({'; '.join(causes)}).")
     grad_norm = float(values["grad_norm"].mean())
     for sums in (self._epoch_sums, self._window_sums):
@@ -107,15 +112,6 @@ class Recorder:
       self._logged = now, self._num_reviews
       self._window_sums = _sums(len(self._seeds))
     self.console.show_step(done, _means(self._epoch_sums), self._num_reviews, is_logged=is_logged)
-
-  def _causes(self, is_finite: np.ndarray, losses: np.ndarray) -> list[str]:
-    """Return what is not finite, for each seed of which something is not."""
-    causes = zip(self._seeds, is_finite, losses, strict=True)
-    return [
-      f"seed {seed}: {'gradients or parameters' if math.isfinite(loss) else f'the loss is {loss}'}"
-      for seed, fine, loss in causes
-      if not fine
-    ]
 
   def record_epoch(self, step: int, result: Any, *, seconds: float, evaluation_seconds: float) -> dict[str, Any]:
     """Write the line of a finished epoch, whose `result` is of `task.evaluate`, start new sums, and return the line.

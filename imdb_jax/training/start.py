@@ -29,6 +29,8 @@ def check(config: Config) -> None:
   if config.preset == "pretrained" and run_dir is None:
     raise UsageError("--preset pretrained: requires --init-from RUN, a language model that imdb-jax pretrain trains.")
   theirs = run_directory.load_config(run_dir).model if run_dir else config.model
+  if run_dir is not None:
+    run_directory.check(run_dir)
   for name in ("embedding_size", "cell", "hidden_size", "directions"):
     wanted, found = getattr(config.model, name), getattr(theirs, name)
     if wanted != found:
@@ -73,7 +75,6 @@ def _carried(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Return the layers that come from another run, and facts about it."""
   check(program.config)
-  run_directory.check(run_dir)
   config, words = run_directory.load_config(run_dir), data.vocabulary.words
   known = {word: id for id, word in enumerate(Vocabulary.load(run_dir / "vocab.json", config.data).words, 1)}
   classes = tuple(run_directory.load_classes(run_dir))

@@ -23,7 +23,7 @@ def rows_of(
 def test_every_review_once_per_epoch(num_rows, batch_size, by_length):
   rows = rows_of(LENGTHS[:num_rows], batch_size=batch_size, by_length=by_length)
   np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(num_rows))
-  assert len(rows) == batches.num_batches(num_rows, batch_size)
+  assert len(rows) == -(-num_rows // batch_size)
   sizes = sorted(map(len, rows))
   assert sizes[1:] == [batch_size] * (len(rows) - 1)
   assert 1 <= sizes[0] <= batch_size

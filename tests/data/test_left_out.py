@@ -97,7 +97,7 @@ def test_a_file_with_the_same_texts_but_other_empty_rows_has_its_own_places(tmp_
 
 
 def test_a_long_list_is_cut_short_and_counted_in_full(tmp_path, monkeypatch):
-  monkeypatch.setattr(tables, "MAX_LISTED", 6)
+  monkeypatch.setattr(tables, "MAX_LISTED", 100)
   (tmp_path / "a.csv").write_text(as_csv([*ROWS, *[("", "a")] * 1000]), newline="")
   for _ in range(2):
     data, lines = load(tmp_path / "a.csv")
@@ -106,13 +106,27 @@ def test_a_long_list_is_cut_short_and_counted_in_full(tmp_path, monkeypatch):
     assert [*data.left_out.values()] == [["line 5", "line 32", "line 45", "line 46", "line 47", "line 48", "..."]]
 
 
-def test_the_longest_list_of_lines_fits_into_the_cache(tmp_path):
-  empty = [("", "a")] * (tables.MAX_LISTED + 1)
-  (tmp_path / "a.csv").write_text(as_csv([*ROWS, *empty]), newline="")
-  (tmp_path / "b.csv").write_text(as_csv([*ROWS, *empty]), newline="")
-  first, _ = load(tmp_path / "a.csv", tmp_path / "b.csv")
+def many_empty_lines(path):
+  path.write_text(as_csv([*ROWS, *[("", "a")] * 40_000]), newline="")
+
+
+def many_empty_files_with_long_names(path):
+  write_folder(path)
+  for number in range(4000):
+    # In JSON, each of these letters takes six bytes.
+    (path / "a" / f"{'é' * 118}{number:05}.txt").touch()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [many_empty_lines, many_empty_files_with_long_names])
+def test_the_longest_lists_fit_into_the_cache(write, tmp_path):
+  paths = tmp_path / "a.csv", tmp_path / "b.csv"
+  for path in paths:
+    write(path)
+  first, _ = load(*paths)
+  assert all(places[-1] == "..." for places in first.left_out.values())
   (tmp_path / "cache" / "tokens.lock").unlink()
-  again, _ = load(tmp_path / "a.csv", tmp_path / "b.csv")
+  again, _ = load(*paths)
   assert again.left_out == first.left_out
   # No other process could have filled the cache, so this one has not tried to.
   assert not (tmp_path / "cache" / "tokens.lock").exists()

@@ -29,11 +29,11 @@ from training.tiny import change, tiny, without_times
 import imdb_jax
 from imdb_jax import devices
 from imdb_jax.config import Config, TrainingConfig
-from imdb_jax.data import sample, tokens, word_vectors
 from imdb_jax.errors import CheckpointError, UsageError
 from imdb_jax.export import export
 from imdb_jax.processes import Interrupted
 from imdb_jax.program import Program
+from imdb_jax.report import page as report
 from imdb_jax.training.metrics import Recorder
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "own_model.md"
@@ -42,16 +42,16 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "own_model.md"
 class Mean(nn.Module):
   """The mean word vector, under its dropout mask in training."""
 
-  size: int = 4
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, tokens, lengths, dropout_masks):
-    vectors = nn.Embed(1000, self.size, name="embedding")(tokens)
+    vectors = nn.Embed(1000, 4, name="embedding")(tokens)
     if dropout_masks[0] is not None:
       vectors = vectors * dropout_masks[0][:, None]
     is_real = (tokens > 0)[:, :, None]
     sums = jnp.sum(jnp.where(is_real, vectors, 0), axis=1)
-    return nn.Dense(1)(sums / jnp.maximum(lengths, 1)[:, None].astype(jnp.float32))
+    return nn.Dense(1, self.use_bias)(sums / jnp.maximum(lengths, 1)[:, None].astype(jnp.float32))
 
 
 class Counts(nn.Module):
@@ -169,50 +169,115 @@ def test_a_run_is_refused_with_another_module_or_none(own, tmp_path):
   before = {path: path.read_bytes() for path in own.run_dir.rglob("*") if path.is_file()}
   network = "the network of its settings"
   for model, name in ((None, network), (Other(), "Other")):
-    expected = f"was trained with Mean, not with {name}. Give it from Python, by model="
+    expected = f"was trained with Mean, not with {name}; see model= of imdb_jax.fit"
     with pytest.raises(UsageError, match=expected):
       imdb_jax.Classifier.load(own.run_dir, model=model)
     with pytest.raises(UsageError, match=expected):
       imdb_jax.fit(change(own, "training", epochs=3), model=model)
   with pytest.raises(UsageError, match=f"was trained with Mean, not with {network}"):
     imdb_jax.fit(change(tiny(tmp_path / "new"), "runtime", init_from=own.run_dir))
-  with pytest.raises(CheckpointError, match=r"params\.Dense_0\.kernel"):
-    imdb_jax.Classifier.load(own.run_dir, model=Mean(5))
+  assert not (tmp_path / "new").exists()
+  with pytest.raises(CheckpointError, match=r"Dense_0\.bias.* is not a file of this checkpoint"):
+    imdb_jax.Classifier.load(own.run_dir, model=Mean(use_bias=False))
   assert {path: path.read_bytes() for path in own.run_dir.rglob("*") if path.is_file()} == before
   assert_one_clear_line(run("evaluate", own.run_dir), 2, "was trained with Mean", "model=")
   usual = tiny(tmp_path / "usual", epochs=1)
   imdb_jax.fit(usual)
   with pytest.raises(UsageError, match=f"was trained with {network}, not with Mean"):
     imdb_jax.Classifier.load(usual.run_dir, model=Mean())
+  with pytest.raises(UsageError, match="--embedding random, --ngrams 0 and no --init-from"):
+    imdb_jax.fit(change(tiny(tmp_path / "new"), "runtime", init_from=usual.run_dir), model=Mean())
 
 
-class Unnamed(nn.Module):
-  """A model without a layer `embedding`."""
+class Positions(nn.Module):
+  """A weight for each word at each position, and dropout of Flax."""
 
   @nn.compact
   def __call__(self, tokens, lengths, dropout_masks):
-    return nn.Dense(1)(tokens.astype(jnp.float32))
+    vectors = nn.Embed(1000, 4)(tokens) + self.param("positions", nn.initializers.zeros, (tokens.shape[1], 4))[None]
+    vectors = nn.Dropout(0.5, deterministic=dropout_masks[0] is None)(vectors)
+    return nn.Dense(1)(vectors.reshape(len(tokens), -1))
 
 
 @pytest.mark.slow
-def test_a_layer_embedding_may_start_from_word_vectors(tmp_path):
-  config = change(change(tiny(tmp_path / "run", epochs=1), "model", embedding="svd"), "optimizer", embedding_rate=0)
-  imdb_jax.fit(config, model=Mean())
-  found = imdb_jax.Classifier.load(config.run_dir, model=Mean()).params["embedding"]["embedding"][0]
-  train = tokens.encode(config.data, sample.load()).train.tokens
-  np.testing.assert_array_equal(found, word_vectors.svd(train, 1000, 4))
-  with pytest.raises(UsageError, match="--embedding svd: Unnamed has no layer 'embedding'"):
-    imdb_jax.fit(change(config, "runtime", run_dir=tmp_path / "other"), model=Unnamed())
-  assert not (tmp_path / "other").exists()
+def test_a_module_may_depend_on_the_length_and_use_the_dropout_of_flax(tmp_path):
+  losses = []
+  for number, rate in enumerate((0.2, 0.0)):
+    # Without masks, the module cannot tell training from prediction.
+    rates = {"input_dropout_rate": rate, "recurrent_dropout_rate": rate}
+    config = change(tiny(tmp_path / str(number), epochs=1), "model", **rates)
+    losses.append(imdb_jax.fit(config, model=Positions()).history[0]["loss"])
+    shape = imdb_jax.Classifier.load(config.run_dir, model=Positions()).params["positions"].shape
+    assert shape == (1, 16, 4)
+  assert abs(losses[0] - losses[1]) > 1e-4
 
 
-def test_the_linear_model_and_language_models_are_refused(tmp_path):
+class Wide(nn.Module):
+  size: int
+
+  @nn.compact
+  def __call__(self, tokens, lengths, dropout_masks):
+    return nn.Dense(self.size)(tokens.astype(jnp.float32))
+
+
+class Flat(nn.Module):
+  @nn.compact
+  def __call__(self, tokens, lengths, dropout_masks):
+    return nn.Dense(1)(tokens.astype(jnp.float32))[:, 0]
+
+
+class Normalized(nn.Module):
+  @nn.compact
+  def __call__(self, tokens, lengths, dropout_masks):
+    return nn.BatchNorm(use_running_average=True)(nn.Dense(1)(tokens.astype(jnp.float32)))
+
+
+class Short(nn.Module):
+  @nn.compact
+  def __call__(self, tokens, lengths):
+    return nn.Dense(1)(tokens.astype(jnp.float32))
+
+
+WRONG = {
+  "two logits for two classes": (Wide(2), r"Wide: cannot be trained: the logits .* shape \(2, 2\), not \(2, 1\)"),
+  "logits without a second axis": (Flat(), r"Flat: cannot be trained: the logits .* shape \(2,\), not \(2, 1\)"),
+  "batch statistics": (Normalized(), 'Normalized: cannot be trained: .*"batch_stats"'),
+  "two arguments": (Short(), "Short: cannot be trained: .* positional arguments"),
+  "a class": (Mean, "model: must be an instance of a class of flax.linen.Module, not <class"),
+  "a function": (lambda *_: 0, "model: must be an instance of a class of flax.linen.Module, not <function"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_module_that_cannot_be_trained_is_refused_in_one_line_and_leaves_no_trace(mistake, tmp_path):
+  model, expected = WRONG[mistake]
+  with pytest.raises(UsageError, match=expected) as error:
+    imdb_jax.fit(tiny(tmp_path / "run"), model=model)
+  assert len(str(error.value).splitlines()) == 1
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("section", "settings"),
+  [("training", {"objective": "next_word"}), ("model", {"ngrams": 2}), ("model", {"embedding": "svd"})],
+  ids=str,
+)
+def test_settings_that_compute_a_layer_of_the_network_are_refused(section, settings, tmp_path):
   config = tiny(tmp_path / "run")
-  with pytest.raises(UsageError, match="--ngrams 2: Mean has no layer 'ngrams'"):
-    imdb_jax.fit(change(config, "model", ngrams=2), model=Mean())
-  with pytest.raises(UsageError, match="--objective next_word: requires the network of the settings"):
-    imdb_jax.fit(change(config, "training", objective="next_word"), model=Mean())
+  with pytest.raises(UsageError, match="Your own model requires --objective label, --embedding random, --ngrams 0"):
+    imdb_jax.fit(change(config, section, **settings), model=Mean())
   assert not config.run_dir.exists()
+
+
+def test_the_report_says_how_to_use_the_model(own):
+  page = (own.run_dir / "report.html").read_text()
+  assert "model=Mean(...))" in page
+  assert "imdb-jax predict" not in page
+  # From Python, it has everything that needs no explanations.
+  classifier = imdb_jax.Classifier.load(own.run_dir, model=Mean())
+  answers, notes = classifier.answers("test")
+  report.write(classifier.config, classifier.program.task, answers, notes)
+  assert "Where it is least certain" in (own.run_dir / "report.html").read_text()
 
 
 @pytest.mark.slow
