@@ -259,8 +259,7 @@ class _Trainer:
       if runtime.save_every_steps is not None:
         is_due |= self._step % runtime.save_every_steps == 0
         num_steps = min(num_steps, runtime.save_every_steps - self._step % runtime.save_every_steps)
-      # The first step of an epoch, or of a resumed run, is saved already.
-      if number or (is_due and self._step not in (0, *self._checkpoints.steps())):
+      if number or (is_due and self._step):
         self._recorder.flush()
         seconds = time.perf_counter() - started
         self._save_within_epoch(number, seconds)
@@ -315,11 +314,12 @@ class _Trainer:
     self._save(progress, score=getattr(result, task.monitor))
 
   def _save_within_epoch(self, number: signal.Signals | None, seconds: float) -> None:
-    """Save what continuing within the epoch needs; after a signal, raise Interrupted."""
+    """Save a step, unless it is saved already, maybe with the last epoch's score; after a signal, raise Interrupted."""
     if number:
       self._recorder.console.end_epoch()
       self._recorder.console.line(f"{number.name}: saving step {self._step:,}")
-    self._save({"seconds": seconds}, score=None)
+    if self._step not in self._checkpoints.steps():
+      self._save({"seconds": seconds}, score=None)
     if number:
       raise Interrupted(number, self._step)
 

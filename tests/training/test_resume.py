@@ -113,6 +113,15 @@ def test_a_stop_during_evaluation_evaluates_again_and_keeps_the_best(whole, tmp_
   assert imdb_jax.Classifier.load(config.run_dir).step == best_step
 
 
+def test_a_stop_at_the_start_of_an_epoch_keeps_the_score_of_the_one_before(whole, tmp_path):
+  config = tiny(tmp_path / "run")
+  with signal_before(Recorder, "start_epoch", signal.SIGTERM, at_call=2):
+    assert train_until_stopped(config).step == 4
+  assert checkpoints_of(config.run_dir).find(4).score is not None
+  imdb_jax.fit(config)
+  assert_same_end(whole, config)
+
+
 def test_a_stop_during_evaluation_then_a_kill_before_its_epoch_is_saved(whole, tmp_path):
   config = tiny(tmp_path / "run")
   with signal_before(evaluation, "evaluate", signal.SIGTERM):
