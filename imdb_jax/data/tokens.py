@@ -262,7 +262,7 @@ def _write(entry: Path, data: TokenData, facts: dict[str, Any]) -> None:
     # Bytes alone, without a header that could lie about them: the config and the rows say what they are.
     with (unfinished / "arrays").open("xb") as file:
       for name, field in itertools.product(names, _FIELDS):
-        data.arrays()[f"{name}.{field}"].tofile(file)
+        getattr(getattr(data, name), field).tofile(file)
     files.write(unfinished / "vocab.json", data.vocabulary.json)
     rows = {name: len(getattr(data, name)) for name in names}
     facts |= {"rows": rows, "classes": data.classes, "left_out": data.left_out, "digest": data.digest}
