@@ -258,12 +258,12 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Generator[Record]:
           values = next(reader, None)
         if values is None:
           return
-        # An empty line has none.
-        if values and len(values) != len(header):
+        if not values:
+          continue  # An empty line.
+        if len(values) != len(header):
           hint = "; is a text with a delimiter not in double quotes?" if len(values) > len(header) else ""
           raise ValueError(f"line {lines.start:,}: has {len(values)} columns, the first line has {len(header)}{hint}")
-        if values:
-          yield Record(f"line {lines.start:,}", header, values)
+        yield Record(f"line {lines.start:,}", header, values)
   found = max(headers, key=len)
   raise ValueError(f"line 1: has no column {_missing(columns, found)!r}{_choices(found)}")
 
